@@ -1,0 +1,20 @@
+// Which instruction sets this build has, which of them this CPU runs, and which one is in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace fastlm {
+
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, neon = 3 };
+constexpr int kIsaCount = 4;
+
+const char* isa_name(Isa isa);
+std::vector<Isa> available_isas();  // best last
+Isa active_isa();
+void set_isa(const std::string& name);  // throws std::invalid_argument where the name is unknown or the CPU lacks it
+void choose_isa();                      // at import: FASTLM_ISA, else the best
+std::string cpu_name();
+std::vector<std::string> cpu_features();
+
+}  // namespace fastlm

@@ -1,0 +1,77 @@
+// AVX-512 (F, BW, DQ, VL): 16 floats.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+using vf = __m512;
+using vi = __m512i;
+using vm = __mmask16;
+constexpr int64_t W = 16;
+
+FASTLM_INLINE vm tail_mask(int64_t n) { return n >= W ? vm(0xFFFF) : vm((1u << n) - 1u); }
+
+FASTLM_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+FASTLM_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+FASTLM_INLINE vf load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(tail_mask(n), p); }
+FASTLM_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, tail_mask(n), v); }
+FASTLM_INLINE vf set(float x) { return _mm512_set1_ps(x); }
+FASTLM_INLINE vf zero() { return _mm512_setzero_ps(); }
+FASTLM_INLINE vi seti(int32_t x) { return _mm512_set1_epi32(x); }
+FASTLM_INLINE vi iota() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+
+FASTLM_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTLM_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+FASTLM_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+FASTLM_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+FASTLM_INLINE vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
+FASTLM_INLINE vf abs(vf a) { return _mm512_abs_ps(a); }
+FASTLM_INLINE vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+FASTLM_INLINE vm lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+FASTLM_INLINE vm le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+FASTLM_INLINE vm eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+FASTLM_INLINE vm is_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+FASTLM_INLINE bool any(vm m) { return m != 0; }
+// The bit i is set where lane i is.
+FASTLM_INLINE uint32_t bits(vm m) { return m; }
+FASTLM_INLINE vf select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
+
+FASTLM_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
+FASTLM_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+FASTLM_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
+FASTLM_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
+FASTLM_INLINE vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+FASTLM_INLINE vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+FASTLM_INLINE vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
+FASTLM_INLINE vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
+FASTLM_INLINE vi xori(vi a, vi b) { return _mm512_xor_si512(a, b); }
+template <int N> FASTLM_INLINE vi shl(vi a) { return _mm512_slli_epi32(a, N); }
+template <int N> FASTLM_INLINE vi shr(vi a) { return _mm512_srli_epi32(a, N); }
+
+FASTLM_INLINE float reduce_add(vf a) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+FASTLM_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
+
+FASTLM_INLINE vf load_bf16(const uint16_t* p) {
+    return as_float(shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))));
+}
+FASTLM_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FASTLM_INLINE vf load_u8(const uint8_t* p) { return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+FASTLM_INLINE vf load_i8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+// Low half of each lane, W values.
+FASTLM_INLINE void store_u16(uint16_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
+
+// (1 0 3 2 ...): the two floats of each pair change places.
+FASTLM_INLINE vf swap_pairs(vf a) { return _mm512_permute_ps(a, 0xB1); }
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

@@ -1,0 +1,40 @@
+"""Checks of shape and dtype with one form of message: `[op] name must be (C,) = (768,), got (1024,). x is (4, 128, 768).`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastlm.backend import Array
+
+
+def array(op: str, name: str, x: Any, dtype: Any = np.float32, ndim: int | None = None, at_least: int = 0) -> Array:
+    """x as a C-contiguous array of `dtype`, or a TypeError / ValueError that names it. Nothing is cast."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
+    if x.dtype != dtype:
+        raise TypeError(f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}').")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {x.shape}.")
+    if x.ndim < at_least:
+        raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def shape(op: str, name: str, x: Array, symbols: str, expected: tuple[int, ...], note: str = "") -> None:
+    """ValueError unless x has the expected shape. `symbols` is how the docstring writes it: "(C,)"."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"[{op}] {name} must be {symbols} = {expected}, got {tuple(x.shape)}.{' ' + note if note else ''}")
+
+
+def number(op: str, name: str, x: Any, low: float = -np.inf, high: float = np.inf, above: float | None = None) -> float:
+    """x as a float within [low, high], and > above."""
+    try:
+        value = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"[{op}] {name} must be a number, got {type(x).__name__}.") from None
+    if not (low <= value <= high) or (above is not None and not value > above):
+        bound = f"greater than {above}" if above is not None and not value > above else f"from {low} to {high}"
+        raise ValueError(f"[{op}] {name} must be {bound}, got {value}.")
+    return value
