@@ -1,5 +1,6 @@
-"""Fused operations on NumPy arrays and on Tensors: each checks its arguments, allocates, calls the kernel, and knows its gradient."""
+"""Fused operations on NumPy arrays and Tensors: each checks its arguments, allocates, calls the kernel, knows its gradient."""
 
 from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.shape import add, reshape, scale, split
 
-__all__ = ["layer_norm"]
+__all__ = ["add", "layer_norm", "reshape", "scale", "split"]

@@ -14,12 +14,27 @@ def array(op: str, name: str, x: Any, dtype: Any = np.float32, ndim: int | None 
     if not isinstance(x, np.ndarray):
         raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
     if x.dtype != dtype:
-        raise TypeError(f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}').")
+        raise TypeError(
+            f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."
+        )
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {x.shape}.")
     if x.ndim < at_least:
         raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) -> Array:
+    """x as it is, with any strides and, where `dtype` is None, any dtype."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(
+            f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."
+        )
+    if x.ndim < at_least:
+        raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
+    return x
 
 
 def shape(op: str, name: str, x: Array, symbols: str, expected: tuple[int, ...], note: str = "") -> None:
