@@ -1,19 +1,69 @@
 # Two commands matter: `make demo` and `make test`. Both work in a fresh clone with Python 3.11+, a C++17 compiler and a package registry.
-PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+ifeq ($(PYTHON),)
+$(error fastlm needs Python 3.11 or newer: `make PYTHON=/path/to/python3.12 ...` names one)
+endif
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 BUILD := build/dev
+RUN := PYTHONPATH=. $(BIN)/python
+# The requirements are read from pyproject.toml; the sentinel carries their hash, so a changed list installs again and nothing else does.
+READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp kernels/*/*.h kernels/*/*.cpp)
 
-.PHONY: dev
-dev: $(VENV)/.ready
+.PHONY: dev test lint format demo bench wheel stubs clean
+.DEFAULT_GOAL := dev
+
+dev: $(READY)
+	@mkdir -p build
 	@ln -sfn ../kernels fastlm/kernels
 	@ln -sfn ../benchmarks fastlm/benchmarks
-	@$(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(shell command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath fastlm) -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
-	@$(BIN)/ninja -C $(BUILD)
+	@PATH="$(BIN):$$PATH" cmake -S . -B $(BUILD) -G Ninja $$(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
+	  -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath fastlm) -Dpybind11_DIR="$$($(BIN)/pybind11-config --cmakedir)" \
+	  -DPython_EXECUTABLE=$(BIN)/python >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+	@$(BIN)/ninja -C $(BUILD) --quiet
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q pybind11 scikit-build-core ninja cmake
-	$(BIN)/pip install -q numpy ml_dtypes safetensors tokenizers minijinja rich matplotlib pytest pytest-benchmark pytest-xdist hypothesis gguf ruff mypy import-linter clang-format
-	touch $@
+# A virtual environment that was interrupted before its first sentinel is thrown away; one with an older list is brought up to date.
+$(READY): tools/requirements.py
+	@mkdir -p build
+	@ls $(VENV)/.ready* >/dev/null 2>&1 || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing what pyproject.toml asks for"
+	@$(PYTHON) tools/requirements.py > build/requirements.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --retries 5 -r build/requirements.txt
+	@touch $@
+
+test: dev
+	@$(RUN) -m pytest $(TESTS)
+
+lint: dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports
+	@$(RUN) tools/check_weak_symbols.py $(BUILD)
+	@$(RUN) tools/stubs.py --check
+
+format: dev
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
+
+stubs: dev
+	@$(RUN) tools/stubs.py
+
+demo: dev
+	@$(RUN) -m fastlm demo
+
+bench: dev
+	@$(RUN) -m fastlm bench $(OPS)
+
+wheel: $(READY)
+	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
+	@ls -l dist/*.whl
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis fastlm/_C*.so fastlm/kernels fastlm/benchmarks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +24,8 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         n *= size
     if n < _POOLED:
         return np.empty(shape, dt)
-    return _C.empty(shape, dt)
+    array: Array = _C.empty(shape, dt)
+    return array
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
@@ -45,3 +48,40 @@ def set_num_threads(n: int) -> None:
 def isa() -> str:
     """The instruction set in use: scalar, avx2, avx512 or neon. FASTLM_ISA chooses another at import."""
     return _C.isa()
+
+
+_roofs: dict[tuple[str, int], dict[str, float]] = {}
+
+
+def roof() -> dict[str, float]:
+    """This machine's ceilings with the instruction set and the threads in use, measured once per process (about 0.3 s).
+
+    gflops: float32 multiply-adds from registers, 10^9 operations a second. read_gbs: reading memory, 10^9 bytes a second.
+    copy_gbs: copying memory, bytes read + bytes written.
+    """
+    key = isa(), num_threads()
+    if key not in _roofs:
+        _roofs[key] = _measure_roof()
+    return dict(_roofs[key])
+
+
+def _measure_roof(bytes: int = 1 << 28) -> dict[str, float]:
+    def best(f: Callable[[], Any], seconds: float = 0.08) -> float:
+        f()
+        shortest, until = float("inf"), time.perf_counter() + seconds
+        while (start := time.perf_counter()) < until:
+            f()
+            shortest = min(shortest, time.perf_counter() - start)
+        return shortest
+
+    pieces = np.empty(8 * num_threads(), np.float32)
+    rounds = 20_000  # 1 to 10 ms: waking the threads does not count
+    flops = _C.roof_fma(pieces, rounds)
+    gflops = flops / best(lambda: _C.roof_fma(pieces, rounds)) / 1e9
+
+    x = np.full(bytes // 8, 1.0, np.float32)  # half of `bytes` for the source, half for the copy; more than any last cache here
+    y = np.full_like(x, 0.0)
+    sums = np.empty(-(-x.size // _C.roof_piece), np.float32)
+    read_gbs = x.nbytes / best(lambda: _C.roof_read(sums, x)) / 1e9
+    copy_gbs = 2 * x.nbytes / best(lambda: _C.roof_copy(y, x)) / 1e9
+    return {"gflops": gflops, "read_gbs": read_gbs, "copy_gbs": copy_gbs}

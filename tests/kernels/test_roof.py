@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+
+from fastlm import _C, backend
+
+
+def test_read_and_copy(isa):
+    """What is timed really happens: every element is read and copied, at sizes that no vector divides."""
+    for n in (0, 1, 31, 1023, 3 * _C.roof_piece + 7):
+        x = np.arange(n, dtype=np.float32) % 7
+        sums = np.full(-(-n // _C.roof_piece), np.nan, np.float32)
+        _C.roof_read(sums, x)
+        assert sums.sum() == x.sum()
+        y = np.full(n, np.nan, np.float32)
+        _C.roof_copy(y, x)
+        np.testing.assert_array_equal(y, x)
+
+
+def test_fma_counts_its_work(isa):
+    y = np.full(3, np.nan, np.float32)
+    flops = _C.roof_fma(y, 10)
+    assert flops > 0
+    assert flops == 3 * 10 * (_C.roof_fma(y, 1) // 3)
+    assert np.isfinite(y).all()
+
+
+def test_roof_is_measured_once(threads):
+    backend.set_num_threads(1)
+    roof = backend.roof()
+    assert set(roof) == {"gflops", "read_gbs", "copy_gbs"}
+    assert all(v > 0 for v in roof.values())
+    assert backend.roof() == roof
