@@ -9,6 +9,8 @@
 #undef FASTLM_OP
 
 namespace fastlm {
+void bind_gguf(py::module_&);
+
 namespace {
 
 // An uninitialised C-contiguous array whose memory comes from, and goes back to, the block cache.
@@ -56,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", &cpu_features);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"), py::call_guard<NoGil>());
+    bind_gguf(m);
     py::list ops;
 #define FASTLM_OP(name) \
     bind_##name(m);     \

@@ -1,0 +1,19 @@
+"""What a reader raises for a file that is not what it claims to be."""
+
+from __future__ import annotations
+
+import os
+
+
+class FormatError(ValueError):
+    """A corrupt, truncated or hostile file, or one of a kind that is not read.
+
+    The message names the file, the byte, what was expected and what came. `path` and `offset` carry them for programs; `offset` is
+    None where no byte can be named.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], message: str, offset: int | None = None) -> None:
+        self.path = os.fspath(path)
+        self.offset = offset
+        at = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{at}: {message}")
