@@ -20,6 +20,9 @@ FASTLM_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 FASTLM_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 FASTLM_INLINE vf load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, tail_mask(n)); }
 FASTLM_INLINE void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, tail_mask(n), v); }
+// Past the caches; p is 64-byte aligned. fence() before another thread reads.
+FASTLM_INLINE void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
+FASTLM_INLINE void fence() { _mm_sfence(); }
 FASTLM_INLINE vf set(float x) { return _mm256_set1_ps(x); }
 FASTLM_INLINE vf zero() { return _mm256_setzero_ps(); }
 

@@ -18,6 +18,9 @@ FASTLM_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 FASTLM_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 FASTLM_INLINE vf load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(tail_mask(n), p); }
 FASTLM_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, tail_mask(n), v); }
+// Past the caches; p is 64-byte aligned. fence() before another thread reads.
+FASTLM_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
+FASTLM_INLINE void fence() { _mm_sfence(); }
 FASTLM_INLINE vf set(float x) { return _mm512_set1_ps(x); }
 FASTLM_INLINE vf zero() { return _mm512_setzero_ps(); }
 FASTLM_INLINE vi seti(int32_t x) { return _mm512_set1_epi32(x); }

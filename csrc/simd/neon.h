@@ -32,6 +32,9 @@ FASTLM_INLINE void store_n(float* p, vf v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
 
+FASTLM_INLINE void stream(float* p, vf v) { store(p, v); }
+FASTLM_INLINE void fence() {}
+
 FASTLM_INLINE vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 FASTLM_INLINE vf fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
 FASTLM_INLINE vm lt(vf a, vf b) { return vcltq_f32(a, b); }

@@ -32,6 +32,9 @@ FASTLM_INLINE void store_n(float* p, vf v, int64_t n) {
     for (int64_t i = 0; i < (n < W ? n : W); ++i) p[i] = v[i];
 }
 
+FASTLM_INLINE void stream(float* p, vf v) { store(p, v); }
+FASTLM_INLINE void fence() {}
+
 // Not fused: a software fmaf would cost a hundred times more than it corrects.
 FASTLM_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 FASTLM_INLINE vf fnma(vf a, vf b, vf c) { return c - a * b; }
