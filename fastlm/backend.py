@@ -61,11 +61,13 @@ def roof() -> dict[str, float]:
     """
     key = isa(), num_threads()
     if key not in _roofs:
-        _roofs[key] = _measure_roof()
+        _roofs[key] = measure_roof()
     return dict(_roofs[key])
 
 
-def _measure_roof(bytes: int = 1 << 28) -> dict[str, float]:
+def measure_roof(bytes: int = 1 << 28) -> dict[str, float]:
+    """As `roof`, measured anew."""
+
     def best(f: Callable[[], Any], seconds: float = 0.08) -> float:
         f()
         shortest, until = float("inf"), time.perf_counter() + seconds

@@ -1,0 +1,1 @@
+"""Speed: every operation and the models against NumPy and, where installed, torch, transformers and llama.cpp."""

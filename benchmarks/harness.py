@@ -1,0 +1,302 @@
+"""Runs the benchmarks: checks the answer, takes turns with the peers, prints a table, appends JSON lines.
+
+Only one process computes at a time. Each round gives every contestant one turn, so that a slow minute of the machine hits all of
+them; the time printed is the best of all rounds, the ratio is the median over the rounds of (peer / ours) within one round: above 1,
+fastlm is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C, __version__, backend
+from fastlm.benchmarks import peers, worker
+from fastlm.testing import assert_close, case_id
+
+
+class Contestant:
+    """A worker process and the pipe to it."""
+
+    def __init__(self, who: str, python: str, threads: int) -> None:
+        self.who = who
+        n = str(threads)
+        env = {**os.environ, "FASTLM_NUM_THREADS": n, "OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "MKL_NUM_THREADS": n}
+        env.pop("OPENBLAS_CORETYPE", None)  # NumPy at its best
+        self.process = subprocess.Popen(
+            [python, str(Path(worker.__file__)), who],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if not os.environ.get("FASTLM_DEBUG") else None,
+            text=True,
+            env=env,
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return {"error": f"the process ended with {self.process.wait()}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@dataclass
+class Row:
+    """One case, timed."""
+
+    op: str
+    case: str
+    backward: bool
+    threads: int
+    rounds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> best seconds of each round
+    work: tuple[float, float] | None = None  # operations, bytes
+    roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return min(self.rounds["ours"]) if self.rounds.get("ours") else math.nan
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times faster than the peer; None where it is absent."""
+        if not self.rounds.get(peer) or not self.rounds.get("ours"):
+            return None
+        return statistics.median(p / o for p, o in zip(self.rounds[peer], self.rounds["ours"], strict=True))
+
+    @property
+    def share(self) -> float | None:
+        """The share of the roof: the shortest time that the measured ceilings allow over the time taken."""
+        if not self.work or not self.roof:
+            return None
+        flops, size = self.work
+        return max(flops / self.roof["gflops"], size / self.bandwidth(size)) / 1e9 / self.seconds
+
+    def bandwidth(self, size: float) -> float:
+        """GB/s of reading `size` bytes that were used a moment ago: small operands stay in cache."""
+        sizes = sorted(int(k) for k in self.roof if k.isdigit())
+        return self.roof[str(min(sizes, key=lambda s: abs(math.log(max(size, 1.0) / s))))]
+
+    def record(self, versions: dict[str, str]) -> dict[str, Any]:
+        return {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "cpu": _C.cpu_name(),
+            "system": platform.platform(),
+            "isa": backend.isa(),
+            "threads": self.threads,
+            "versions": {"fastlm": __version__, "python": platform.python_version(), **versions},
+            "op": self.op,
+            "case": self.case,
+            "pass": "forward + backward" if self.backward else "forward",
+            "ms": {k: round(min(v) * 1e3, 6) for k, v in self.rounds.items()},
+            "rounds_ms": {k: [round(t * 1e3, 6) for t in v] for k, v in self.rounds.items()},
+            "ratio": {k: self.ratio(k) for k in self.rounds if k != "ours"},
+            "work": self.work,
+            "roof": self.roof,
+            "share_of_roof": self.share,
+            "problems": self.problems,
+        }
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with a plus where it was changed; None for an installed package."""
+    git = ["git", "-C", str(worker.ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def operations() -> list[str]:
+    """The names that have a benchmark file, models last."""
+    names = sorted(p.stem.removeprefix("bench_") for p in worker.HERE.glob("bench_*.py"))
+    return [n for n in names if n != "model"] + [n for n in names if n == "model"]
+
+
+def check(row: Row, folder: Path, present: Sequence[str]) -> None:
+    """Ours against the float64 oracle by the tolerance of the tests; the peers roughly, to see that they compute the same."""
+    got, naive, exact = (np.load(folder / f"{k}.npz") for k in ("ours", "numpy", "exact"))
+    for name in exact.files:
+        try:
+            if exact[name].dtype.kind in "iub":
+                np.testing.assert_array_equal(got[name], exact[name])
+            else:
+                assert_close(got[name], exact[name], naive[name], name)
+        except (AssertionError, KeyError) as error:
+            row.problems["ours"] = "wrong answer: " + str(error).strip().splitlines()[0]
+        for who in present:
+            if who in ("ours", "numpy") or name not in (theirs := np.load(folder / f"{who}.npz")).files:
+                continue
+            scale = float(np.max(np.abs(exact[name]), initial=1e-30))
+            if (
+                theirs[name].shape != exact[name].shape
+                or float(np.max(np.abs(theirs[name] - exact[name]), initial=0.0)) > 1e-3 * scale
+            ):
+                row.problems[who] = f"its answer differs in {name}"
+
+
+def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: int, seconds: float) -> Row:
+    module = worker.bench(row.op)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        present, slow = [], {}
+        for who, contestant in contestants.items():
+            answer = contestant.ask("prepare", op=row.op, index=index, backward=row.backward, result=str(folder / f"{who}.npz"))
+            if answer.get("error"):
+                row.problems[who] = answer["error"]
+            elif answer["present"]:
+                present.append(who)
+                slow[who] = answer["seconds"]
+            if answer.get("work"):
+                row.work = (answer["work"][0], answer["work"][1])
+        if "ours" not in present:
+            return row
+        if "numpy" in present and not hasattr(module, "setup"):
+            answer = contestants["numpy"].ask(
+                "exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz")
+            )
+            if answer.get("error"):
+                row.problems["exact"] = answer["error"]
+            else:
+                check(row, folder, [p for p in present if p not in getattr(module, "RANDOM", ())])
+    for turn in range(rounds):
+        for who in present:
+            if turn and slow[who] > 2.0:  # a peer this slow gets one turn; its ratio needs no more
+                row.rounds[who].append(row.rounds[who][0])
+                continue
+            time.sleep(0.02)  # the threads of the one before go to sleep
+            answer = contestants[who].ask("time", seconds=seconds, warm=0.05)
+            if answer.get("error"):
+                row.problems[who] = answer["error"]
+                row.rounds.pop(who, None)
+                present = [p for p in present if p != who]
+            else:
+                row.rounds.setdefault(who, []).append(min(answer["times"]))
+    return row
+
+
+def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False) -> Iterator[Row]:
+    """Yields one row after the other. `quick`: the first two cases of each operation and short turns."""
+    unknown = sorted(set(ops) - set(operations()))
+    if unknown:
+        raise ValueError(f"[bench] no benchmark is called {', '.join(unknown)}; there are {', '.join(operations())}")
+    threads = threads or backend.num_threads()
+    contestants: dict[str, Contestant] = {}
+    try:
+        contestants["ours"] = Contestant("ours", sys.executable, threads)
+        for who, (python, _) in peers.find().items():
+            contestants[who] = Contestant(who, python, threads)
+        roof: dict[str, float] = {}
+        for op in ops or operations():
+            module = worker.bench(op)
+            # A roof measured while something else ran is too low: measure often, keep the highest.
+            roof = {k: max(v, roof.get(k, 0.0)) for k, v in contestants["ours"].ask("roof").get("roof", {}).items()}
+            whole = worker.cases(op)
+            for index, case in enumerate(whole[:2] if quick else whole):
+                for backward in (False, True) if getattr(module, "BACKWARD", False) else (False,):
+                    row = Row(op, case_id(case), backward, threads, roof=roof)
+                    yield run_case(row, index, contestants, 2 if quick else 5, 0.05 if quick else 0.3)
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
+
+
+# --- printing ---
+
+
+def heading(found: Sequence[str]) -> str:
+    head = f"{'operation':<20} {'case':<34} {'pass':<5} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>6} {'roof':>5}"
+    return head + "".join(f" {'/ ' + p:>14}" for p in found)
+
+
+def line(row: Row, found: Sequence[str]) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    flops, size = row.work or (math.nan, math.nan)
+    ms, passes = row.seconds * 1e3, "f + b" if row.backward else "f"
+    text = f"{row.op:<20} {row.case[:34]:<34} {passes:<5} {number(ms, '.4g' if ms < 1e4 else '.0f'):>9}"
+    text += (
+        f" {number(flops / row.seconds / 1e9, '.1f'):>8} {number(size / row.seconds / 1e9, '.1f'):>6} {number(row.share, '.0%'):>5}"
+    )
+    for peer in found:
+        ratio = row.ratio(peer)
+        text += f" {('-' if ratio is None else f'{ratio:.2f}x'):>14}"
+    return text
+
+
+def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | None, plot: str | None) -> int:
+    """Prints the table; 1 where an answer was wrong."""
+    found = peers.find()
+    versions = {k: v for k, (_, v) in found.items()}
+    threads = threads or backend.num_threads()
+    print(
+        f"{_C.cpu_name()}, {backend.isa()}, {threads} thread{'s' if threads > 1 else ''}; "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+    )
+    absent = [p for p in peers.PEERS if p not in found]
+    if absent:
+        print(f"not installed: {', '.join(absent)} (FASTLM_PEERS_PYTHON may name an interpreter that has them)")
+    path = Path(output) if output else default_output()
+    rows, wrong = [], False
+    for row in run(ops, threads, quick):
+        if not rows:
+            print(
+                f"roof: {row.roof['gflops']:.0f} GFLOP/s float32, {row.roof['read_gbs']:.1f} GB/s read, {row.roof['copy_gbs']:.1f} GB/s copy"
+            )
+            print(heading(list(found)))
+        rows.append(row)
+        print(line(row, list(found)), flush=True)
+        for who, problem in row.problems.items():
+            print(f"    {who}: {problem}")
+        wrong = wrong or "ours" in row.problems
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row.record(versions)) + "\n")
+    print(f"written to {path}")
+    if plot:
+        from fastlm.benchmarks.roofline import draw
+
+        draw(rows, plot)
+        print(f"roofline drawn to {plot}")
+    return int(wrong)
+
+
+def default_output() -> Path:
+    """benchmarks/results/DATE.jsonl in a source tree, else the same below the cache folder."""
+    name = f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    if worker.HERE.parent == worker.ROOT:
+        return worker.HERE / "results" / name
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastlm" / "bench" / name

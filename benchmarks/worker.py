@@ -1,0 +1,267 @@
+"""One contestant in a process of its own: two libraries whose threads spin wreck each other's timings in one process.
+
+Run by file name, so that the interpreter of a peer needs no fastlm: `python worker.py WHO`. Each line on standard input is a command in
+JSON, each line on standard output its answer.
+
+A benchmark file `bench_<op>.py` is as short as its operation lets it be:
+
+    work(backward, **inputs) -> (operations, bytes)   what the roof is compared with
+    torch(**inputs)                                   the same with torch tensors; any other peer by its name
+    ours(**inputs), numpy(**inputs)                   where `fastlm.ops.<op>` or the oracle is not what should be timed
+    setup(case, who) -> callable                      for whole models: CASES is then in the file too
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+if (HERE / "../fastlm/__init__.py").exists():  # the source tree; installed, this folder is fastlm/benchmarks
+    KERNELS, ROOT = HERE / "../kernels", HERE.parent
+else:
+    KERNELS, ROOT = HERE / "../kernels", HERE.parent.parent
+
+
+def by_file(path: Path) -> ModuleType:
+    """A module loaded from its file, under its own name."""
+    if path.stem in sys.modules:
+        return sys.modules[path.stem]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def bench(op: str) -> ModuleType:
+    return by_file(HERE / f"bench_{op}.py")
+
+
+def oracle(op: str) -> ModuleType:
+    return by_file(KERNELS / op / f"{op}_ref.py")
+
+
+def cases(op: str) -> list[dict[str, Any]]:
+    """The cases to time: the file's own, else those of the oracle that are marked so."""
+    own = getattr(bench(op), "CASES", None)
+    return own if own is not None else [c for c in oracle(op).CASES if c.get("bench")]
+
+
+def inputs(op: str, index: int) -> dict[str, Any]:
+    make: Callable[..., dict[str, Any]] = getattr(bench(op), "inputs", None) or oracle(op).inputs
+    return make(cases(op)[index], np.random.default_rng(index))
+
+
+def gradient(y: Any, index: int) -> Any:
+    """A random output gradient, the same in every process; a tuple where there are several outputs."""
+    rng = np.random.default_rng(1000 + index)
+    if isinstance(y, tuple):
+        return tuple(rng.standard_normal(np.shape(v), np.float32) for v in y)
+    return rng.standard_normal(np.shape(y), np.float32)
+
+
+# --- what is timed: a function without arguments that returns the outputs, or the gradients by name ---
+
+
+def ours(op: str, index: int, backward: bool) -> Callable[[], Any]:
+    from fastlm import ops
+    from fastlm.tensor import Tensor, record
+
+    values = inputs(op, index)
+    call = getattr(bench(op), "ours", None) or getattr(ops, op)
+    if not backward:
+        return lambda: call(**values)
+    tensors = {k: Tensor(v, requires_grad=True) if k in oracle(op).GRADIENTS and v is not None else v for k, v in values.items()}
+    leaves = {k: t for k, t in tensors.items() if isinstance(t, Tensor)}
+    y = call(**tensors)
+    dy = gradient(tuple(t.data for t in y) if isinstance(y, tuple) else y.data, index)
+
+    def step() -> dict[str, Any]:
+        for leaf in leaves.values():
+            if leaf.grad is not None:
+                leaf.grad.fill(0)
+        y = call(**tensors)
+        if isinstance(y, tuple):
+            record(np.zeros(1, np.float32), y, lambda _: dy).backward()
+        else:
+            y.backward(dy)
+        return {k: leaf.grad for k, leaf in leaves.items()}
+
+    return step
+
+
+def plain(op: str, index: int, backward: bool, wide: bool = False) -> Callable[[], Any]:
+    """NumPy: the oracle in float32, or in float64 as the exact answer."""
+    values = inputs(op, index)
+    if wide:
+        values = {k: v.astype(np.float64) if isinstance(v, np.ndarray) and v.dtype.kind in "fV" else v for k, v in values.items()}
+    call = (not wide and getattr(bench(op), "numpy", None)) or oracle(op).forward
+    if not backward:
+        return lambda: call(**values)
+    dy = gradient(call(**values), index)
+    if wide:
+        dy = tuple(d.astype(np.float64) for d in dy) if isinstance(dy, tuple) else dy.astype(np.float64)
+
+    def step() -> Any:
+        call(**values)
+        return oracle(op).backward(dy, **values)
+
+    return step
+
+
+def torch_peer(op: str, index: int, backward: bool, who: str) -> Callable[[], Any] | None:
+    """torch and the libraries on top of it: their function gets torch tensors."""
+    call = getattr(bench(op), who, None)
+    if call is None:
+        return None
+    import torch
+
+    def tensor(v: Any) -> Any:
+        if not isinstance(v, np.ndarray):
+            return v
+        if v.dtype.name == "bfloat16":
+            return torch.from_numpy(v.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(np.ascontiguousarray(v))
+
+    values = {k: tensor(v) for k, v in inputs(op, index).items()}
+    if not backward:
+
+        def forward() -> Any:
+            with torch.inference_mode():
+                return call(**values)
+
+        return forward
+    leaves = [k for k in oracle(op).GRADIENTS if values.get(k) is not None]
+    for k in leaves:
+        values[k].requires_grad_(True)
+    y = call(**values)
+    ys = y if isinstance(y, tuple) else (y,)
+    dy = gradient(tuple(v.detach().numpy() for v in ys) if isinstance(y, tuple) else y.detach().numpy(), index)
+    dys = [torch.from_numpy(np.asarray(d)) for d in (dy if isinstance(y, tuple) else (dy,))]
+
+    def step() -> Any:
+        y = call(**values)
+        grads = torch.autograd.grad(y if isinstance(y, tuple) else (y,), [values[k] for k in leaves], dys)
+        return dict(zip(leaves, grads, strict=True))
+
+    return step
+
+
+def contestant(who: str, op: str, index: int, backward: bool) -> Callable[[], Any] | None:
+    """None where this benchmark has no such contestant."""
+    module = bench(op)
+    if hasattr(module, "setup"):
+        run: Callable[[], Any] | None = module.setup(cases(op)[index], who)
+        return run
+    if who == "ours":
+        return ours(op, index, backward)
+    if who == "numpy":
+        return plain(op, index, backward)
+    if who in ("torch", "transformers"):
+        return torch_peer(op, index, backward, who)
+    call = getattr(module, who, None)
+    if call is None or backward:
+        return None
+    values = inputs(op, index)
+    run = call(**values)  # other peers prepare once and return what is timed
+    return run
+
+
+# --- the process ---
+
+
+def arrays(y: Any) -> dict[str, np.ndarray]:
+    """The result as named arrays."""
+    if y is None:
+        return {}
+    if not isinstance(y, dict):
+        y = {str(i): v for i, v in enumerate(y if isinstance(y, tuple) else (y,))}
+    return {k: np.asarray(v.detach().numpy() if hasattr(v, "detach") else getattr(v, "data", v)) for k, v in y.items()}
+
+
+def measure(run: Callable[[], Any], seconds: float, warm: float) -> list[float]:
+    """Seconds of a call, several times; very short calls are timed in groups."""
+    start = time.perf_counter()
+    calls = 0
+    while calls == 0 or time.perf_counter() - start < warm:
+        run()
+        calls += 1
+    group = max(1, int(2e-4 / max((time.perf_counter() - start) / calls, 1e-9)))
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < until:
+        start = time.perf_counter()
+        for _ in range(group):
+            run()
+        times.append((time.perf_counter() - start) / group)
+    return times
+
+
+def roof() -> dict[str, float]:
+    """The ceilings, and the bandwidth of reading 2^k bytes again and again, which is the caches' where they fit."""
+    from fastlm import _C, backend
+
+    found = backend.measure_roof()
+    for size in (1 << k for k in range(16, 28, 2)):
+        x = np.ones(size // 4, np.float32)
+        sums = np.empty(-(-x.size // _C.roof_piece), np.float32)
+        found[str(size)] = size / min(measure(lambda: _C.roof_read(sums, x), 0.02, 0.01)) / 1e9  # noqa: B023
+    found[str(1 << 28)] = found["read_gbs"]
+    return found
+
+
+def main() -> None:
+    who = sys.argv[1]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    if who not in ("numpy",):
+        sys.path.insert(0, str(ROOT))
+    threads = int(os.environ["FASTLM_NUM_THREADS"])
+    if who in ("torch", "transformers"):
+        import torch
+
+        torch.set_num_threads(threads)
+    run: Callable[[], Any] | None = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer: dict[str, Any] = {}
+        try:
+            if command["do"] == "prepare":
+                run = contestant(who, command["op"], command["index"], command["backward"])
+                answer["present"] = run is not None
+                if run is not None:
+                    start = time.perf_counter()
+                    np.savez(command["result"], **arrays(run()))
+                    answer["seconds"] = time.perf_counter() - start
+                    if who == "ours" and hasattr(bench(command["op"]), "work"):
+                        module = bench(command["op"])
+                        case = cases(command["op"])[command["index"]]
+                        values = {"case": case} if hasattr(module, "setup") else inputs(command["op"], command["index"])
+                        answer["work"] = [float(v) for v in module.work(command["backward"], **values)]
+            elif command["do"] == "exact":
+                np.savez(command["result"], **arrays(plain(command["op"], command["index"], command["backward"], wide=True)()))
+            elif command["do"] == "roof":
+                answer["roof"] = roof()
+            elif command["do"] == "time":
+                assert run is not None
+                answer["times"] = measure(run, command["seconds"], command["warm"])
+        except Exception as error:  # a peer that fails is reported in its column and the run goes on
+            answer["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
