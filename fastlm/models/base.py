@@ -1,0 +1,119 @@
+"""What every causal language model is: a config, hidden states, a head. The wiring is in the model's own file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastlm import ops
+from fastlm.backend import Array
+from fastlm.nn import Cache, Context, Embedding, Linear, Module
+from fastlm.tensor import Tensor, data, no_grad
+
+C = TypeVar("C")
+_LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000}
+_LARGEST = 1 << 31
+
+
+def check_config(config: C) -> C:
+    """The config, or a ValueError that names the field: sizes are integers from 1 to a limit, floats positive, flags bool."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, kind = getattr(config, field.name), str(field.type)
+        if value is None and "None" in kind:
+            continue
+        limit = _LIMITS.get(field.name, _LARGEST)
+        if kind.startswith("int") and not (type(value) is int and 1 <= value <= limit):
+            raise ValueError(f"[config] {field.name} must be an integer from 1 to {limit}, got {value!r:.60}.")
+        if kind == "float" and not (type(value) in (int, float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"[config] {field.name} must be a positive number, got {value!r:.60}.")
+        if kind == "bool" and type(value) is not bool:
+            raise ValueError(f"[config] {field.name} must be true or false, got {value!r:.60}.")
+        if kind == "str" and type(value) is not str:
+            raise ValueError(f"[config] {field.name} must be a string, got {value!r:.60}.")
+        if kind.startswith("Mapping") and not isinstance(value, Mapping):
+            raise ValueError(f"[config] {field.name} must be a mapping, got {value!r:.60}.")
+    return config
+
+
+class CausalLM(Module):
+    """A model over token ids. A subclass sets `config`, `token_embedding` and `head` (None: tied), and defines `hidden`."""
+
+    config: Any
+    token_embedding: Embedding
+    head: Linear | None
+
+    def hidden(self, ids: Array, context: Context) -> Any:
+        """ids (B, T) int32 -> (B, T, C), after the final norm."""
+        raise NotImplementedError(f"{type(self).__name__} defines no hidden")
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Memory for the keys and values of `batch` sequences of up to `capacity` positions."""
+        c = self.config
+        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim)
+
+    def __call__(self, ids: Any, cache: Cache | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V). With a cache the positions are appended to it and nothing is recorded."""
+        if cache is not None:
+            with no_grad():
+                return self._project(self._run(ids, cache))
+        return self._project(self._run(ids, None))
+
+    def loss(self, ids: Any, targets: Any, ignore_index: int = -100) -> Tensor:
+        """Mean cross-entropy of the next token, a scalar. ids and targets (B, T); the logits are never held as a whole."""
+        x = self._run(ids, None)
+        targets = _ids("targets", targets, x.shape[:-1])
+        flat = ops.reshape(x, (-1, x.shape[-1]))
+        loss: Tensor = ops.linear_cross_entropy(flat, self._head_weight(), targets.reshape(-1), ignore_index)
+        return loss
+
+    def logits(self, ids: Any, cache: Cache | None = None, last: bool = False) -> Array:
+        """float32 (B, T, V), or (B, V) of the last position alone. Nothing is recorded."""
+        with no_grad():
+            x = self._run(ids, cache)
+            if last:
+                x = data(x)[:, -1]
+            out: Array = data(self._project(np.ascontiguousarray(data(x))))
+            return out
+
+    def _run(self, ids: Any, cache: Cache | None) -> Any:
+        ids = _ids("ids", ids)
+        context = Context(ids.shape[0], ids.shape[1], cache)
+        x = self.hidden(ids, context)
+        context.finish()
+        return x
+
+    def _head_weight(self) -> Tensor:
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    def _project(self, x: Any) -> Any:
+        return ops.linear(x, self._head_weight())
+
+
+def _ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
+    """ids as (B, T) int32, with at least one token a sequence."""
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"[model] {name} must be integers, got {array.dtype}.")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"[model] {name} must be (B, T) = {shape}, the shape of ids, got {array.shape}.")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"[model] {name} must be (B, T) with T at least 1, got {array.shape}. One sequence is ids[None].")
+    return array if array.dtype == np.int32 else array.astype(np.int32)
+
+
+def names(table: Mapping[str, str], model: CausalLM) -> dict[str, str]:
+    """Their name of every parameter of the model: `blocks.3.mlp.up.weight` -> `transformer.h.3.mlp.c_fc.weight`."""
+    found = {}
+    for ours in model.named_parameters():
+        part, _, kind = ours.rpartition(".")
+        layer = re.search(r"\.(\d+)\.", part)
+        if layer is None:
+            found[ours] = f"{table[part]}.{kind}"
+        else:
+            found[ours] = f"{table[part.replace(layer[0], '.{}.', 1)].format(layer[1])}.{kind}"
+    return found

@@ -1,0 +1,119 @@
+"""Cache: the keys and values of sequences of different lengths; Context: what one call of a model shares between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastlm import backend
+from fastlm.backend import Array
+
+
+class Cache:
+    """Keys and values of every layer, (B, capacity, G, D) float32, allocated once, and `lengths` (B,) int32: what is filled.
+
+    A model that is called with a cache appends T positions to every sequence and advances the lengths. To drop positions, lower
+    the lengths: `cache.lengths[:] = n`. The capacity does not grow.
+    """
+
+    def __init__(self, n_layer: int, batch: int, capacity: int, n_kv_head: int, head_dim: int) -> None:
+        shape = (batch, capacity, n_kv_head, head_dim)
+        if min(shape) < 0 or batch < 1:
+            raise ValueError(f"[cache] batch must be at least 1 and capacity at least 0, got batch {batch}, capacity {capacity}.")
+        self.keys = [backend.empty(shape) for _ in range(n_layer)]
+        self.values = [backend.empty(shape) for _ in range(n_layer)]
+        self.lengths: Array = np.zeros(batch, np.int32)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        return int(self.keys[0].shape[1])
+
+    def row(self, b: int) -> Cache:
+        """Sequence b alone, as a cache of batch 1 that shares this one's memory and length."""
+        if not 0 <= b < self.batch:
+            raise IndexError(f"[cache] row must be from 0 to {self.batch - 1}, got {b}.")
+        view = Cache.__new__(Cache)
+        view.keys = [k[b : b + 1] for k in self.keys]
+        view.values = [v[b : b + 1] for v in self.values]
+        view.lengths = self.lengths[b : b + 1]
+        return view
+
+    def select(self, rows: Sequence[int] | Array) -> Cache:
+        """Sequence i becomes what sequence rows[i] was, in place; another number of rows changes the batch. Returns self."""
+        index = np.asarray(rows, np.intp)
+        if index.ndim != 1 or len(index) == 0 or index.min() < 0 or index.max() >= self.batch:
+            raise IndexError(f"[cache] rows must be a list of numbers from 0 to {self.batch - 1}, got {rows!r}.")
+        used = int(self.lengths[index].max())
+        same = len(index) == self.batch
+        if same and np.array_equal(index, np.arange(self.batch)):
+            return self
+        for arrays in (self.keys, self.values):
+            for layer, array in enumerate(arrays):
+                kept = array[index, :used]  # a copy
+                if not same:
+                    arrays[layer] = backend.empty((len(index), *array.shape[1:]))
+                arrays[layer][:, :used] = kept
+        lengths = self.lengths[index]
+        if same:
+            self.lengths[:] = lengths
+        else:
+            self.lengths = lengths
+        return self
+
+
+class Context:
+    """Positions of one call, and its cache.
+
+    `start`: where the new positions begin if all sequences are equally long, else None; `end`: the longest length after the call;
+    `positions`: None for 0 .. T-1 with no cache, else (B, T) int32; `lengths`: (B,) after the call where they differ, else None.
+    """
+
+    __slots__ = ("cache", "end", "lengths", "positions", "start", "time")
+
+    def __init__(self, batch: int, time: int, cache: Cache | None = None) -> None:
+        self.cache, self.time = cache, time
+        self.start: int | None = 0
+        self.end = time
+        self.positions: Array | None = None
+        self.lengths: Array | None = None
+        if cache is None:
+            return
+        if cache.batch != batch:
+            raise ValueError(f"[cache] ids must have as many sequences as the cache, {cache.batch}, got {batch}.")
+        before = cache.lengths
+        first, last = int(before.min()), int(before.max())
+        self.end = last + time
+        if self.end > cache.capacity:
+            raise ValueError(
+                f"[cache] capacity must be at least {self.end} for {time} more positions after {last}, got {cache.capacity}. "
+                f"Make the cache larger: model.new_cache(batch, capacity)."
+            )
+        if first == last:
+            self.start = first
+        else:
+            self.start = None
+            self.lengths = before + np.int32(time)
+            self.positions = before[:, None] + np.arange(time, dtype=np.int32)
+
+    def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
+        assert self.cache is not None
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.start is not None:
+            keys[:, self.start : self.end] = k
+            values[:, self.start : self.end] = v
+        else:
+            rows = np.arange(self.cache.batch)[:, None]
+            keys[rows, self.positions] = k
+            values[rows, self.positions] = v
+        return keys[:, : self.end], values[:, : self.end]
+
+    def finish(self) -> None:
+        """Advances the cache's lengths, after the last layer."""
+        if self.cache is not None:
+            self.cache.lengths += np.int32(self.time)

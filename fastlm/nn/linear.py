@@ -1,0 +1,29 @@
+"""Linear and Embedding: the two parts that hold matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlm import ops
+from fastlm.nn.module import Module, parameter
+
+
+class Linear(Module):
+    """act(x W^T + b) + residual. x (..., d_in) -> (..., d_out); weight (d_out, d_in) in float32, bfloat16 or quantised."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = True, std: float = 0.02) -> None:
+        self.weight = parameter(d_out, d_in, std=std)
+        self.bias = parameter(d_out) if bias else None
+
+    def __call__(self, x: Any, activation: str | None = None, residual: Any = None) -> Any:
+        return ops.linear(x, self.weight, self.bias, activation, residual)
+
+
+class Embedding(Module):
+    """Rows of a table: ids (...) int32 -> (..., d_model) float32."""
+
+    def __init__(self, count: int, d_model: int, std: float = 0.02) -> None:
+        self.weight = parameter(count, d_model, std=std)
+
+    def __call__(self, ids: Any) -> Any:
+        return ops.embedding(ids, self.weight)

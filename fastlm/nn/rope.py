@@ -1,0 +1,205 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them over longer contexts.
+
+A scaling is an object with `frequencies(base, dim, length)` -> (dim / 2,) float32 and `magnitude`, a factor on cos and sin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastlm import ops
+from fastlm.backend import Array
+from fastlm.nn.cache import Context
+
+
+class Scaling(Protocol):
+    @property
+    def magnitude(self) -> float: ...
+    def frequencies(self, base: float, dim: int, length: int) -> Array: ...
+
+
+def plain_frequencies(base: float, dim: int) -> Array:
+    """base^(-2i / dim), in float32 throughout as in the reference, whose models were trained with these roundings."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1) / np.float32(base) ** exponents
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    magnitude: float = 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        return plain_frequencies(base, dim)
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor`. Chen et al. 2023, arXiv:2306.15595."""
+
+    factor: float
+    magnitude: float = 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        return plain_frequencies(base, dim) / np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """A base that grows with the sequence once it is longer than `context` (NTK-aware; as in transformers, over the whole call)."""
+
+    factor: float
+    context: int
+    magnitude: float = 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        stretch = self.factor * max(length, self.context) / self.context - (self.factor - 1)
+        return plain_frequencies(base * stretch ** (dim / (dim - 2)), dim)
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Low frequencies interpolated, high ones kept, a ramp between. Peng et al. 2023, arXiv:2309.00071, section 3.2."""
+
+    factor: float
+    context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        def turn(rotations: float) -> float:  # the dimension that makes so many rotations over the original context
+            return dim * math.log(self.context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = turn(self.beta_fast), turn(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        if low == high:
+            high += 0.001
+        kept = 1 - np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+        plain = plain_frequencies(base, dim)
+        return (plain / self.factor * (1 - kept) + plain * kept).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Long wavelengths divided by `factor`, short ones kept, a ramp between: LLaMA 3.1."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    context: int
+    magnitude: float = 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        plain = plain_frequencies(base, dim)
+        turns = self.context * plain / (2 * math.pi)  # rotations over the original context
+        smooth = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return ((1 - smooth) * plain / self.factor + smooth * plain).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FactorScaling:
+    """Every frequency divided by a factor of its own: the tensor `rope_freqs` of a GGUF file."""
+
+    factors: tuple[float, ...]
+    magnitude: float = 1.0
+
+    def frequencies(self, base: float, dim: int, length: int) -> Array:
+        if len(self.factors) != dim // 2:
+            raise ValueError(
+                f"[rope] factors must be {dim // 2} numbers, half the rotated dimensions {dim}, got {len(self.factors)}."
+            )
+        return plain_frequencies(base, dim) / np.asarray(self.factors, np.float32)
+
+
+_KEYS: dict[str, tuple[set[str], set[str]]] = {  # rope_type: required keys, allowed keys
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "yarn": ({"factor"}, {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "factors": ({"factors"}, set()),
+}
+
+
+def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
+    """The scaling that a dict in the form of Hugging Face's `rope_scaling` describes; `context` is the model's own.
+
+    Raises ValueError for an unknown kind or key, and for a missing one.
+    """
+    given = {k: v for k, v in (parameters or {}).items() if v is not None}
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    if kind not in _KEYS:
+        raise ValueError(f"[rope] rope_type must be one of {', '.join(_KEYS)}, got {kind!r}.")
+    required, allowed = _KEYS[kind]
+    if missing := required - given.keys():
+        raise ValueError(f"[rope] rope_type {kind!r} needs {', '.join(sorted(missing))}, got {given}.")
+    if unknown := given.keys() - required - allowed:
+        raise ValueError(f"[rope] rope_type {kind!r} does not know {', '.join(sorted(unknown))}.")
+    for key, value in given.items():
+        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) and (n > 0 or isinstance(n, bool)) for n in numbers):
+            raise ValueError(f"[rope] {key} must be a positive number, got {value!r}.")
+    original = int(given.get("original_max_position_embeddings", context))
+    if kind == "default":
+        return Unscaled()
+    if kind == "linear":
+        return LinearScaling(float(given["factor"]))
+    if kind == "dynamic":
+        return DynamicScaling(float(given["factor"]), context)
+    if kind == "yarn":
+        names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+        return YarnScaling(float(given["factor"]), original, **{k: given[k] for k in names if k in given})
+    if kind == "llama3":
+        return Llama3Scaling(float(given["factor"]), float(given["low_freq_factor"]), float(given["high_freq_factor"]), original)
+    return FactorScaling(tuple(float(f) for f in given["factors"]))
+
+
+class Rope:
+    """Rotates queries and keys by their positions. The tables grow as they are needed; one Rope serves all layers."""
+
+    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Scaling | None = None) -> None:
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"[rope] head_dim must be even, got {head_dim}.")
+        self.head_dim, self.base, self.scaling = head_dim, base, scaling or Unscaled()
+        self._cos = self._sin = np.zeros((0, head_dim // 2), np.float32)
+        self._frequencies: Array | None = None
+
+    def tables(self, length: int) -> tuple[Array, Array]:
+        """cos and sin of at least `length` positions, (P, D / 2) float32.
+
+        The angle is the float32 product of position and frequency, as in the reference: what models were trained with.
+        """
+        fixed = not isinstance(self.scaling, DynamicScaling)
+        if fixed and length <= len(self._cos):
+            return self._cos, self._sin
+        frequencies = self.scaling.frequencies(self.base, self.head_dim, length)
+        if length > len(self._cos) or not np.array_equal(frequencies, self._frequencies):
+            rows = max(length, 256, min(2 * len(self._cos), 1 << 17))
+            angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
+            magnitude = self.scaling.magnitude
+            self._cos = (np.cos(angles.astype(np.float64)) * magnitude).astype(np.float32)
+            self._sin = (np.sin(angles.astype(np.float64)) * magnitude).astype(np.float32)
+            self._frequencies = frequencies
+        return self._cos, self._sin
+
+    def __call__(self, q: Any, k: Any, context: Context) -> tuple[Any, Any]:
+        """q (B, T, H, D), k (B, T, G, D) -> both rotated."""
+        cos, sin = self.tables(context.end)
+        if context.start is not None:  # the same positions in every sequence: a slice of the tables
+            cos, sin = cos[context.start : context.end], sin[context.start : context.end]
+        return ops.rope(q, cos, sin, context.positions), ops.rope(k, cos, sin, context.positions)
