@@ -1,0 +1,43 @@
+"""Vocabularies made here: byte-level BPE trained on a text, and one token a character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from fastlm.tokenizers import build
+from fastlm.tokenizers.errors import TokenizerError, typed
+
+END = "<|endoftext|>"
+
+
+def trained_bpe(texts: Iterable[str | Path], vocab_size: int, special_tokens: Sequence[str] = (END,)) -> Backend:
+    """Byte-level BPE with GPT-2's word pattern. A str is a text, a Path is a file of text."""
+    if vocab_size < 256 + len(special_tokens):
+        raise TokenizerError(
+            f"[train_bpe] vocab_size must be at least 256 bytes + {len(special_tokens)} special tokens, got {vocab_size}"
+        )
+    if isinstance(texts, (str, Path)):
+        texts = [texts]
+    backend = build.byte_level({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with typed("[train_bpe]"):
+        backend.train_from_iterator((t.read_text("utf-8") if isinstance(t, Path) else t for t in texts), trainer)
+    return backend
+
+
+def character_backend(text: str) -> Backend:
+    """One token for each distinct character, in code point order. BPE without merges: the library is fastest so."""
+    if not text:
+        raise TokenizerError("[characters] text is empty")
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(sorted(set(text)))}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return backend

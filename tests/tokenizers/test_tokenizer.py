@@ -1,0 +1,194 @@
+"""Folders, llama2.c, training, saving, the stream decoder, and files that are broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fastlm.tokenizers import Tokenizer, TokenizerError
+from tests.tokenizers.test_gguf import fuzzed, gpt2_metadata, subset
+
+STORIES = Path(__file__).parents[1] / "data" / "stories260k"
+TEXT = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside. 12 34, caf\u00e9 \u4f60\u597d \U0001f600!\n"
+    * 4
+)
+
+
+def make(name: str) -> Tokenizer:
+    if name == "gpt-2":
+        return Tokenizer.from_gguf(gpt2_metadata())
+    if name == "tok512":
+        return Tokenizer.from_llama2c(STORIES / "tok512.bin")
+    if name == "characters":
+        return Tokenizer.characters(TEXT)
+    if name == "trained":
+        return Tokenizer.train_bpe([TEXT], 300)
+    return Tokenizer.from_gguf(subset(name)[1])
+
+
+ALL = ["gpt-2", "llama-bpe", "llama-spm", "bert-bge", "tok512", "characters", "trained"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_stream_adds_up_to_decode(name: str) -> None:
+    tokenizer = make(name)
+    r = random.Random(1)
+    sequences = [[r.randrange(tokenizer.vocab_size) for _ in range(r.randrange(24))] for _ in range(500)]
+    if name == "tok512":  # dense in byte tokens, valid UTF-8 and not
+        sequences += [[r.choice([r.randrange(3, 259), r.randrange(512)]) for _ in range(r.randrange(24))] for _ in range(500)]
+    if name != "characters":
+        sequences += [tokenizer.encode(text) for text in fuzzed(200)]
+    for special in (False, True):
+        for ids in sequences:
+            stream = tokenizer.decode_stream(special_tokens=special)
+            pieces = [stream.put(i) for i in ids]
+            assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, special_tokens=special), ids
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "tok512", "trained"])
+def test_stream_shows_nothing_half(name: str) -> None:
+    tokenizer = make(name)
+    ids = tokenizer.encode("caf\u00e9 \u4f60\u597d \U0001f600 end")
+    stream = tokenizer.decode_stream()
+    assert all("\ufffd" not in stream.put(i) for i in ids)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "tok512", "bert-bge", "trained"])
+def test_stream_after_a_prompt_keeps_the_space(name: str) -> None:
+    tokenizer = make(name)
+    ids = tokenizer.encode("Hello, world! Hello", special_tokens=False)
+    for cut in range(1, len(ids)):
+        stream = tokenizer.decode_stream(ids[:cut])
+        new = "".join(stream.put(i) for i in ids[cut:]) + stream.finish()
+        assert tokenizer.decode(ids[:cut]) + new == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
+    tokenizer = make(name)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    texts = [TEXT] if name == "characters" else list(fuzzed(300))
+    assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
+    for what in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "special_ids", "chat_template"):
+        assert getattr(again, what) == getattr(tokenizer, what), what
+    again.save(tmp_path / "twice")
+    assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_llama2c() -> None:
+    tokenizer = make("tok512")
+    assert tokenizer.vocab_size == 512
+    assert tokenizer.encode("") == [1]
+    assert tokenizer.encode("Once upon a time")[:2] == [1, 403]  # "▁Once"
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert [tokenizer.token(i) for i in tokenizer.encode("\u4f60", special_tokens=False)][1:] == ["<0xE4>", "<0xBD>", "<0xA0>"]
+    for text in fuzzed(500, seed=2):
+        if "<" not in text:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_characters() -> None:
+    tokenizer = Tokenizer.characters("hello\n")
+    assert tokenizer.encode("\nehlo") == [0, 1, 2, 3, 4]
+    assert tokenizer.decode([2, 1, 3, 3, 4, 0]) == "hello\n"
+    with pytest.raises(TokenizerError, match="not in the vocabulary: 'x', 'é'"):
+        tokenizer.encode("hexé")
+    with pytest.raises(TokenizerError, match="empty"):
+        Tokenizer.characters("")
+
+
+def test_train_bpe(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    one, other = Tokenizer.train_bpe([tmp_path / "a.txt"], 300), Tokenizer.train_bpe([TEXT], 300)
+    assert one.vocab_size == 300
+    assert one.encode(TEXT) == other.encode(TEXT)
+    assert len(one.encode(TEXT)) < 0.6 * len(TEXT.encode())
+    assert one.token(one.eos_id or 0) == "<|endoftext|>"
+    for text in fuzzed(200):
+        assert one.decode(one.encode(text), special_tokens=True) == text
+    with pytest.raises(TokenizerError, match="vocab_size must be at least"):
+        Tokenizer.train_bpe([TEXT], 100)
+
+
+def test_word_piece_folder(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "!", ""]))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("UNaffable! x") == [2, 5, 6, 7, 8, 1, 3]
+    assert tokenizer.decode([2, 5, 6, 7, 8, 3]) == "unaffable!"
+    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, None, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert Tokenizer.from_folder(tmp_path).encode("UNaffable") == [2, 1, 3]
+
+
+def test_folder_configuration(tmp_path: Path) -> None:
+    make("trained").save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": "from the configuration"}]
+    config["pad_token"] = {"content": "<|pad|>", "special": True}
+    config["added_tokens_decoder"] = {"300": {"content": "<|pad|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 0]}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.encode("<|pad|>"), tokenizer.end_ids) == (300, [300], (7, 0))
+    assert tokenizer.chat([{"role": "user", "content": "x"}]) == "from the configuration"
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert Tokenizer.from_folder(tmp_path).chat([{"role": "user", "content": "x"}]) == "from the file"
+    config["added_tokens_decoder"] = {"999": {"content": "<|pad|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match="999"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer in"):
+        Tokenizer.from_folder(tmp_path)
+    tokenizer = make("trained")
+    with pytest.raises(TypeError, match="text must be a str, got int"):
+        tokenizer.encode(3)  # type: ignore[arg-type]
+    with pytest.raises(TokenizerError):
+        tokenizer.encode("\ud800")
+    with pytest.raises(TokenizerError, match="must not be negative, got -1"):
+        tokenizer.decode([-1])
+    assert tokenizer.decode([299, 10**6]) == tokenizer.decode([299])
+    assert (tokenizer.token(-1), tokenizer.token(10**12), tokenizer.id("no such")) == (None, None, None)
+    with pytest.raises(TokenizerError, match="no chat template"):
+        tokenizer.chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tok512.bin"])
+def test_mutated_files_give_typed_errors(name: str, tmp_path: Path) -> None:
+    if name == "tok512.bin":
+        good = (STORIES / name).read_bytes()
+    else:
+        tokenizer = make("trained")
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        tokenizer.save(tmp_path)
+        good = (tmp_path / name).read_bytes()
+    r = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(good)
+        kind = r.randrange(4)
+        if kind == 0:
+            del data[r.randrange(len(data)) :]
+        for _ in range(r.randrange(1, 8)):
+            at = r.randrange(len(data) + 1)
+            if kind == 1:
+                data[at : at + 1] = bytes([r.randrange(256)])
+            elif kind == 2:
+                del data[at : at + r.randrange(40)]
+            else:
+                data[at:at] = r.choice([b"{", b"[", b"null", b"-1", b"1e99", b'"', b"\xff\xff\xff\x7f", b"99999999999"])
+        (tmp_path / name).write_bytes(data)
+        try:
+            broken = Tokenizer.from_llama2c(tmp_path / name) if name == "tok512.bin" else Tokenizer.from_folder(tmp_path)
+            broken.decode(broken.encode("Once upon a time"))
+        except TokenizerError:
+            refused += 1
+    assert refused > 30
