@@ -96,10 +96,14 @@ class Tensor:
         The tape is used up: a second call raises.
         """
         if self._node is None:
-            raise RuntimeError("[backward] this tensor was not recorded: no input requires a gradient, or recording was off (no_grad)")
+            raise RuntimeError(
+                "[backward] this tensor was not recorded: no input requires a gradient, or recording was off (no_grad)"
+            )
         if gradient is None:
             if self.data.size != 1:
-                raise ValueError(f"[backward] gradient must be given for a tensor of shape {self.shape}; only one element has a default")
+                raise ValueError(
+                    f"[backward] gradient must be given for a tensor of shape {self.shape}; only one element has a default"
+                )
             gradient = np.ones(self.shape, np.float32)
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"[backward] gradient must have the tensor's shape {self.shape}, got {tuple(gradient.shape)}")
@@ -164,12 +168,19 @@ def data(x: Any) -> Any:
 
 def recording(*xs: Any) -> bool:
     """Whether an operation on these must be recorded."""
-    return _state.enabled and any(isinstance(x, Tensor) and x.requires_grad for x in xs)
+    if _state.enabled:
+        for x in xs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def wrap(y: Any, *xs: Any) -> Any:
     """The result of an operation that is not recorded: a Tensor if any input is one, else the array."""
-    return Tensor(y) if any(isinstance(x, Tensor) for x in xs) else y
+    for x in xs:
+        if isinstance(x, Tensor):
+            return Tensor(y)
+    return y
 
 
 def record(y: Any, parents: Sequence[Any], backward: Backward) -> Tensor:
@@ -182,6 +193,37 @@ def record(y: Any, parents: Sequence[Any], backward: Backward) -> Tensor:
     out = Tensor(y, requires_grad=True)
     out._node = _Node(tuple(p if isinstance(p, Tensor) else None for p in parents), backward, _state.counter)
     return out
+
+
+def record_many(ys: Sequence[Any], parents: Sequence[Any], backward: Callable[..., Sequence[Array | None]]) -> tuple[Tensor, ...]:
+    """As `record`, for an operation with several outputs: `backward(*dys)` gets None for an output that had no gradient."""
+    dys: list[Array | None] = [None] * len(ys)
+    # A node between the parents and the outputs: recorded before the outputs, it runs when all of their gradients are there.
+    joint = record(ys[0], parents, lambda _: backward(*dys))
+
+    def output(i: int) -> Backward:
+        def keep(dy: Array) -> Sequence[Array | None]:
+            first = all(d is None for d in dys)
+            dys[i] = dy
+            return (dy if first else None,)  # any gradient will do to have the joint node run, once
+
+        return keep
+
+    return tuple(record(y, (joint,), output(i)) for i, y in enumerate(ys))
+
+
+def accumulator(parameter: Any) -> tuple[Array | None, Array | None]:
+    """Where a kernel adds a parameter's gradient, and what the backward rule then returns for it.
+
+    A leaf's own buffer and None; a fresh buffer, twice, for a computed parameter; None and None where no gradient is wanted.
+    """
+    if not needs_grad(parameter):
+        return None, None
+    target = leaf(parameter)
+    if target is not None:
+        return target.grad_buffer(), None
+    fresh = backend.zeros(parameter.shape)
+    return fresh, fresh
 
 
 def needs_grad(x: Any) -> bool:

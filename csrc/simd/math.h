@@ -70,28 +70,35 @@ FASTLM_INLINE vf tanh(vf x) {
     return select(is_nan(x), x, y);
 }
 
-// Error function, absolute error below 1.2e-7.
-FASTLM_INLINE vf erf(vf x) {
-    const vf a = min(abs(x), set(4.2f));  // erfc(4.2) = 2.9e-9: 1 in float32
-    const vf z = a * a;
-    vf p = set(7.853859671e-5f);  // minimax fit of erf(a) / a in z on [0, 1]
+// erf(a) / a as a minimax polynomial in z = a^2 on [0, 1].
+FASTLM_INLINE vf erf_quotient(vf z) {
+    vf p = set(7.853859671e-5f);
     p = fma(p, z, set(-8.010193116e-4f));
     p = fma(p, z, set(5.188327628e-3f));
     p = fma(p, z, set(-2.685381190e-2f));
     p = fma(p, z, set(1.128358515e-1f));
     p = fma(p, z, set(-3.761262582e-1f));
-    p = fma(p, z, set(1.128379166f));
-    const vf small = p * a;
-    const vf t = set(1.0f) / fma(set(0.47f), a, set(1.0f));  // minimax fit of erfc(a) e^z in t on a in [1, 4.2]
+    return fma(p, z, set(1.128379166f));
+}
+
+// erfc(a) e^(a^2) as a minimax polynomial in 1 / (1 + 0.47 a) on [1, 4.2].
+FASTLM_INLINE vf erfc_scaled(vf a) {
+    const vf t = set(1.0f) / fma(set(0.47f), a, set(1.0f));
     vf q = set(-1.249529992e-1f);
     q = fma(q, t, set(1.961772444e-1f));
     q = fma(q, t, set(1.816411860e-1f));
     q = fma(q, t, set(2.032931091e-1f));
     q = fma(q, t, set(2.811178958e-1f));
     q = fma(q, t, set(2.618533309e-1f));
-    q = fma(q, t, set(2.639435796e-4f));
-    const vf large = fnma(q, exp(zero() - z), set(1.0f));
-    vf y = select(lt(a, set(1.0f)), small, large);
+    return fma(q, t, set(2.639435796e-4f));
+}
+
+// Error function, absolute error below 1.2e-7.
+FASTLM_INLINE vf erf(vf x) {
+    const vf a = min(abs(x), set(4.2f));  // erfc(4.2) = 2.9e-9: 1 in float32
+    const vf z = a * a;
+    const vf large = fnma(erfc_scaled(a), exp(zero() - z), set(1.0f));
+    vf y = select(lt(a, set(1.0f)), erf_quotient(z) * a, large);
     y = as_float(ori(as_int(y), andi(as_int(x), seti(int32_t(0x80000000)))));
     return select(is_nan(x), x, y);
 }

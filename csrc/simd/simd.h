@@ -25,3 +25,5 @@
 #endif
 
 #include "math.h"
+
+#include "loops.h"

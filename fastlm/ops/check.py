@@ -8,19 +8,14 @@ import numpy as np
 
 from fastlm.backend import Array
 
+_FLOAT32 = np.dtype(np.float32)
 
-def array(op: str, name: str, x: Any, dtype: Any = np.float32, ndim: int | None = None, at_least: int = 0) -> Array:
+
+def array(op: str, name: str, x: Any, dtype: Any = _FLOAT32, ndim: int | None = None, at_least: int = 0) -> Array:
     """x as a C-contiguous array of `dtype`, or a TypeError / ValueError that names it. Nothing is cast."""
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
-    if x.dtype != dtype:
-        raise TypeError(
-            f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."
-        )
+    x = any_array(op, name, x, dtype, at_least)
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {x.shape}.")
-    if x.ndim < at_least:
-        raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
 
@@ -28,13 +23,29 @@ def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) 
     """x as it is, with any strides and, where `dtype` is None, any dtype."""
     if not isinstance(x, np.ndarray):
         raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
-    if dtype is not None and x.dtype != dtype:
+    if dtype is not None and x.dtype is not dtype and x.dtype != dtype:  # identity first: it is the usual case, and cheaper
         raise TypeError(
             f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."
         )
     if x.ndim < at_least:
         raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
     return x
+
+
+def weight(op: str, name: str, w: Any, x: Array) -> Array:
+    """w as a C-contiguous float32 array of the shape (C,), the last axis of x."""
+    w = array(op, name, w)
+    if w.shape != x.shape[-1:]:
+        shape(op, name, w, "(C,)", x.shape[-1:], f"x is {x.shape}.")
+    return w
+
+
+def choice(op: str, name: str, x: Any, known: dict[str, int]) -> int:
+    """The number of a name, or a ValueError that lists the known ones."""
+    try:
+        return known[x]
+    except (KeyError, TypeError):
+        raise ValueError(f"[{op}] {name} must be one of {', '.join(map(repr, known))}, got {x!r}.") from None
 
 
 def shape(op: str, name: str, x: Array, symbols: str, expected: tuple[int, ...], note: str = "") -> None:

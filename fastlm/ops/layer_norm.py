@@ -1,14 +1,16 @@
-"""Layer normalization. Ba et al. 2016, arXiv:1607.06450."""
+"""Layer normalization, alone and fused with a residual addition. Ba et al. 2016, arXiv:1607.06450."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+from fastlm.tensor import accumulator, data, record, record_many, recording, wrap
 
 
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
@@ -18,36 +20,56 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     Raises TypeError for a dtype, ValueError for a shape.
     """
     xd = check.array("layer_norm", "x", data(x), at_least=1)
-    C = xd.shape[-1]
-    wd = check.array("layer_norm", "weight", data(weight))
-    check.shape("layer_norm", "weight", wd, "(C,)", (C,), f"x is {xd.shape}.")
-    bd = None
-    if bias is not None:
-        bd = check.array("layer_norm", "bias", data(bias))
-        check.shape("layer_norm", "bias", bd, "(C,)", (C,), f"x is {xd.shape}.")
+    wd = check.weight("layer_norm", "weight", data(weight), xd)
+    bd = None if bias is None else check.weight("layer_norm", "bias", data(bias), xd)
     eps = check.number("layer_norm", "eps", eps, low=0.0)
-
     y = backend.empty(xd.shape)
-    mean, rstd = backend.empty(xd.shape[:-1]), backend.empty(xd.shape[:-1])
-    _C.layer_norm_forward(y, mean, rstd, xd, wd, bd, eps)
     if not recording(x, weight, bias):
+        _C.layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
         return wrap(y, x, weight, bias)
-
-    def backward(dy: Array) -> Sequence[Array | None]:
-        dx = backend.empty(xd.shape)
-        dweight = _buffer(weight)
-        dbias = _buffer(bias)
-        pieces = -(-(xd.size // max(C, 1)) // _C.layer_norm_rows)
-        partial = backend.empty((pieces, 2, C) if dweight is not None or dbias is not None else (0,))
-        _C.layer_norm_backward(dx, dweight, dbias, partial, dy, xd, wd, mean, rstd)
-        return dx, None if leaf(weight) else dweight, None if leaf(bias) else dbias
-
-    return record(y, (x, weight, bias), backward)
+    stats = backend.empty((*xd.shape[:-1], 3))
+    _C.layer_norm_forward(y, None, stats, xd, None, wd, bd, eps)
+    return record(y, (x, weight, bias), lambda dy: _backward(dy, None, xd, weight, bias, wd, stats))
 
 
-def _buffer(parameter: Any) -> Array | None:
-    """Where the kernel adds this parameter's gradient: its own buffer if it is a leaf, a fresh one if it was computed."""
-    target = leaf(parameter)
-    if target is not None:
-        return target.grad_buffer()
-    return backend.zeros(parameter.shape) if needs_grad(parameter) else None
+def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> tuple[Any, Any]:
+    """(layer_norm(x + residual, weight, bias, eps), x + residual): the sum is written once and never read again.
+
+    x, residual: (..., C) float32. weight, bias: (C,) float32, bias may be None. Returns two (..., C) float32: Tensors where an input
+    is one. Raises TypeError for a dtype, ValueError for a shape.
+    """
+    xd = check.array("add_layer_norm", "x", data(x), at_least=1)
+    rd = check.array("add_layer_norm", "residual", data(residual))
+    check.shape("add_layer_norm", "residual", rd, "the shape of x", xd.shape)
+    wd = check.weight("add_layer_norm", "weight", data(weight), xd)
+    bd = None if bias is None else check.weight("add_layer_norm", "bias", data(bias), xd)
+    eps = check.number("add_layer_norm", "eps", eps, low=0.0)
+    y, total = backend.empty(xd.shape), backend.empty(xd.shape)
+    if not recording(x, residual, weight, bias):
+        _C.layer_norm_forward(y, total, None, xd, rd, wd, bd, eps)
+        return wrap(y, x, residual, weight, bias), wrap(total, x, residual, weight, bias)
+    stats = backend.empty((*xd.shape[:-1], 3))
+    _C.layer_norm_forward(y, total, stats, xd, rd, wd, bd, eps)
+
+    def backward(dy: Array | None, dtotal: Array | None) -> Sequence[Array | None]:
+        if dy is None:
+            return dtotal, dtotal, None, None
+        dx, dweight, dbias = _backward(dy, dtotal, total, weight, bias, wd, stats)
+        return dx, dx, dweight, dbias
+
+    normed, summed = record_many((y, total), (x, residual, weight, bias), backward)
+    return normed, summed
+
+
+def _backward(
+    dy: Array, dtotal: Array | None, xd: Array, weight: Any, bias: Any, wd: Array, stats: Array
+) -> tuple[Array, Array | None, Array | None]:
+    dx = backend.empty(xd.shape)
+    weight_target, dweight = accumulator(weight)
+    bias_target, dbias = accumulator(bias)
+    partial = None
+    if weight_target is not None or bias_target is not None:
+        partial = backend.empty((-(-stats.size // 3 // _C.layer_norm_rows), 2, xd.shape[-1]))
+    dtotal = None if dtotal is None else np.ascontiguousarray(dtotal)
+    _C.layer_norm_backward(dx, weight_target, bias_target, partial, np.ascontiguousarray(dy), dtotal, xd, wd, stats)
+    return dx, dweight, dbias

@@ -6,7 +6,7 @@ time are fused into the kernels around them (`linear` adds bias and residual, `a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from fastlm import backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.tensor import data, needs_grad, record, recording, wrap
+from fastlm.tensor import data, needs_grad, record, record_many, recording, wrap
 
 
 def reshape(x: Any, shape: Sequence[int]) -> Any:
@@ -48,32 +48,50 @@ def split(x: Any, sizes: Sequence[int]) -> tuple[Any, ...]:
     if not recording(x):
         return tuple(wrap(part, x) for part in parts)
 
-    # `whole` stands between x and the parts. The first part that the backward pass reaches makes the array that is its gradient;
-    # the others write into it. Parts that had no gradient are zeros.
-    buffer: list[Array] = []
-    written: set[int] = set()
+    return record_many(parts, (x,), lambda *dys: (_joined(dys, spans, xd.shape),))
 
-    def whole_backward(dy: Array) -> Sequence[Array]:
-        for i, span in enumerate(spans):
-            if i not in written:
-                dy[..., span] = 0
-        buffer.clear()
-        return (dy,)
 
-    whole = record(xd, (x,), whole_backward)
+def _joined(dys: Sequence[Array | None], spans: Sequence[slice], shape: tuple[int, ...]) -> Array:
+    """The parts' gradients in one array: the one that they are views of (see `gradients_like`), else a new one; zeros for None."""
+    base = dys[0].base if dys[0] is not None else None
+    if isinstance(base, np.ndarray) and base.shape == shape and base.flags.c_contiguous:
+        views = [base[..., span] for span in spans]
+        if all(dy is not None and _same_place(dy, view) for dy, view in zip(dys, views, strict=True)):
+            return base
+    joined = backend.empty(shape)
+    for dy, span in zip(dys, spans, strict=True):
+        joined[..., span] = 0 if dy is None else dy
+    return joined
 
-    def part_backward(i: int) -> Callable[[Array], Sequence[Array | None]]:
-        def backward(dy: Array) -> Sequence[Array | None]:
-            first = not buffer
-            if first:
-                buffer.append(backend.empty(xd.shape))
-            buffer[0][..., spans[i]] = dy
-            written.add(i)
-            return (buffer[0] if first else None,)
 
-        return backward
+def _same_place(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and a.strides == b.strides and a.__array_interface__["data"] == b.__array_interface__["data"]
 
-    return tuple(record(part, (whole,), part_backward(i)) for i, part in enumerate(parts))
+
+def gradients_like(*parts: Array) -> tuple[Array, ...]:
+    """Uninitialised arrays for the gradients of `parts`, float32 of the same shapes.
+
+    Where the parts are what `split` made of one array, in that order and all of them, these are views of one new array, which the
+    backward pass of `split` then passes on as it is. Otherwise they are separate C-contiguous arrays.
+    """
+    width = sum(part.shape[-1] for part in parts)
+    address = parts[0].__array_interface__["data"][0]
+    for part in parts:
+        lead = part.shape[:-1]
+        expected, size = [], 4 * width
+        for n in reversed(lead):
+            expected.append(size)
+            size *= n
+        if (
+            lead != parts[0].shape[:-1]
+            or part.strides != (*reversed(expected), 4)
+            or part.__array_interface__["data"][0] != address
+        ):
+            return tuple(backend.empty(p.shape) for p in parts)
+        address += 4 * part.shape[-1]
+    whole = backend.empty((*parts[0].shape[:-1], width))
+    ends = [sum(part.shape[-1] for part in parts[: i + 1]) for i in range(len(parts))]
+    return tuple(whole[..., end - part.shape[-1] : end] for part, end in zip(parts, ends, strict=True))
 
 
 def add(x: Any, y: Any) -> Any:

@@ -1,5 +1,7 @@
 #include "layer_norm.h"
 
+#include <cstring>
+
 #include "csrc/runtime/parallel.h"
 #include "csrc/simd/simd.h"
 
@@ -9,34 +11,46 @@ namespace {
 
 void forward_row(const LayerNormForward& p, int64_t r) {
     const float* x = p.x + r * p.C;
-    float* y = p.y + r * p.C;
-    // Two passes: the row is in cache, and sum(x^2) - mean^2 would cancel.
-    vf sum = zero();
-    for (int64_t c = 0; c < p.C; c += W) sum = sum + load_n(x + c, p.C - c);
-    const float mean = reduce_add(sum) / float(p.C);
+    vf sums[4] = {zero(), zero(), zero(), zero()};
+    if (p.residual) {
+        const float* residual = p.residual + r * p.C;
+        float* total = p.total + r * p.C;
+        each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+            const vf a = v.load(x + c) + v.load(residual + c);
+            v.store(total + c, a);
+            sums[u] = sums[u] + a;
+        });
+        x = total;
+    } else {
+        each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA { sums[u] = sums[u] + v.load(x + c); });
+    }
+    const float mean = reduce_add_4(sums) / float(p.C);
+    // The row is in cache now, and sum(x^2) - mean^2 would cancel. `mean` is rounded, by half an ulp or more: `rest` is what it
+    // lacks.
     const vf m = set(mean);
-    vf squares = zero();
-    int64_t c = 0;
-    for (; c + W <= p.C; c += W) {
-        const vf d = load(x + c) - m;
-        squares = fma(d, d, squares);
+    vf rests[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
+    each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+        const vf d = v.keep(v.load(x + c) - m);
+        rests[u] = rests[u] + d;
+        squares[u] = fma(d, d, squares[u]);
+    });
+    const float rest = reduce_add_4(rests) / float(p.C);
+    const float variance = reduce_add_4(squares) / float(p.C) - rest * rest;
+    const float rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + p.eps), shift = -rest * rstd;
+    if (p.stats) {
+        p.stats[3 * r] = mean;
+        p.stats[3 * r + 1] = shift;
+        p.stats[3 * r + 2] = rstd;
     }
-    if (c < p.C) {
-        float tail[W] = {};
-        store(tail, load_n(x + c, p.C - c) - m);
-        const vf d = load_n(tail, p.C - c);  // the lanes past the end hold -mean: drop them
-        squares = fma(d, d, squares);
-    }
-    const float rstd = 1.0f / std::sqrt(reduce_add(squares) / float(p.C) + p.eps);
-    p.mean[r] = mean;
-    p.rstd[r] = rstd;
-    const vf scale = set(rstd);
-    for (c = 0; c < p.C; c += W) {
-        const int64_t n = p.C - c;
-        const vf normal = (load_n(x + c, n) - m) * scale;
-        const vf shift = p.bias ? load_n(p.bias + c, n) : zero();
-        store_n(y + c, fma(normal, load_n(p.weight + c, n), shift), n);
-    }
+    const vf scale = set(rstd), s = set(shift);
+    float* y = p.y + r * p.C;
+    if (p.bias)
+        each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+            v.store(y + c, fma(fma(v.load(x + c) - m, scale, s), v.load(p.weight + c), v.load(p.bias + c)));
+        });
+    else
+        each_vector(
+            p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(y + c, fma(v.load(x + c) - m, scale, s) * v.load(p.weight + c)); });
 }
 
 void forward(const LayerNormForward& p) {
@@ -45,26 +59,40 @@ void forward(const LayerNormForward& p) {
     });
 }
 
-void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
-    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C;
-    const vf m = set(p.mean[r]), scale = set(p.rstd[r]);
-    vf sum_g = zero(), sum_gn = zero();
-    for (int64_t c = 0; c < p.C; c += W) {
-        const int64_t n = p.C - c;
-        const vf d = load_n(dy + c, n), normal = (load_n(x + c, n) - m) * scale, g = d * load_n(p.weight + c, n);
-        sum_g = sum_g + g;
-        sum_gn = fma(g, normal, sum_gn);
-        if (dweight) {
-            store_n(dweight + c, fma(d, normal, load_n(dweight + c, n)), n);
-            store_n(dbias + c, d + load_n(dbias + c, n), n);
-        }
+// N rows at once: the partial sums of dweight and dbias are read and written once for all of them.
+template <int N> FASTLM_INLINE void backward_rows(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
+    vf mean[N], shift[N], scale[N], sum_g[N], sum_gn[N];
+    for (int i = 0; i < N; ++i) {
+        const float* stats = p.stats + 3 * (r + i);
+        mean[i] = set(stats[0]), shift[i] = set(stats[1]), scale[i] = set(stats[2]);
+        sum_g[i] = zero(), sum_gn[i] = zero();
     }
-    const vf mean_g = set(reduce_add(sum_g) / float(p.C)), mean_gn = set(reduce_add(sum_gn) / float(p.C));
-    float* dx = p.dx + r * p.C;
-    for (int64_t c = 0; c < p.C; c += W) {
-        const int64_t n = p.C - c;
-        const vf g = load_n(dy + c, n) * load_n(p.weight + c, n), normal = (load_n(x + c, n) - m) * scale;
-        store_n(dx + c, scale * (g - fma(normal, mean_gn, mean_g)), n);
+    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C;
+    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+        const vf w = v.load(p.weight + c);
+        vf dw = dweight ? v.load(dweight + c) : zero(), db = dweight ? v.load(dbias + c) : zero();
+        for (int i = 0; i < N; ++i) {
+            const vf d = v.load(dy + i * p.C + c), normal = fma(v.load(x + i * p.C + c) - mean[i], scale[i], shift[i]), g = d * w;
+            sum_g[i] = sum_g[i] + g;
+            sum_gn[i] = fma(g, normal, sum_gn[i]);
+            dw = fma(d, normal, dw);
+            db = db + d;
+        }
+        if (dweight) {
+            v.store(dweight + c, dw);
+            v.store(dbias + c, db);
+        }
+    });
+    for (int i = 0; i < N; ++i) {
+        const vf mean_g = set(reduce_add(sum_g[i]) / float(p.C)), mean_gn = set(reduce_add(sum_gn[i]) / float(p.C));
+        const int64_t at = (r + i) * p.C;
+        each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+            const vf g = v.load(p.dy + at + c) * v.load(p.weight + c);
+            const vf normal = fma(v.load(p.x + at + c) - mean[i], scale[i], shift[i]);
+            vf d = scale[i] * (g - fma(normal, mean_gn, mean_g));
+            if (p.dtotal) d = d + v.load(p.dtotal + at + c);
+            v.store(p.dx + at + c, d);
+        });
     }
 }
 
@@ -73,23 +101,24 @@ void backward(const LayerNormBackward& p) {
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = parameters ? p.partial + begin / kLayerNormRows * 2 * p.C : nullptr;
         float* dbias = parameters ? dweight + p.C : nullptr;
-        if (parameters)
-            for (int64_t c = 0; c < 2 * p.C; ++c) dweight[c] = 0.0f;
-        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias);
+        if (parameters) std::memset(dweight, 0, size_t(2 * p.C) * sizeof(float));
+        int64_t r = begin;
+        for (; r + 2 <= end; r += 2) backward_rows<2>(p, r, dweight, dbias);
+        if (r < end) backward_rows<1>(p, r, dweight, dbias);
     });
     if (!parameters) return;
     const int64_t pieces = (p.R + kLayerNormRows - 1) / kLayerNormRows;
-    parallel_for(p.C, 256, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; c += W) {
-            const int64_t n = end - c;
+    parallel_for(p.C, 128, [&](int64_t begin, int64_t end) {
+        each_vector(end - begin, [&](int64_t offset, auto v) FASTLM_LAMBDA {
+            const int64_t c = begin + offset;
             vf sum_w = zero(), sum_b = zero();
             for (int64_t i = 0; i < pieces; ++i) {
-                sum_w = sum_w + load_n(p.partial + 2 * i * p.C + c, n);
-                sum_b = sum_b + load_n(p.partial + (2 * i + 1) * p.C + c, n);
+                sum_w = sum_w + v.load(p.partial + 2 * i * p.C + c);
+                sum_b = sum_b + v.load(p.partial + (2 * i + 1) * p.C + c);
             }
-            if (p.dweight) store_n(p.dweight + c, load_n(p.dweight + c, n) + sum_w, n);
-            if (p.dbias) store_n(p.dbias + c, load_n(p.dbias + c, n) + sum_b, n);
-        }
+            if (p.dweight) v.store(p.dweight + c, v.load(p.dweight + c) + sum_w);
+            if (p.dbias) v.store(p.dbias + c, v.load(p.dbias + c) + sum_b);
+        });
     });
 }
 

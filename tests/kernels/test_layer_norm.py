@@ -3,22 +3,33 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastlm import ops
+from fastlm import _C, ops
+from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
 CASES = pytest.mark.parametrize("case", cases("layer_norm"), ids=case_id)
 
 
+EMPTY = pytest.mark.filterwarnings("ignore:(Mean of empty|invalid value):RuntimeWarning")
+
+
+def call(x, weight, bias, eps, residual=None):
+    return ops.layer_norm(x, weight, bias, eps) if residual is None else ops.add_layer_norm(x, residual, weight, bias, eps)
+
+
+@EMPTY
 @CASES
 def test_forward(isa, case):
-    check_forward("layer_norm", ops.layer_norm, case)
+    check_forward("layer_norm", call, case)
 
 
+@EMPTY
 @CASES
 def test_backward(isa, case):
-    check_backward("layer_norm", ops.layer_norm, case)
+    check_backward("layer_norm", call, case)
 
 
+@EMPTY
 @CASES
 def test_oracle(case):
     check_oracle("layer_norm", case)
@@ -35,9 +46,78 @@ def test_not_finite(isa):
     np.testing.assert_array_equal(y[[0, 3]], clean[[0, 3]])
 
 
+@pytest.mark.parametrize("used", ["normed", "total"])
+def test_one_output_used(used):
+    """Either output alone gives gradients."""
+    rng = np.random.default_rng(1)
+    x, r = (Tensor(rng.standard_normal((3, 40)).astype(np.float32), requires_grad=True) for _ in range(2))
+    w, b = (Tensor(rng.standard_normal(40).astype(np.float32), requires_grad=True) for _ in range(2))
+    dy = rng.standard_normal((3, 40)).astype(np.float32)
+    normed, total = ops.add_layer_norm(x, r, w, b)
+    (normed if used == "normed" else total).backward(dy)
+    if used == "total":
+        np.testing.assert_array_equal(x.grad, dy)
+        np.testing.assert_array_equal(r.grad, dy)
+        assert w.grad is None
+        return
+    x2, w2, b2 = (Tensor(a, requires_grad=True) for a in (x.data + r.data, w.data, b.data))
+    ops.layer_norm(x2, w2, b2).backward(dy)
+    for got, want in ((x, x2), (r, x2), (w, w2), (b, b2)):
+        np.testing.assert_array_equal(got.grad, want.grad)
+
+
+def test_bits(isa, threads):
+    """The same bits on any number of threads, alone and in a batch, recorded or not."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((200, 129)).astype(np.float32)
+    w, b = (rng.standard_normal(129).astype(np.float32) for _ in range(2))
+    dy = rng.standard_normal(x.shape).astype(np.float32)
+    seen = []
+    for n in (1, 2, 5):
+        _C.set_num_threads(n)
+        xt, wt, bt = (Tensor(a, requires_grad=True) for a in (x, w, b))
+        y = ops.layer_norm(xt, wt, bt)
+        y.backward(dy)
+        seen.append((ops.layer_norm(x, w, b), y.data, xt.grad, wt.grad, bt.grad))
+    for other in seen[1:]:
+        for one, two in zip(seen[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(seen[0][0], seen[0][1])
+    np.testing.assert_array_equal(seen[0][0][77:78], ops.layer_norm(x[77:78], w, b))
+
+
+def test_constant_row(isa):
+    """A variance of zero, which rounding must not make negative: the output is the bias."""
+    for value in (0.0, 0.1, 100.1, -1e-20, 1e18):
+        x = np.full((2, 777), value, np.float32)
+        y = ops.layer_norm(x, np.ones(777, np.float32), np.full(777, 3, np.float32))
+        np.testing.assert_allclose(y, 3, atol=1e-3)
+
+
+@pytest.mark.parametrize("trainable", [(True, False, False), (False, True, False), (False, False, True)])
+def test_some_gradients(trainable):
+    """Each gradient alone is the same as with the others."""
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in ((5, 20), (20,), (20,))]
+    dy = rng.standard_normal((5, 20)).astype(np.float32)
+    full = [Tensor(a, requires_grad=True) for a in arrays]
+    ops.layer_norm(*full).backward(dy)
+    some = [Tensor(a, requires_grad=t) for a, t in zip(arrays, trainable, strict=True)]
+    ops.layer_norm(*some).backward(dy)
+    for f, s, t in zip(full, some, trainable, strict=True):
+        if t:
+            np.testing.assert_array_equal(s.grad, f.grad)
+        else:
+            assert s.grad is None
+
+
 def test_refuses():
     x = np.zeros((4, 128, 768), np.float32)
-    with pytest.raises(ValueError, match=r"\[layer_norm\] weight must be \(C,\) = \(768,\), got \(1024,\)\. x is \(4, 128, 768\)\."):
+    message = r"\[layer_norm\] weight must be \(C,\) = \(768,\), got \(1024,\)\. x is \(4, 128, 768\)\."
+    with pytest.raises(ValueError, match=message):
         ops.layer_norm(x, np.zeros(1024, np.float32))
-    with pytest.raises(TypeError, match=r"\[layer_norm\] x must be float32, got float64\. Convert it with x\.astype\('float32'\)\."):
+    message = r"\[layer_norm\] x must be float32, got float64\. Convert it with x\.astype\('float32'\)\."
+    with pytest.raises(TypeError, match=message):
         ops.layer_norm(x.astype(np.float64), np.zeros(768, np.float32))
+    with pytest.raises(ValueError, match=r"\[add_layer_norm\] residual must be the shape of x = \(4, 128, 768\), got \(128, 768\)"):
+        ops.add_layer_norm(x, x[0], np.zeros(768, np.float32))

@@ -1,0 +1,37 @@
+"""Activation functions. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; SiLU: section 2 there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.ops import check
+from fastlm.tensor import data, record, recording, wrap
+
+KINDS: dict[str, int] = _C.activation_kinds
+
+
+def activation(x: Any, kind: str) -> Any:
+    """act(x), elementwise.
+
+    kind: "gelu", x Phi(x) with the normal distribution function Phi (by erf); "gelu_tanh", its tanh approximation, that of GPT-2;
+    "silu", x / (1 + e^-x); "relu". x: any shape, float32. Returns the same shape, float32: a Tensor where x is one. The gradient
+    keeps nothing but x. Raises TypeError for a dtype, ValueError for an unknown kind.
+    """
+    xd = check.array("activation", "x", data(x))
+    number = check.choice("activation", "kind", kind, KINDS)
+    y = backend.empty(xd.shape)
+    _C.activation_forward(y, xd, number)
+    if not recording(x):
+        return wrap(y, x)
+
+    def backward(dy: Array) -> Sequence[Array]:
+        dx = backend.empty(xd.shape)
+        _C.activation_backward(dx, np.ascontiguousarray(dy), xd, number)
+        return (dx,)
+
+    return record(y, (x,), backward)
