@@ -1,0 +1,83 @@
+// W x W transpose in registers: lane i of r[j] becomes lane j of r[i].
+#pragma once
+
+#include "simd.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+#if defined(FASTLM_ISA_AVX512)
+
+FASTLM_INLINE void transpose(vf (&r)[W]) {
+    vf t[16];
+    // 4 x 4 blocks inside the 128-bit lanes: t[4 g + c] holds column c + 4 lane of rows 4 g .. 4 g + 3.
+#pragma GCC unroll 4
+    for (int g = 0; g < 16; g += 4) {
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[g], r[g + 1])),
+                      b = _mm512_castps_pd(_mm512_unpackhi_ps(r[g], r[g + 1]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[g + 2], r[g + 3])),
+                      d = _mm512_castps_pd(_mm512_unpackhi_ps(r[g + 2], r[g + 3]));
+        t[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        t[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        t[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        t[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    // A 4 x 4 transpose of the lanes themselves.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const vf a = _mm512_shuffle_f32x4(t[c], t[4 + c], 0x88), b = _mm512_shuffle_f32x4(t[c], t[4 + c], 0xDD);
+        const vf d = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0x88), e = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0xDD);
+        r[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(a, d, 0xDD);
+        r[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+        r[12 + c] = _mm512_shuffle_f32x4(b, e, 0xDD);
+    }
+}
+
+#elif defined(FASTLM_ISA_AVX2)
+
+FASTLM_INLINE void transpose(vf (&r)[W]) {
+    vf t[8];
+#pragma GCC unroll 2
+    for (int g = 0; g < 8; g += 4) {
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[g], r[g + 1])),
+                      b = _mm256_castps_pd(_mm256_unpackhi_ps(r[g], r[g + 1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r[g + 2], r[g + 3])),
+                      d = _mm256_castps_pd(_mm256_unpackhi_ps(r[g + 2], r[g + 3]));
+        t[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        t[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        t[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        t[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        r[c] = _mm256_permute2f128_ps(t[c], t[4 + c], 0x20);
+        r[4 + c] = _mm256_permute2f128_ps(t[c], t[4 + c], 0x31);
+    }
+}
+
+#elif defined(FASTLM_ISA_NEON)
+
+FASTLM_INLINE void transpose(vf (&r)[W]) {
+    const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+    r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+
+#else
+
+FASTLM_INLINE void transpose(vf (&r)[W]) {
+    vf t[W];
+    for (int i = 0; i < W; ++i)
+        for (int j = 0; j < W; ++j) t[i][j] = r[j][i];
+    for (int i = 0; i < W; ++i) r[i] = t[i];
+}
+
+#endif
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

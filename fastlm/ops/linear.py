@@ -1,0 +1,81 @@
+"""Linear layers with everything that follows in the same pass: bias, activation, residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.ops import check
+from fastlm.ops.matmul import product
+from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+
+ACTIVATIONS: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Any:
+    """act(x W^T + b) + residual.
+
+    x: (..., K) float32. weight: (N, K) float32, bfloat16 or a QuantizedArray; the latter two are frozen, they get no gradient.
+    bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
+    Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
+    """
+    xd = check.array("linear", "x", data(x), at_least=1)
+    K = xd.shape[-1]
+    wd = _weight(data(weight))
+    if len(wd.shape) != 2 or wd.shape[1] != K:
+        raise ValueError(f"[linear] weight must be (out, in) with in = {K}, got {tuple(wd.shape)}. x is {xd.shape}.")
+    N = int(wd.shape[0])
+    bd = rd = None
+    if bias is not None:
+        bd = check.array("linear", "bias", data(bias))
+        check.shape("linear", "bias", bd, "(out,)", (N,), f"weight is {tuple(wd.shape)}.")
+    shape = (*xd.shape[:-1], N)
+    if residual is not None:
+        rd = check.array("linear", "residual", data(residual))
+        check.shape("linear", "residual", rd, "(..., out)", shape, f"x is {xd.shape}, weight is {tuple(wd.shape)}.")
+    kind = ACTIVATIONS.get(activation, -1)
+    if kind < 0:
+        names = ", ".join(repr(a) for a in ACTIVATIONS)
+        raise ValueError(f"[linear] activation must be one of {names}, got {activation!r}.")
+
+    M = int(np.prod(shape[:-1], dtype=np.int64))
+    y = backend.empty(shape)
+    recorded = recording(x, weight, bias, residual)
+    z = backend.empty(shape) if recorded and kind else None
+    _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, False, kind)
+    if not recorded:
+        return wrap(y, x, weight, bias, residual)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dz = backend.empty(shape) if kind else dy
+        target = leaf(bias)
+        dbias = target.grad_buffer() if target else backend.zeros((N,)) if needs_grad(bias) else None
+        if kind or dbias is not None:
+            partial = backend.empty((-(-M // _C.linear_rows), N)) if dbias is not None else None
+            _C.linear_backward(dz if kind else None, dbias, partial, dy.reshape(M, N), z, kind)
+        dx = dw = None
+        if needs_grad(x):
+            dx = backend.empty(xd.shape)
+            product(dx, dz, wd, M, K, N)
+        if needs_grad(weight) and wd.dtype == np.float32:
+            owner = leaf(weight)
+            dw = owner.grad_buffer() if owner else backend.zeros((N, K))
+            product(dw, dz, xd, N, K, M, a_transposed=True, accumulate=True)
+            dw = None if owner else dw
+        return dx, dw, None if target else dbias, dy if needs_grad(residual) else None
+
+    return record(y, (x, weight, bias, residual), backward)
+
+
+def _weight(w: Any) -> Any:
+    if not isinstance(w, np.ndarray):
+        raise TypeError(f"[linear] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
+    if w.dtype != np.float32 and w.dtype != BFLOAT16:
+        raise TypeError(f"[linear] weight must be float32 or bfloat16, got {w.dtype}. Convert it with weight.astype('float32').")
+    return w if w.flags.c_contiguous else np.ascontiguousarray(w)

@@ -1,0 +1,67 @@
+"""Matrix products: `matmul`. The order of summation is part of the contract (CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.ops import check
+from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """a @ b. Every element is one chain of fused multiply-adds over k = 0 .. K-1 that starts from zero.
+
+    a: (..., M, K) float32. b: (K, N), or (..., K, N) with the leading axes of a. Returns (..., M, N) float32: a Tensor where an input
+    is one. Raises TypeError for a dtype, ValueError for a shape.
+    """
+    ad = check.array("matmul", "a", data(a), at_least=2)
+    bd = check.array("matmul", "b", data(b), at_least=2)
+    lead, (M, K), N = ad.shape[:-2], ad.shape[-2:], bd.shape[-1]
+    if bd.ndim == 2:
+        check.shape("matmul", "b", bd, "(K, N)", (K, N), f"a is {ad.shape}.")
+    else:
+        check.shape("matmul", "b", bd, "(..., K, N)", (*lead, K, N), f"a is {ad.shape}.")
+    shared = bd.ndim == 2
+    batch = 1 if shared else int(np.prod(lead, dtype=np.int64))
+    if shared:
+        M = ad.size // K if K else int(np.prod(ad.shape[:-1], dtype=np.int64))
+    c = backend.empty((*ad.shape[:-1], N))
+    product(c, ad, bd, M, N, K, batch=batch)
+    if not recording(a, b):
+        return wrap(c, a, b)
+
+    def backward(dc: Array) -> Sequence[Array | None]:
+        da = db = None
+        if needs_grad(a):
+            da = backend.empty(ad.shape)
+            product(da, dc, bd, M, K, N, batch=batch, b_transposed=True)
+        if needs_grad(b):
+            target = leaf(b)
+            total = target.grad_buffer() if target else backend.zeros(bd.shape)
+            product(total, ad, dc, K, N, M, batch=batch, a_transposed=True, accumulate=True)
+            db = None if target else total
+        return da, db
+
+    return record(c, (a, b), backward)
+
+
+def product(
+    c: Array,
+    a: Array,
+    b: Array,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    batch: int = 1,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    accumulate: bool = False,
+) -> None:
+    """c (batch, M, N) = or += a b on checked, contiguous arrays. `accumulate`: the chain goes on from c."""
+    _C.matmul(c, None, a, b, None, None, batch, M, N, K, M * K, K * N, a_transposed, b_transposed, accumulate, 0)

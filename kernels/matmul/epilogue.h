@@ -1,0 +1,89 @@
+// What a linear layer does after A B: activations and their derivatives on vectors, and the pass over a finished tile.
+#pragma once
+
+#include "matmul.h"
+
+#include "csrc/simd/simd.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// Hendrycks and Gimpel 2016, arXiv:1606.08415: gelu and its tanh form; silu there too. The derivatives follow by the product rule.
+template <Activation A> FASTLM_INLINE vf activate(vf x) {
+    if constexpr (A == Activation::gelu) return set(0.5f) * x * (set(1.0f) + erf(x * set(0.70710678f)));
+    if constexpr (A == Activation::gelu_tanh) {
+        const vf u = set(0.79788456f) * fma(x * x * x, set(0.044715f), x);
+        return set(0.5f) * x * (set(1.0f) + tanh(u));
+    }
+    if constexpr (A == Activation::silu) return x * sigmoid(x);
+    if constexpr (A == Activation::relu) return max(zero(), x);
+    return x;
+}
+
+template <Activation A> FASTLM_INLINE vf derivative(vf x) {
+    if constexpr (A == Activation::gelu) {
+        const vf density = set(0.39894228f) * exp(set(-0.5f) * x * x);
+        return fma(x, density, fma(set(0.5f), erf(x * set(0.70710678f)), set(0.5f)));
+    }
+    if constexpr (A == Activation::gelu_tanh) {
+        const vf square = x * x, u = set(0.79788456f) * fma(square * x, set(0.044715f), x);
+        const vf t = tanh(u), du = set(0.79788456f) * fma(square, set(0.134145f), set(1.0f));
+        const vf half = set(0.5f) * x * fnma(t, t, set(1.0f));
+        return fma(half, du, fma(set(0.5f), t, set(0.5f)));
+    }
+    if constexpr (A == Activation::silu) {
+        const vf s = sigmoid(x);
+        return s * fma(x, set(1.0f) - s, set(1.0f));
+    }
+    if constexpr (A == Activation::relu) return select(lt(zero(), x), set(1.0f), select(is_nan(x), x, zero()));
+    return set(1.0f);
+}
+
+// y = act(z) + residual over a tile that the multiplication has just left in L1. y and z may be the same.
+template <Activation A>
+void finish_tile(float* y, const float* z, const float* residual, int64_t ld, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        float* yi = y + i * ld;
+        const float* zi = z + i * ld;
+        const float* ri = residual ? residual + i * ld : nullptr;
+        int64_t n = 0;
+        for (; n + W <= columns; n += W) {
+            const vf v = activate<A>(load(zi + n));
+            store(yi + n, ri ? v + load(ri + n) : v);
+        }
+        if (n < columns) {
+            const int64_t left = columns - n;
+            const vf v = activate<A>(load_n(zi + n, left));
+            store_n(yi + n, ri ? v + load_n(ri + n, left) : v, left);
+        }
+    }
+}
+
+using FinishTile = void (*)(float*, const float*, const float*, int64_t, int64_t, int64_t);
+const FinishTile finish_tiles[] = {finish_tile<Activation::none>, finish_tile<Activation::gelu>, finish_tile<Activation::gelu_tanh>,
+                                   finish_tile<Activation::silu>, finish_tile<Activation::relu>};
+
+// Where the tiles of a product go: the sums, and after the last k what becomes of them.
+struct Target {
+    float* sum;  // (M, N): z where it is kept, else c
+    float* y;
+    const float *bias, *residual;
+    int64_t N;
+    Activation activation;
+    bool pass;  // whether a pass over the finished tile is needed
+
+    inline __attribute__((always_inline)) void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
+        if (!pass) return;
+        const int64_t at = row * N + column;
+        finish_tiles[int(activation)](y + at, sum + at, residual ? residual + at : nullptr, N, rows, columns);
+    }
+};
+
+FASTLM_INLINE Target make_target(float* c, float* z, const float* bias, const float* residual, int64_t N, Activation activation) {
+    return {z ? z : c, c, bias, residual, N, activation, z || residual || activation != Activation::none};
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

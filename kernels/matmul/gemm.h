@@ -1,0 +1,263 @@
+// The float32 product behind matmul and quantized_matmul: microkernel, packing of A, and the split into pieces.
+//
+// After Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication", with one difference: a piece of work owns
+// a group of columns for all rows, so that a panel of B is packed once, by the thread that uses it, into its own cache.
+#pragma once
+
+#include "csrc/runtime/parallel.h"
+#include "csrc/simd/simd.h"
+#include "csrc/simd/transpose.h"
+
+#include "epilogue.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// The register block: MR rows by NV vectors of accumulators, with NV vectors of B and one broadcast beside them.
+#if defined(FASTLM_ISA_AVX512)
+constexpr int MR = 14, NV = 2;
+#elif defined(FASTLM_ISA_AVX2)
+constexpr int MR = 6, NV = 2;
+#elif defined(FASTLM_ISA_NEON)
+constexpr int MR = 8, NV = 2;
+#else
+constexpr int MR = 4, NV = 2;
+#endif
+constexpr int64_t NR = NV * W;
+constexpr int64_t kDepth = 512;        // of a packed panel of B: 64 KB in L2 at most
+constexpr int64_t kPanels = 4;         // panels of B that a piece packs at once
+constexpr int64_t kRows = 2048;        // of A packed at once
+constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
+constexpr int64_t kAlone = 1 << 21;    // multiplications below which waking a thread costs more than it gives
+constexpr int64_t kFused = 4;          // rows up to which B goes from memory to the registers without being stored
+
+FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// sum (M, columns) = or += A panel (kc, M) times B panel (kc, NR). The loop over k is the chain: nothing may reorder it.
+template <int M>
+void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns, bool from_zero, const float* bias) {
+    vf acc[M][NV];
+    const bool whole = columns >= NR;
+    if (from_zero) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = zero();
+    } else if (whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = load(sum + i * ld + j * W);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
+    }
+    for (int64_t k = 0; k < kc; ++k) {
+        vf v[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const vf x = set(a[i]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = fma(x, v[j], acc[i][j]);
+        }
+        a += M;
+        b += NR;
+    }
+    if (bias) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            const vf v = whole ? load(bias + j * W) : j * W < columns ? load_n(bias + j * W, columns - j * W) : zero();
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][j] = acc[i][j] + v;
+        }
+    }
+    if (whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) store(sum + i * ld + j * W, acc[i][j]);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j)
+                if (j * W < columns) store_n(sum + i * ld + j * W, acc[i][j], columns - j * W);
+    }
+}
+
+using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+const Micro micros[MR + 1] = {
+    nullptr,  micro<1>,  micro<2>,  micro<3>,  micro<4>,
+#if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
+    micro<5>, micro<6>,
+#endif
+#if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
+    micro<7>, micro<8>,
+#endif
+#if defined(FASTLM_ISA_AVX512)
+    micro<9>, micro<10>, micro<11>, micro<12>, micro<13>, micro<14>,
+#endif
+};
+
+// M rows in panels of at most MR rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2.
+struct RowPanels {
+    int64_t count, size, longer;  // the first `longer` panels have size + 1 rows
+    explicit RowPanels(int64_t M) : count(ceil_div(M, MR)), size(count ? M / count : 0), longer(count ? M % count : 0) {}
+    int64_t begin(int64_t i) const { return i * size + least(i, longer); }
+    int64_t rows(int64_t i) const { return size + (i < longer ? 1 : 0); }
+};
+
+struct Product {
+    const float* a;
+    int64_t M, N, K;
+    bool a_transposed, accumulate;
+    Target target;
+};
+
+// One panel of A as (kc, rows). `out` ends where the next panel begins, which another thread may be writing.
+inline void pack_a_panel(float* out, const Product& p, int64_t row, int64_t rows, int64_t k0, int64_t kc) {
+    if (p.a_transposed) {
+        const float* a = p.a + k0 * p.M + row;
+        for (int64_t k = 0; k < kc; ++k, a += p.M, out += rows)
+            for (int64_t i = 0; i < rows; i += W) {
+                const vf v = load_n(a + i, rows - i);
+                if (rows <= W && k + W < kc) store(out, v);  // what runs over is overwritten by the next k
+                else store_n(out + i, v, rows - i);
+            }
+        return;
+    }
+    const float* a = p.a + row * p.K + k0;
+    for (int64_t k = 0; k < kc; k += W) {
+        const int64_t n = least(W, kc - k);
+        for (int64_t i = 0; i < rows; i += W) {
+            const int64_t m = least(W, rows - i);
+            vf r[W];
+#pragma GCC unroll 16
+            for (int j = 0; j < W; ++j)
+                r[j] = j < m ? (n == W ? load(a + (i + j) * p.K + k) : load_n(a + (i + j) * p.K + k, n)) : zero();
+            transpose(r);
+            float* to = out + k * rows + i;
+            if (m == W || (rows <= W && k + 2 * W <= kc)) {
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j)
+                    if (j < n) store(to + j * rows, r[j]);
+            } else {
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j)
+                    if (j < n) store_n(to + j * rows, r[j], m);
+            }
+        }
+    }
+}
+
+template <class F> FASTLM_INLINE void for_pieces(bool parallel, int64_t n, int64_t grain, const F& f) {
+    if (parallel) parallel_for(n, grain, f);
+    else if (n > 0) f(0, n);
+}
+
+// Floats of workspace for A (M, K).
+FASTLM_INLINE int64_t rows_at_once(int64_t M) { return M <= kRows ? M : ceil_div(M, ceil_div(M, kRows)); }
+FASTLM_INLINE int64_t depth_at_once(int64_t m, int64_t K) {
+    const int64_t most = kPackedA / (m < 1 ? 1 : m) / kDepth * kDepth;
+    return K <= most || most < kDepth ? K : most;
+}
+FASTLM_INLINE int64_t packed_a_size(int64_t M, int64_t K) {
+    const int64_t m = rows_at_once(M);
+    return m == 1 ? 0 : m * depth_at_once(m, K) + W;
+}
+constexpr int64_t kPackedB = kPanels * NR * kDepth;
+
+// The widest group of B panels that still makes six pieces a thread.
+FASTLM_INLINE int64_t group_size(int64_t panels, bool parallel) {
+    if (!parallel) return kPanels;
+    const int64_t size = panels / (6 * num_threads());
+    return size < 1 ? 1 : least(size, kPanels);
+}
+
+// `B` knows how to pack its panels, pack(out, k0, kc, column, columns), and to multiply a few rows without storing them,
+// fused<M>(a, K, column, columns, sum, ld, bias) with a as (K, M).
+template <class B, int M> void gemm_fused(const Product& p, const B& b, const float* a, bool parallel) {
+    for_pieces(parallel, p.N, 4 * NR, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n += NR) {
+            const int64_t columns = least(NR, end - n);
+            b.template fused<M>(a, p.K, n, columns, p.target.sum + n, p.N, p.target.bias ? p.target.bias + n : nullptr);
+            p.target.finish(0, n, M, columns);
+        }
+    });
+}
+
+template <class B> void gemm_block(const Product& p, const B& b, const float* a, float* packed_b, int64_t row0, int64_t m,
+                                   int64_t k0, int64_t kb, bool parallel) {
+    const RowPanels panels(m);
+    const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
+    // Too few columns for all threads: the rows are cut as well, and a panel of B is packed once for each cut.
+    const int64_t cuts = parallel && groups < 3 * num_threads() ? least(panels.count, ceil_div(4 * num_threads(), groups)) : 1;
+    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), W) * W;
+    for_pieces(parallel, groups * cuts, 1, [&](int64_t begin, int64_t end) {
+        float* packed = packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t n0 = piece / cuts * group * NR, n1 = least(p.N, n0 + group * NR), cut = piece % cuts;
+            const int64_t first = cut * panels.count / cuts, last = (cut + 1) * panels.count / cuts;
+            for (int64_t k = 0, block = 0; block < blocks; ++block, k += depth) {
+                const int64_t kc = least(depth, kb - k);
+                const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + k + kc == p.K;
+                b.pack(packed, k0 + k, kc, n0, n1 - n0);
+                for (int64_t i = first; i < last; ++i) {
+                    const int64_t row = panels.begin(i), rows = panels.rows(i);
+                    for (int64_t n = n0; n < n1; n += NR) {
+                        const int64_t c = least(NR, n1 - n);
+                        micros[rows](a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n,
+                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr);
+                        if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// packed_a: packed_a_size(M, K) floats. packed_b: kPackedB floats, or null for the scratch of each thread.
+template <class B> void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel) {
+    if (p.M == 0 || p.N == 0) return;
+    parallel = parallel && num_threads() > 1 && p.M * p.N * p.K >= kAlone;
+    const int64_t most = rows_at_once(p.M);
+    for (int64_t row = 0; row < p.M; row += most) {
+        const int64_t m = least(most, p.M - row), at_once = depth_at_once(most, p.K);
+        int64_t k0 = 0;
+        do {
+            const int64_t kb = least(at_once, p.K - k0);
+            const float* a = p.a + k0;
+            if (most > 1) {
+                const RowPanels panels(m);
+                const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
+                for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
+                    for (int64_t k = 0; k < kb; k += 128)  // so that a transposed A is read in lines that stay in L1
+                        for (int64_t i = begin; i < end; ++i) {
+                            const int64_t r = panels.begin(i), rows = panels.rows(i);
+                            pack_a_panel(packed_a + r * kb + k * rows, p, row + r, rows, k0 + k, least(128, kb - k));
+                        }
+                });
+                a = packed_a;
+            }
+            if (p.M <= kFused && !p.accumulate && kb == p.K && B::kFuses) {
+                if (p.M == 1) gemm_fused<B, 1>(p, b, a, parallel);
+                else if (p.M == 2) gemm_fused<B, 2>(p, b, a, parallel);
+                else if (p.M == 3) gemm_fused<B, 3>(p, b, a, parallel);
+                else gemm_fused<B, 4>(p, b, a, parallel);
+            } else {
+                gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
+            }
+            k0 += kb;
+        } while (k0 < p.K);
+    }
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

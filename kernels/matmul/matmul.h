@@ -1,0 +1,47 @@
+// C = A B with float32 accumulation, and what a linear layer adds to it: bias, activation, residual.
+//
+// Every element of C is one chain of fused multiply-adds over k = 0 .. K-1 that starts from zero (from C where `accumulate` is
+// set), at any blocking, thread count and batch. Bias, activation and residual come after, in this order.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+
+struct Matmul {
+    float* c;               // (batch, M, N)
+    float* z;               // (batch, M, N) or null: keeps A B + bias, what the activation's derivative needs
+    float* workspace;       // MatmulKernels::workspace bytes, 64-byte aligned
+    const float* a;         // (M, K), where a_transposed (K, M)
+    const void* b;          // (K, N), where b_transposed (N, K), which may be bfloat16
+    const float* bias;      // (N,) or null
+    const float* residual;  // (batch, M, N) or null
+    int64_t batch, M, N, K;
+    int64_t a_step, b_step;  // elements from one matrix of the batch to the next; 0 where it is shared
+    bool a_transposed, b_transposed, b_bfloat16;
+    bool accumulate;  // C += A B, the chain going on from C; without bias, activation, residual
+    Activation activation;
+};
+
+// Through bias and activation: dz = dy * act'(z), dbias = its column sums.
+struct LinearBackward {
+    float* dz;        // (M, N) or null where there is no activation  =
+    float* dbias;     // (N,)  += or null
+    float* partial;   // (ceil(M / kLinearRows), N) workspace, where dbias is asked for
+    const float* dy;  // (M, N)
+    const float* z;   // (M, N) or null where there is no activation
+    int64_t M, N;
+    Activation activation;
+};
+
+constexpr int64_t kLinearRows = 32;  // rows that one piece sums into one partial
+
+struct MatmulKernels {
+    int64_t (*workspace)(const Matmul&);
+    void (*matmul)(const Matmul&);
+    void (*linear_backward)(const LinearBackward&);
+};
+
+}  // namespace fastlm

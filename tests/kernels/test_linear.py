@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastlm import _C, ops
+from fastlm.kernels.linear import linear_ref as ref
+from fastlm.kernels.matmul.matmul_ref import bound
+from fastlm.tensor import Tensor
+from fastlm.testing import case_id, cases, check_oracle, rng, widen
+
+CASES = pytest.mark.parametrize("case", cases("linear"), ids=case_id)
+SLOPE = 1.13  # the largest |act'|: gelu's
+
+
+def assert_within(got: np.ndarray, exact: np.ndarray, naive: np.ndarray, bound: np.ndarray | float, what: str) -> None:
+    """Twice the error of naive NumPy, one ulp, and the norm-wise bound of a chain of multiply-adds (see `matmul_ref.bound`)."""
+    assert got.dtype == np.float32
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
+    error = np.abs(got - exact)
+    allowed = bound + 2 * np.max(np.abs(naive - exact), initial=0.0) + np.spacing(np.abs(exact).astype(np.float32))
+    assert np.all(error <= allowed), f"{what}: error is {np.max(error / allowed):.3g} times what is allowed"
+
+
+@CASES
+def test_forward(isa, case):
+    inputs = ref.inputs(case, rng(case))
+    chain = SLOPE * bound(inputs["x"], inputs["weight"].T)
+    got = ops.linear(**inputs)
+    assert_within(got, ref.forward(**widen(inputs)), ref.forward(**inputs), chain, case_id(case))
+
+
+@CASES
+def test_backward(isa, case):
+    generator = rng(case)
+    inputs = ref.inputs(case, generator)
+    frozen = case.get("weight") == "bfloat16"
+    tensors = {k: Tensor(v, requires_grad=not (frozen and k == "weight")) if isinstance(v, np.ndarray) else v for k, v in inputs.items()}
+    y = ops.linear(**tensors)
+    dy = generator.standard_normal(y.shape).astype(np.float32)
+    y.backward(dy)
+    exact, naive = ref.backward(dy.astype(np.float64), **widen(inputs)), ref.backward(dy, **inputs)
+    N, K = inputs["weight"].shape
+    rows, x = SLOPE * np.abs(dy).reshape(-1, N), inputs["x"].reshape(-1, K) if K else np.zeros((rows_of(inputs["x"]), 0), np.float32)
+    chains = {"x": bound(rows, inputs["weight"]).reshape(inputs["x"].shape), "weight": bound(rows.T, x), "residual": 0.0}
+    chains["bias"] = bound(rows.T, np.ones((len(rows), 1)))[:, 0]
+    for name in ("x", "bias", "residual") if frozen else exact:
+        if inputs[name] is not None:
+            assert_within(tensors[name].grad, exact[name], naive[name], chains[name], f"gradient of {name}")
+    if frozen:
+        assert tensors["weight"].grad is None
+
+
+def rows_of(x: np.ndarray) -> int:
+    return int(np.prod(x.shape[:-1]))
+
+
+@pytest.mark.parametrize("case", [c for c in cases("linear") if "weight" not in c], ids=case_id)
+def test_oracle(case):
+    if case.get("activation") == "relu":
+        pytest.skip("relu has a corner that a central difference may straddle")
+    check_oracle("linear", case)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu", "relu"])
+def test_row_alone_and_in_batch(isa, threads, activation):
+    """Bits depend neither on the batch nor on the threads, in the forward pass, nor on the threads in the backward pass."""
+    g = np.random.default_rng(0)
+    x, w, b, r = (g.standard_normal(s).astype(np.float32) for s in [(130, 600), (257, 600), (257,), (130, 257)])
+    dy = g.standard_normal((130, 257)).astype(np.float32)
+    whole = ops.linear(x, w, b, activation, r)
+    np.testing.assert_array_equal(ops.linear(x[64:65], w, b, activation, r[64:65]), whole[64:65])
+    grads = []
+    for n in (1, 2, 5):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(ops.linear(x[:65], w, b, activation, r[:65]), whole[:65])
+        leaves = [Tensor(v, requires_grad=True) for v in (x, w, b, r)]
+        y = ops.linear(leaves[0], leaves[1], leaves[2], activation, leaves[3])
+        np.testing.assert_array_equal(y.data, whole)
+        y.backward(dy)
+        grads.append([leaf.grad for leaf in leaves])
+    for got in grads[1:]:
+        for a, b in zip(got, grads[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 70])
+def test_bfloat16_is_its_float32_copy(isa, M):
+    g = np.random.default_rng(1)
+    x, w = g.standard_normal((M, 77), np.float32), g.standard_normal((51, 77), np.float32).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(ops.linear(x, w), ops.linear(x, w.astype(np.float32)))
+
+
+def test_frozen_weight_gives_gradient_to_x(isa):
+    g = np.random.default_rng(2)
+    x, w = Tensor(g.standard_normal((9, 77), np.float32), requires_grad=True), g.standard_normal((51, 77), np.float32)
+    frozen = w.astype(ml_dtypes.bfloat16)
+    dy = g.standard_normal((9, 51), np.float32)
+    ops.linear(x, frozen).backward(dy)
+    np.testing.assert_array_equal(x.grad, ops.matmul(dy, frozen.astype(np.float32)))
+
+
+def test_not_finite(isa):
+    x, w = np.ones((20, 33), np.float32), np.ones((40, 33), np.float32)
+    clean = ops.linear(x, w, activation="silu")
+    x[3, 5], x[17, 0] = np.inf, np.nan
+    for activation in (None, "gelu", "gelu_tanh", "silu", "relu"):
+        y = ops.linear(x, w, activation=activation)
+        assert np.isposinf(y[3]).all(), activation
+        assert np.isnan(y[17]).all(), activation
+    np.testing.assert_array_equal(ops.linear(x, w, activation="silu")[4:17], clean[4:17])
+
+
+def test_refuses():
+    x, w = np.zeros((4, 128, 768), np.float32), np.zeros((50, 768), np.float32)
+    with pytest.raises(ValueError, match=r"\[linear\] weight must be \(out, in\) with in = 768, got \(768, 50\)\. x is \(4, 128, 768\)\."):
+        ops.linear(x, w.T.copy())
+    with pytest.raises(ValueError, match=r"\[linear\] bias must be \(out,\) = \(50,\), got \(768,\)\."):
+        ops.linear(x, w, np.zeros(768, np.float32))
+    with pytest.raises(ValueError, match=r"\[linear\] residual must be \(\.\.\., out\) = \(4, 128, 50\), got \(4, 50\)\."):
+        ops.linear(x, w, residual=np.zeros((4, 50), np.float32))
+    with pytest.raises(ValueError, match=r"\[linear\] activation must be one of None, 'gelu', .*, got 'swish'"):
+        ops.linear(x, w, activation="swish")
+    with pytest.raises(TypeError, match=r"\[linear\] weight must be float32 or bfloat16, got float16"):
+        ops.linear(x, w.astype(np.float16))

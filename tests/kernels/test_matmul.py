@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastlm import _C, ops
+from fastlm.kernels.matmul import matmul_ref as ref
+from fastlm.tensor import Tensor
+from fastlm.testing import case_id, cases, check_oracle, rng, widen
+
+CASES = pytest.mark.parametrize("case", cases("matmul"), ids=case_id)
+
+
+def assert_within(got: np.ndarray, exact: np.ndarray, bound: np.ndarray | float, what: str) -> None:
+    """The norm-wise bound of a chain of multiply-adds (see `matmul_ref.bound`) plus one ulp."""
+    assert got.dtype == np.float32
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
+    error = np.abs(got - exact)
+    allowed = bound + np.spacing(np.abs(exact).astype(np.float32))
+    assert np.all(error <= allowed), f"{what}: error is {np.max(error / allowed):.3g} times what is allowed"
+
+
+@CASES
+def test_forward(isa, case):
+    inputs = ref.inputs(case, rng(case))
+    assert_within(ops.matmul(**inputs), ref.forward(**widen(inputs)), ref.bound(**inputs), case_id(case))
+
+
+@CASES
+def test_backward(isa, case):
+    generator = rng(case)
+    inputs = ref.inputs(case, generator)
+    a, b = (Tensor(inputs[k], requires_grad=True) for k in "ab")
+    y = ops.matmul(a, b)
+    dy = generator.standard_normal(y.shape).astype(np.float32)
+    y.backward(dy)
+    exact = ref.backward(dy.astype(np.float64), **widen(inputs))
+    swap = {k: np.swapaxes(v, -1, -2) for k, v in inputs.items()}
+    assert_within(a.grad, exact["a"], ref.bound(dy, swap["b"]), "gradient of a")
+    at, d = swap["a"], dy
+    if b.ndim == 2:
+        at, d = inputs["a"].reshape(-1, a.shape[-1]).T, dy.reshape(-1, dy.shape[-1])
+    assert_within(b.grad, exact["b"], ref.bound(at, d), "gradient of b")
+
+
+@CASES
+def test_oracle(case):
+    check_oracle("matmul", case)
+
+
+def chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The contract, word for word: one fused multiply-add after the other. The product of two float32 is exact in float64."""
+    c = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for k in range(a.shape[1]):
+        exact = a[:, k, None].astype(np.longdouble) * b[None, k].astype(np.longdouble) + c.astype(np.longdouble)
+        c = exact.astype(np.float32)
+    return c
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 60, reason="needs an extended type to write a fused multiply-add in NumPy")
+@pytest.mark.parametrize("shape", [(1, 40, 33), (3, 1100, 50), (40, 700, 65)])
+def test_is_one_chain(isa, shape):
+    if isa == "scalar":
+        pytest.skip("the portable rung has no fused multiply-add")
+    M, K, N = shape
+    g = np.random.default_rng(1)
+    a, b = g.standard_normal((M, K), np.float32), g.standard_normal((K, N), np.float32)
+    np.testing.assert_array_equal(ops.matmul(a, b), chain(a, b))
+
+
+@pytest.mark.parametrize("K", [1, 33, 768, 1030])
+def test_row_alone_and_in_batch(isa, threads, K):
+    """The same row, the same bits: for any number of rows, any number of threads, the weight as it lies or transposed."""
+    g = np.random.default_rng(2)
+    a, b = g.standard_normal((200, K), np.float32), g.standard_normal((K, 333), np.float32)
+    bt = np.ascontiguousarray(b.T)
+    whole = ops.matmul(a, b)
+    for M in (1, 2, 3, 4, 5, 14, 15, 64, 200):
+        for n in (1, 2, 3):
+            _C.set_num_threads(n)
+            np.testing.assert_array_equal(ops.matmul(a[:M], b), whole[:M])
+            np.testing.assert_array_equal(ops.linear(a[:M], bt), whole[:M])
+    np.testing.assert_array_equal(ops.matmul(a[100:110], b[:, 7:40]), whole[100:110, 7:40])
+
+
+def test_same_bits_on_every_instruction_set():
+    g = np.random.default_rng(3)
+    a, b = g.standard_normal((37, 600), np.float32), g.standard_normal((600, 77), np.float32)
+    before, results = _C.isa(), []
+    for name in _C.isas():
+        if name != "scalar":
+            _C.set_isa(name)
+            results.append(ops.matmul(a, b))
+    _C.set_isa(before)
+    for r in results[1:]:
+        np.testing.assert_array_equal(r, results[0])
+
+
+def test_gradient_goes_on_from_the_buffer(isa):
+    """Two halves of a batch, one after the other, give the gradient the bits of the whole batch."""
+    g = np.random.default_rng(4)
+    a, b = g.standard_normal((90, 31), np.float32), g.standard_normal((31, 45), np.float32)
+    dy = g.standard_normal((90, 45), np.float32)
+    whole, halves = Tensor(b, requires_grad=True), Tensor(b, requires_grad=True)
+    ops.matmul(a, whole).backward(dy)
+    for rows in (slice(0, 41), slice(41, 90)):
+        ops.matmul(a[rows], halves).backward(dy[rows])
+    np.testing.assert_array_equal(whole.grad, halves.grad)
+
+
+def test_blocks_larger_than_one(isa, monkeypatch):
+    """More rows and more depth than are packed at once."""
+    g = np.random.default_rng(5)
+    for M, K, N in [(2500, 20, 5), (2, 9000, 3), (600, 7300, 2)]:
+        a, b = g.standard_normal((M, K), np.float32), g.standard_normal((K, N), np.float32)
+        assert_within(ops.matmul(a, b), ref.forward(a.astype(np.float64), b), ref.bound(a, b), f"{M}, {K}, {N}")
+
+
+def test_not_finite(isa):
+    """inf and nan reach the elements that they belong to and no other."""
+    g = np.random.default_rng(6)
+    a, b = g.standard_normal((20, 33), np.float32), g.standard_normal((33, 40), np.float32)
+    clean = ops.matmul(a, b)
+    a[3, 5], a[17, 0] = np.inf, np.nan
+    y = ops.matmul(a, b)
+    assert np.isinf(y[3]).all()
+    assert np.isnan(y[17]).all()
+    others = np.delete(np.arange(20), [3, 17])
+    np.testing.assert_array_equal(y[others], clean[others])
+
+
+def test_refuses():
+    a = np.zeros((2, 3, 4), np.float32)
+
+    def refused(error: type[Exception], message: str, *args: Any) -> None:
+        with pytest.raises(error, match=message):
+            ops.matmul(*args)
+
+    refused(ValueError, r"\[matmul\] b must be \(K, N\) = \(4, 6\), got \(5, 6\)\. a is \(2, 3, 4\)\.", a, np.zeros((5, 6), np.float32))
+    refused(ValueError, r"\[matmul\] b must be \(\.\.\., K, N\) = \(2, 4, 6\), got \(3, 4, 6\)", a, np.zeros((3, 4, 6), np.float32))
+    refused(ValueError, r"\[matmul\] b must have at least 2 axes, got shape \(4,\)\.", a, np.zeros(4, np.float32))
+    refused(TypeError, r"\[matmul\] a must be float32, got float64", a.astype(np.float64), np.zeros((4, 6), np.float32))
