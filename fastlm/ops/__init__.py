@@ -6,6 +6,9 @@ from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
+from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear import linear
+from fastlm.ops.matmul import matmul
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.shape import add, reshape, scale, split
 
@@ -21,7 +24,9 @@ __all__ = [
     "gated",
     "global_norm",
     "layer_norm",
+    "linear",
     "log_softmax",
+    "matmul",
     "reshape",
     "rms_norm",
     "scale",

@@ -112,12 +112,12 @@ def backward(
 ) -> dict[str, np.ndarray]:
     """dy (..., N) -> gradients by argument name; a weight that is not float32 or float64 is frozen."""
     dz = dy * derivative(_sums(x, weight, bias), activation)
-    n, k = weight.shape
+    (n, k), rows = weight.shape, math.prod(x.shape[:-1])
     grads = {"x": dz @ weight.astype(x.dtype)}
     if weight.dtype.kind == "f":
-        grads["weight"] = dz.reshape(-1, n).T @ x.reshape(-1, k) if x.size or k == 0 else np.zeros_like(weight)
+        grads["weight"] = dz.reshape(rows, n).T @ x.reshape(rows, k)
     if bias is not None:
-        grads["bias"] = dz.reshape(-1, n).sum(axis=0)
+        grads["bias"] = dz.reshape(rows, n).sum(axis=0)
     if residual is not None:
         grads["residual"] = dy
     return grads

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,8 +28,8 @@ def assert_within(got: np.ndarray, exact: np.ndarray, naive: np.ndarray, bound: 
 @CASES
 def test_forward(isa, case):
     inputs = ref.inputs(case, rng(case))
-    chain = SLOPE * bound(inputs["x"], inputs["weight"].T)
     got = ops.linear(**inputs)
+    chain = SLOPE * bound(np.atleast_2d(inputs["x"]), inputs["weight"].T).reshape(got.shape)
     assert_within(got, ref.forward(**widen(inputs)), ref.forward(**inputs), chain, case_id(case))
 
 
@@ -36,13 +38,16 @@ def test_backward(isa, case):
     generator = rng(case)
     inputs = ref.inputs(case, generator)
     frozen = case.get("weight") == "bfloat16"
-    tensors = {k: Tensor(v, requires_grad=not (frozen and k == "weight")) if isinstance(v, np.ndarray) else v for k, v in inputs.items()}
+    tensors = {
+        k: Tensor(v, requires_grad=not (frozen and k == "weight")) if isinstance(v, np.ndarray) else v for k, v in inputs.items()
+    }
     y = ops.linear(**tensors)
     dy = generator.standard_normal(y.shape).astype(np.float32)
     y.backward(dy)
     exact, naive = ref.backward(dy.astype(np.float64), **widen(inputs)), ref.backward(dy, **inputs)
     N, K = inputs["weight"].shape
-    rows, x = SLOPE * np.abs(dy).reshape(-1, N), inputs["x"].reshape(-1, K) if K else np.zeros((rows_of(inputs["x"]), 0), np.float32)
+    R = math.prod(inputs["x"].shape[:-1])
+    rows, x = SLOPE * np.abs(dy).reshape(R, N), inputs["x"].reshape(R, K)
     chains = {"x": bound(rows, inputs["weight"]).reshape(inputs["x"].shape), "weight": bound(rows.T, x), "residual": 0.0}
     chains["bias"] = bound(rows.T, np.ones((len(rows), 1)))[:, 0]
     for name in ("x", "bias", "residual") if frozen else exact:
@@ -50,10 +55,6 @@ def test_backward(isa, case):
             assert_within(tensors[name].grad, exact[name], naive[name], chains[name], f"gradient of {name}")
     if frozen:
         assert tensors["weight"].grad is None
-
-
-def rows_of(x: np.ndarray) -> int:
-    return int(np.prod(x.shape[:-1]))
 
 
 @pytest.mark.parametrize("case", [c for c in cases("linear") if "weight" not in c], ids=case_id)
@@ -114,7 +115,9 @@ def test_not_finite(isa):
 
 def test_refuses():
     x, w = np.zeros((4, 128, 768), np.float32), np.zeros((50, 768), np.float32)
-    with pytest.raises(ValueError, match=r"\[linear\] weight must be \(out, in\) with in = 768, got \(768, 50\)\. x is \(4, 128, 768\)\."):
+    with pytest.raises(
+        ValueError, match=r"\[linear\] weight must be \(out, in\) with in = 768, got \(768, 50\)\. x is \(4, 128, 768\)\."
+    ):
         ops.linear(x, w.T.copy())
     with pytest.raises(ValueError, match=r"\[linear\] bias must be \(out,\) = \(50,\), got \(768,\)\."):
         ops.linear(x, w, np.zeros(768, np.float32))

@@ -41,7 +41,8 @@ def test_backward(isa, case):
     assert_within(a.grad, exact["a"], ref.bound(dy, swap["b"]), "gradient of a")
     at, d = swap["a"], dy
     if b.ndim == 2:
-        at, d = inputs["a"].reshape(-1, a.shape[-1]).T, dy.reshape(-1, dy.shape[-1])
+        rows = int(np.prod(a.shape[:-1]))
+        at, d = inputs["a"].reshape(rows, a.shape[-1]).T, dy.reshape(rows, dy.shape[-1])
     assert_within(b.grad, exact["b"], ref.bound(at, d), "gradient of b")
 
 
@@ -138,7 +139,9 @@ def test_refuses():
         with pytest.raises(error, match=message):
             ops.matmul(*args)
 
-    refused(ValueError, r"\[matmul\] b must be \(K, N\) = \(4, 6\), got \(5, 6\)\. a is \(2, 3, 4\)\.", a, np.zeros((5, 6), np.float32))
+    refused(
+        ValueError, r"\[matmul\] b must be \(K, N\) = \(4, 6\), got \(5, 6\)\. a is \(2, 3, 4\)\.", a, np.zeros((5, 6), np.float32)
+    )
     refused(ValueError, r"\[matmul\] b must be \(\.\.\., K, N\) = \(2, 4, 6\), got \(3, 4, 6\)", a, np.zeros((3, 4, 6), np.float32))
     refused(ValueError, r"\[matmul\] b must have at least 2 axes, got shape \(4,\)\.", a, np.zeros(4, np.float32))
     refused(TypeError, r"\[matmul\] a must be float32, got float64", a.astype(np.float64), np.zeros((4, 6), np.float32))
