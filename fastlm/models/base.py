@@ -61,7 +61,7 @@ class CausalLM(Module):
         if cache is not None:
             with no_grad():
                 return self._project(self._run(ids, cache))
-        return self._project(self._run(ids, None))
+        return self._project(self._run(ids, cache))
 
     def loss(self, ids: Any, targets: Any, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy of the next token, a scalar. ids and targets (B, T); the logits are never held as a whole."""
@@ -90,8 +90,9 @@ class CausalLM(Module):
     def _head_weight(self) -> Tensor:
         return self.token_embedding.weight if self.head is None else self.head.weight
 
-    def _project(self, x: Any) -> Any:
-        return ops.linear(x, self._head_weight())
+    def _project(self, x: Any) -> Tensor:
+        logits: Tensor = ops.linear(x, self._head_weight())
+        return logits
 
 
 def _ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:

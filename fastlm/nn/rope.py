@@ -90,7 +90,8 @@ class YarnScaling:
             high += 0.001
         kept = 1 - np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
         plain = plain_frequencies(base, dim)
-        return (plain / self.factor * (1 - kept) + plain * kept).astype(np.float32)
+        mixed: Array = plain / self.factor * (1 - kept) + plain * kept
+        return mixed.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Rope:
         if fixed and length <= len(self._cos):
             return self._cos, self._sin
         frequencies = self.scaling.frequencies(self.base, self.head_dim, length)
-        if length > len(self._cos) or not np.array_equal(frequencies, self._frequencies):
+        known = self._frequencies is not None and np.array_equal(frequencies, self._frequencies)
+        if length > len(self._cos) or not known:
             rows = max(length, 256, min(2 * len(self._cos), 1 << 17))
             angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
             magnitude = self.scaling.magnitude

@@ -1,0 +1,281 @@
+"""From a folder, a GGUF file or a Hugging Face id to a model and its tokenizer, and back to a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastlm.checkpoint import (
+    FormatError,
+    QuantizedArray,
+    read_gguf,
+    read_json,
+    read_safetensors,
+    sync_folder,
+    write_json,
+    write_safetensors,
+)
+from fastlm.models import ARCHITECTURES, module_of
+from fastlm.models.base import CausalLM, check_config
+from fastlm.models.convert import config_from_hf, config_to_hf, load_tensors, parameter_dtype, tensors_to_hf
+from fastlm.tokenizers import Tokenizer
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]  # never code, never pickles
+
+
+def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> tuple[CausalLM, Tokenizer | None]:
+    """The model and tokenizer of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
+
+    dtype None keeps bfloat16 and quantised matrices as they are and makes float16 float32; "float32" or "bfloat16" converts all.
+    The tokenizer is None where there is none. Raises FormatError (a ValueError) for a file that is corrupt or does not fit its own
+    configuration, FileNotFoundError where nothing is found.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return _load_folder(path, dtype)
+    if path.exists():
+        if path.suffix.lower() != ".gguf":
+            raise FormatError(
+                path, "expected a folder with config.json and *.safetensors, or a .gguf file; other files are not loaded"
+            )
+        return _load_gguf(path, dtype)
+    if isinstance(path_or_id, str) and _ID.fullmatch(path_or_id) and path.suffix.lower() != ".gguf":
+        return _load_folder(download(path_or_id), dtype)
+    raise FileNotFoundError(f"[load] no such folder or file: {path}")
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub: from the local cache, else fetched into it. Only JSON and safetensors."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS, local_files_only=True))
+        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            return folder
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"[load] {name!r} is no local folder or file, and the Hugging Face hub did not give it: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}. Check the name and the network, or give a folder."
+        ) from None
+
+
+def _load_folder(folder: Path, dtype: str | None) -> tuple[CausalLM, Tokenizer | None]:
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        found = sorted(folder.glob("*.gguf"))
+        if len(found) == 1:
+            return _load_gguf(found[0], dtype)
+        raise FileNotFoundError(
+            f"[load] {folder} has no config.json" + (f", and {len(found)} .gguf files: name one" if found else "")
+        )
+    raw = read_json(config_path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise FormatError(config_path, f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r:.60}")
+    module = ARCHITECTURES[kind]
+    tensors = dict(read_safetensors(folder))
+    try:
+        model = _declare(module, config_from_hf(module, raw), len(tensors))
+        _add_prefix(module, tensors)
+        load_tensors(model, tensors, module.HF_NAMES, module.HF_TRANSPOSED, module.HF_IGNORED_TENSORS, dtype)
+    except (ValueError, TypeError) as error:
+        raise FormatError(config_path, str(error)) from None
+    return model, _folder_tokenizer(folder)
+
+
+def _declare(module: ModuleType, config: Any, count: int) -> CausalLM:
+    """The declared model, unless the config asks for more layers than the file has tensors: a hostile one would take all memory."""
+    if check_config(config).n_layer > count:
+        raise ValueError(f"the configuration has {config.n_layer} layers, the file only {count} tensors")
+    model: CausalLM = module.Model(config)
+    return model
+
+
+def _add_prefix(module: ModuleType, tensors: dict[str, Any]) -> None:
+    """Files of the bare model leave out the prefix: `h.0...` for `transformer.h.0...`."""
+    if any(name.startswith(module.HF_PREFIX) for name in tensors):
+        return
+    for name in list(tensors):
+        if not name.startswith("lm_head."):
+            tensors[module.HF_PREFIX + name] = tensors.pop(name)
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer | None:
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        return None
+    return Tokenizer.from_folder(folder)
+
+
+# GGUF
+
+
+_GGUF_IGNORED = frozenset(
+    [
+        "rope.dimension_count",
+        "attention.value_length",
+        "tensor_data_layout",
+        "expert_count",
+        "expert_used_count",
+    ]
+)
+
+
+def _load_gguf(path: Path, dtype: str | None) -> tuple[CausalLM, Tokenizer | None]:
+    metadata, tensors = read_gguf(path)
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise FormatError(path, f"general.architecture must be one of {', '.join(ARCHITECTURES)}, got {arch!r:.60}")
+    module = ARCHITECTURES[arch]
+    tensors = dict(tensors)
+    try:
+        config = config_from_gguf(module, arch, metadata, tensors)
+        model = _declare(module, config, len(tensors))
+        tensors.pop("rope_freqs.weight", None)
+        if arch == "llama":
+            _unpermute(tensors, config)
+        load_tensors(model, tensors, module.GGUF_NAMES, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise FormatError(path, str(error)) from None
+    return model, Tokenizer.from_gguf(metadata) if "tokenizer.ggml.tokens" in metadata else None
+
+
+def config_from_gguf(module: ModuleType, arch: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    """The model's Config from a GGUF file's metadata. ValueError names every key that is missing or not supported."""
+    keys = {k.removeprefix(arch + "."): v for k, v in metadata.items() if k.startswith(arch + ".")}
+    values: dict[str, Any] = {ours: _plain(keys[theirs]) for theirs, ours in module.GGUF_CONFIG.items() if theirs in keys}
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        values["vocab_size"] = int(embedding.shape[0])  # the key may be missing, or count without the padding
+    values["tied"] = "output.weight" not in tensors
+    scaling = {k: keys.pop(k) for k in list(keys) if k.startswith("rope.scal")}
+    wrong = [
+        f"unknown key {arch}.{k} = {v!s:.60}" for k, v in keys.items() if k not in module.GGUF_CONFIG and k not in _GGUF_IGNORED
+    ]
+    if keys.get("expert_count", 0):
+        wrong.append(f"{arch}.expert_count must be 0, got {keys['expert_count']}")
+    required = {"context", "d_model", "n_layer", "n_head", "d_ff", "eps"}
+    wrong += [f"missing key {arch}.{k}" for k, ours in module.GGUF_CONFIG.items() if ours in required and ours not in values]
+    if wrong:
+        raise ValueError("metadata: " + "; ".join(wrong))
+    if arch == "llama":
+        values.setdefault("n_kv_head", values["n_head"])
+        if "head_dim" not in values and type(values["n_head"]) is int and values["n_head"] > 0:
+            values["head_dim"] = values["d_model"] // values["n_head"]
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if _plain(keys.get(key, values["head_dim"])) != values["head_dim"]:
+                raise ValueError(f"metadata: {arch}.{key} must be the head size {values['head_dim']}, got {keys[key]}")
+        values["rope_scaling"] = _gguf_scaling(scaling, tensors)
+        values["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        values["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    return module.Config(**values)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python has it; an array of one number repeated (a value for each layer) as that number."""
+    if isinstance(value, np.ndarray) and value.size and np.all(value == value.flat[0]):
+        value = value.flat[0]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _gguf_scaling(keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    factors = tensors.get("rope_freqs.weight")
+    if isinstance(factors, np.ndarray):
+        return {"rope_type": "factors", "factors": tuple(float(f) for f in factors.reshape(-1))}
+    kind = keys.get("rope.scaling.type", "linear" if "rope.scale_linear" in keys else "none")
+    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn" and "rope.scaling.original_context_length" in keys:
+        scaling["original_max_position_embeddings"] = int(keys["rope.scaling.original_context_length"])
+    return scaling
+
+
+def _unpermute(tensors: dict[str, Any], config: Any) -> None:
+    """Puts the rows of Q and K back from the interleaved order of GGUF's llama files into the half-split one of our RoPE.
+
+    So there is one order in memory, and such a model can be saved as a Hugging Face folder as it is. A row is whole quantised
+    blocks, so quantised weights are permuted without decoding; only Q and K are copied out of the mapped file.
+    """
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+        if match is None:
+            continue
+        heads = config.n_head if match[1] == "q" else config.n_kv_head
+        if heads < 1 or tensor.shape[0] % (2 * heads):
+            continue  # misshapen: load_tensors says so
+        order = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        if isinstance(tensor, QuantizedArray):
+            tensors[name] = QuantizedArray(tensor.kind, tensor.shape, tensor.blocks[order])
+        else:
+            tensors[name] = tensor[order]
+
+
+# Saving
+
+
+def save(model: CausalLM, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> None:
+    """Writes a Hugging Face folder, which transformers loads: config.json, model.safetensors and the tokenizer's files.
+
+    Atomic: the folder is written beside its place and renamed, so a reader sees the old one or the new one. A folder that is there
+    already is replaced if it holds a model or nothing, else ValueError. Weights keep their dtype (quantised ones become float32).
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"[save] {target} is a file: give a folder.")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise ValueError(f"[save] {target} holds something other than a model: give another folder, or empty this one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write_files(model, tokenizer, staging)
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_files(model: CausalLM, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """What `save` writes, into a folder that is there."""
+    module = module_of(model)
+    raw = config_to_hf(module, model.config) | {"torch_dtype": parameter_dtype(model.named_parameters())}
+    if tokenizer is not None:
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        raw |= {k: v for k, v in ends.items() if v is not None}
+        tokenizer.save(folder)
+        if tokenizer.end_ids:
+            write_json(
+                folder / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+            )
+    write_json(folder / "config.json", raw)
+    write_safetensors(folder, tensors_to_hf(module, model))
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Renames a finished folder into place after everything in it has reached the disk."""
+    staging.chmod(0o755)  # mkdtemp makes it private
+    for path in staging.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(staging)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.replace(target, old / "replaced")
+        os.replace(staging, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(staging, target)
+    sync_folder(target.parent)

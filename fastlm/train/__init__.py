@@ -1,0 +1,24 @@
+"""Training. `fastlm.train(...)` is the generator; the package holds its parts."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from fastlm.train.checkpoint import checkpoints
+from fastlm.train.loop import Step, evaluate, flops_per_token, read_log, train
+from fastlm.train.optimizer import AdamW
+from fastlm.train.schedule import warmup_cosine
+
+
+class _Callable(ModuleType):
+    """`fastlm.train` names this package and the function in it: the package can be called, whoever imports it first."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+__all__ = ["AdamW", "Step", "checkpoints", "evaluate", "flops_per_token", "read_log", "train", "warmup_cosine"]

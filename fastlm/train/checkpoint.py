@@ -1,0 +1,60 @@
+"""Checkpoints of a training run: folders step-N that appear complete or not at all; the newest two are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm import hub
+from fastlm.checkpoint import read_json, read_safetensors, write_json, write_safetensors
+from fastlm.models.base import CausalLM
+from fastlm.train.optimizer import AdamW
+
+KEPT = 2
+
+
+def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = [(int(m[1]), p) for p in Path(out).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def write(out: Path, step: int, model: CausalLM, optimizer: AdamW, tokenizer: Any, settings: Mapping[str, Any]) -> Path:
+    """Writes step-N: a Hugging Face folder that `fastlm.load` opens, with optimizer.safetensors and training.json in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"step-{step:06d}"
+    staging = Path(tempfile.mkdtemp(prefix=f"step-{step:06d}.tmp", dir=out))
+    try:
+        hub.write_files(model, tokenizer, staging)
+        write_safetensors(staging / "optimizer.safetensors", optimizer.state())
+        state = {"step": step, "updates": optimizer.updates, "settings": dict(settings)}
+        write_json(staging / "training.json", state)
+        hub.replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for old in checkpoints(out)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def restore(folder: Path, model: CausalLM, optimizer: AdamW, settings: Mapping[str, Any]) -> int:
+    """Puts a checkpoint back, bit for bit; returns its step. ValueError where what decides the batches is not the same."""
+    state = read_json(folder / "training.json")
+    differing = {k: (v, settings[k]) for k, v in state["settings"].items() if k in settings and settings[k] != v}
+    if differing:
+        listed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in differing.items())
+        raise ValueError(f"[resume] {folder} is of another run: {listed}.")
+    saved, _ = hub.load_folder_or_gguf(folder)
+    if saved.config != model.config:
+        raise ValueError(f"[resume] {folder} is of another model: {saved.config}, not {model.config}.")
+    for name, p in saved.named_parameters().items():
+        np.copyto(model.named_parameters()[name].data, p.data)
+    optimizer.restore(read_safetensors(folder / "optimizer.safetensors"), int(state["updates"]))
+    return int(state["step"])

@@ -1,0 +1,95 @@
+"""Packed tokens and batches."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fastlm import data
+from fastlm.data import corpus as corpus_module
+
+TEXT = "".join(f"line {i} of the text\n" for i in range(400))
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def test_prepare(tmp_path):
+    corpus = data.prepare(TEXT, encode, tmp_path / "tokens", 256)
+    assert bytes(corpus.train.astype(np.uint8)).decode() + bytes(corpus.validation.astype(np.uint8)).decode() == TEXT
+    assert len(corpus.validation) == pytest.approx(len(TEXT) / 10, abs=1)
+    assert corpus.train.dtype == np.uint16
+    assert not corpus.train.flags.writeable
+    again = data.open_corpus(tmp_path / "tokens")
+    np.testing.assert_array_equal(again.train, corpus.train)
+    wide = data.prepare(TEXT, encode, tmp_path / "tokens", 100_000, validation=0.0)
+    assert wide.train.dtype == np.uint32
+    assert len(wide.validation) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_pieces_do_not_change_the_tokens(tmp_path, monkeypatch):
+    seen = []
+
+    def remember(text):
+        seen.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(corpus_module, "_PIECE", 100)
+    corpus = data.prepare(TEXT, remember, tmp_path / "tokens", 256, validation=0)
+    assert "".join(seen) == TEXT
+    assert len(seen) > 50
+    assert all(piece.endswith("\n") for piece in seen)
+    assert len(corpus.train) == len(TEXT)
+
+
+def test_prepare_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"\[prepare\] ids must be from 0 to 99, got 10 to 120"):
+        data.prepare(TEXT, encode, tmp_path / "tokens", 100)
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    with pytest.raises(ValueError, match="must not be empty"):
+        data.prepare("", encode, tmp_path / "tokens", 256)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "letter").write_text("dear")
+    with pytest.raises(ValueError, match="something other than tokens"):
+        data.prepare(TEXT, encode, tmp_path / "tokens", 256)
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        data.open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"train": 1}, {"dtype": "<f4"}, {"version": 9}, {"train": -1}, {"train": "x"}])
+def test_manifest_that_lies(tmp_path, change):
+    data.prepare(TEXT, encode, tmp_path / "tokens", 256)
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match=r"\[open_corpus\]"):
+        data.open_corpus(tmp_path / "tokens")
+
+
+def test_loader():
+    tokens = np.arange(1000, dtype=np.uint16)
+    loader = data.Loader(tokens, 4, 16, seed=3)
+    a, b = loader.batch(7), data.Loader(tokens, 4, 16, seed=3).batch(7)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.targets, a.tokens + 1)
+    assert a.tokens.shape == (4, 16)
+    assert a.tokens.dtype == np.int32
+    assert not np.array_equal(a.tokens, loader.batch(8).tokens)
+    assert not np.array_equal(a.tokens, data.Loader(tokens, 4, 16, seed=4).batch(7).tokens)
+    starts = np.concatenate([data.Loader(tokens[:18], 8, 16).batch(n).tokens[:, 0] for n in range(20)])
+    assert set(starts.tolist()) == {0, 1}  # every window, and none beyond the end
+    with pytest.raises(ValueError, match="more than the context of 16, got 16"):
+        data.Loader(tokens[:16], 4, 16)
+
+
+def test_windows():
+    tokens = np.arange(100, dtype=np.uint16)
+    batches = list(data.windows(tokens, 4, 9))
+    targets = np.concatenate([b.targets.reshape(-1) for b in batches])
+    np.testing.assert_array_equal(targets, np.arange(1, 100))
+    assert [len(b.tokens) for b in batches] == [4, 4, 3]
+    assert len(list(data.windows(tokens, 4, 9, limit=2))) == 2
+    assert not list(data.windows(tokens[:9], 4, 9))
