@@ -13,10 +13,10 @@ _FLOAT32 = np.dtype(np.float32)
 
 def array(op: str, name: str, x: Any, dtype: Any = _FLOAT32, ndim: int | None = None, at_least: int = 0) -> Array:
     """x as a C-contiguous array of `dtype`, or a TypeError / ValueError that names it. Nothing is cast."""
-    x = any_array(op, name, x, dtype, at_least)
-    if ndim is not None and x.ndim != ndim:
-        raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {x.shape}.")
-    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+    y = any_array(op, name, x, dtype, at_least)
+    if ndim is not None and y.ndim != ndim:
+        raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {y.shape}.")
+    return y if y.flags.c_contiguous else np.ascontiguousarray(y)
 
 
 def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) -> Array:
