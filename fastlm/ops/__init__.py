@@ -6,10 +6,10 @@ from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
-from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.matmul import matmul
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
+from fastlm.ops.sample import argmax, sample, top_k
 from fastlm.ops.shape import add, reshape, scale, split
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "add",
     "add_layer_norm",
     "add_rms_norm",
+    "argmax",
     "cross_entropy",
     "embedding",
     "gated",
@@ -29,6 +30,8 @@ __all__ = [
     "matmul",
     "reshape",
     "rms_norm",
+    "sample",
     "scale",
     "split",
+    "top_k",
 ]

@@ -1,0 +1,47 @@
+#include "kernels/sampling/sampling.h"
+
+#include <vector>
+
+#include "csrc/bind/bind.h"
+#include "csrc/runtime/philox.h"
+
+FASTLM_KERNELS(SamplingKernels, sampling)
+
+namespace fastlm {
+
+void bind_sampling(py::module_& m) {
+    // uniform (B,) float64, or None: then Philox(seed, row, step). A negative token is a kSample... status.
+    m.def("sample", [](const py::array& token, const py::array& logits, const py::object& uniform, const py::object& previous,
+                       const py::object& previous_begin, int64_t top_k, double top_p, float temperature, float min_p, float penalty,
+                       uint64_t seed, uint64_t step) {
+        const int64_t B = rows(logits), V = last(logits);
+        const double* u = data<double>(uniform);
+        std::vector<double> drawn;
+        if (!u) {
+            for (int64_t b = 0; b < B; ++b) drawn.push_back(philox_uniform(seed, uint64_t(b), step));
+            u = drawn.data();
+        }
+        const Sample p{
+            data<int32_t>(token), f32(logits), u,      data<int32_t>(previous), data<int64_t>(previous_begin), B, V, top_k, top_p,
+            temperature,          min_p,       penalty};
+        NoGil nogil;
+        sampling_kernels().sample(p);
+    });
+    m.def("top_k", [](const py::array& values, const py::array& indices, const py::array& x) {
+        const TopK p{f32(values), data<int32_t>(indices), f32(x), rows(x), last(x), last(values)};
+        NoGil nogil;
+        sampling_kernels().top_k(p);
+    });
+    m.def("argmax", [](const py::array& index, const py::array& x) {
+        const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x)};
+        NoGil nogil;
+        sampling_kernels().argmax(p);
+    });
+    m.def("philox", [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+        const Philox r = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        return std::array<uint32_t, 4>{r.word[0], r.word[1], r.word[2], r.word[3]};
+    });
+    m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("row"), py::arg("step"));
+}
+
+}  // namespace fastlm

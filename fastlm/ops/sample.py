@@ -1,0 +1,160 @@
+"""Drawing tokens from logits, argmax and the k largest values: what decoding does after the model. Nothing here is differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C
+from fastlm.backend import Array
+from fastlm.ops import check
+from fastlm.tensor import data
+
+_WORD = (1 << 64) - 1
+_WHY = {
+    -1: "has nan",
+    -2: "is all -inf: no token is possible",
+    -3: "has +inf, or reaches it when divided by the temperature",
+    -4: "has an id in previous that is not in the vocabulary (pad with -1)",
+}
+
+
+def sample(
+    logits: Any,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    previous: Any = None,
+    uniform: Any = None,
+    seed: int | Sequence[int] = 0,
+    step: int | Sequence[int] = 0,
+) -> Array:
+    """One token for each row of logits, after the filters of transformers' generate, in its order:
+
+    1. repetition_penalty r: the logits l of the ids in `previous` become l / r, or l * r where negative; an id counts once.
+    2. temperature: logits / temperature. 0: the greatest logit, ties to the lowest index, and nothing below applies.
+    3. top_k: what is below the k-th largest is dropped; ties with it stay. 0: off.
+    4. top_p: in ascending order of (probability, index), tokens are dropped as long as the sum of their probabilities is at most
+       1 - top_p; sums within a relative 1e-6 of it count as equal. The last token always stays. 1: off.
+    5. min_p: tokens less probable than min_p times the most probable one are dropped. 0: off.
+
+    The token is the first, in index order, whose cumulative probability exceeds the uniform number.
+
+    logits: (B, V) or (V,) float32. previous: (B, N) int32 padded with -1, or a sequence of B integer arrays or lists; (N,) where logits
+    is (V,). uniform: (B,) floats in [0, 1). Without it, numbers come from Philox4x32-10 with `seed` as the key and (row, step) as the
+    counter: count `step` up from token to token. seed and step may be sequences of B: then every row draws as row 0 with its own seed
+    would, so that a sequence draws the same alone and in any batch. Returns (B,) int32, (1,) where logits is (V,). The bits of a row
+    depend neither on the instruction set, nor on the number of threads, nor on the other rows.
+    Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, +inf or all -inf.
+    """
+    xd = check.array("sample", "logits", data(logits), at_least=1)
+    B, _ = _two_axes("sample", "logits", xd)
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"[sample] temperature must be at least 0 (0: greedy), got {temperature}.")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"[sample] top_p must be from 0 to 1 (1: off), got {top_p}.")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"[sample] min_p must be from 0 to 1 (0: off), got {min_p}.")
+    if top_k < 0:
+        raise ValueError(f"[sample] top_k must be at least 0 (0: off), got {top_k}.")
+    if not 0 < repetition_penalty < np.inf:
+        raise ValueError(f"[sample] repetition_penalty must be greater than 0 (1: off), got {repetition_penalty}.")
+    ids = begin = None
+    if repetition_penalty != 1 and previous is not None:
+        ids, begin = _previous(previous, B, xd.ndim == 1)
+    u, key, at = None, 0, 0
+    if uniform is not None:
+        u = np.ascontiguousarray(np.atleast_1d(np.asarray(data(uniform), np.float64)))
+        check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {xd.shape}.")
+        if not ((u >= 0) & (u < 1)).all():
+            raise ValueError(f"[sample] uniform must be from 0 to below 1, got {u[~((u >= 0) & (u < 1))][0]}.")
+    elif isinstance(seed, (int, np.integer)) and isinstance(step, (int, np.integer)):
+        key, at = int(seed) & _WORD, int(step) & _WORD
+    else:
+        seeds, steps = _one_each("seed", seed, B), _one_each("step", step, B)
+        own = not isinstance(seed, (int, np.integer))
+        u = np.array([_C.philox_uniform(s, 0 if own else b, t) for b, (s, t) in enumerate(zip(seeds, steps, strict=True))])
+    token = np.empty(B, np.int32)
+    _C.sample(token, xd, u, ids, begin, int(top_k), float(top_p), temperature, min_p, repetition_penalty, key, at)
+    if B and token.min() < 0:
+        _refuse("sample", "logits", token)
+    return token
+
+
+def argmax(logits: Any) -> Any:
+    """The index of the greatest value over the last axis, ties to the lowest index: (..., V) float32 -> (...) int32.
+
+    Raises ValueError where a row has nan or V is 0.
+    """
+    xd = check.array("argmax", "logits", data(logits), at_least=1)
+    _two_axes("argmax", "logits", xd)
+    index = np.empty(xd.shape[:-1], np.int32)
+    _C.argmax(index, xd)
+    if index.size and index.min() < 0:
+        _refuse("argmax", "logits", index)
+    return index
+
+
+def top_k(values: Any, k: int) -> tuple[Array, Array]:
+    """The k largest values over the last axis, in descending order, ties to the lowest index, and their indices.
+
+    values: (..., N) float32, 1 <= k <= N. Returns (..., k) float32 and (..., k) int32. Raises ValueError for k, and where a row has nan.
+    """
+    xd = check.array("top_k", "values", data(values), at_least=1)
+    _, N = _two_axes("top_k", "values", xd)
+    if not 1 <= k <= N:
+        raise ValueError(f"[top_k] k must be from 1 to N = {N}, got {k}. values is {xd.shape}.")
+    top, indices = np.empty((*xd.shape[:-1], k), np.float32), np.empty((*xd.shape[:-1], k), np.int32)
+    _C.top_k(top, indices, xd)
+    if indices.size and indices[..., 0].min() < 0:
+        _refuse("top_k", "values", indices[..., 0])
+    return top, indices
+
+
+def _two_axes(op: str, name: str, x: Array) -> tuple[int, int]:
+    """Rows and the length of the last axis, which must not be empty nor too long for int32 indices."""
+    V = x.shape[-1]
+    if not 0 < V < 1 << 31:
+        raise ValueError(f"[{op}] {name} must have from 1 to 2**31 - 1 elements in the last axis, got shape {x.shape}.")
+    if op == "sample" and x.ndim > 2:
+        raise ValueError(f"[{op}] {name} must be (B, V) or (V,), got shape {x.shape}.")
+    return x.size // V, V
+
+
+def _refuse(op: str, name: str, status: Array) -> None:
+    row = int(np.flatnonzero(status.reshape(-1) < 0)[0])
+    raise ValueError(f"[{op}] {name} row {row} {_WHY[int(status.reshape(-1)[row])]}.")
+
+
+def _one_each(name: str, x: Any, B: int) -> list[int]:
+    values = [x] * B if isinstance(x, (int, np.integer)) else list(x)
+    if len(values) != B:
+        raise ValueError(f"[sample] {name} must be an int or one per row, (B,) = ({B},), got {len(values)}.")
+    return [int(v) & _WORD for v in values]
+
+
+def _previous(previous: Any, B: int, single: bool) -> tuple[Array, Array]:
+    """All ids in one array, and where each row's begin."""
+    rows: Any = previous
+    if single and not (isinstance(previous, np.ndarray) and previous.ndim == 2) and not _nested(previous):
+        rows = [previous]
+    if len(rows) != B:
+        raise ValueError(f"[sample] previous must hold ids for each row, (B, N) with B = {B}, got {len(rows)} rows.")
+    arrays = [np.asarray(r) for r in rows]
+    for i, a in enumerate(arrays):
+        if a.size and (a.ndim != 1 or a.dtype.kind not in "iu"):
+            raise TypeError(f"[sample] previous must hold integers, (B, N), got {a.dtype} of shape {a.shape} in row {i}.")
+        if a.size and (a.min() < -1 or a.max() >= 1 << 31):
+            raise ValueError(f"[sample] previous must be ids, or -1 as padding, got {int(a.min())} to {int(a.max())} in row {i}.")
+    begin = np.zeros(B + 1, np.int64)
+    np.cumsum([a.size for a in arrays], out=begin[1:])
+    ids = np.concatenate([a.reshape(-1).astype(np.int32) for a in arrays]) if B else np.empty(0, np.int32)
+    return ids, begin
+
+
+def _nested(previous: Any) -> bool:
+    return len(previous) > 0 and isinstance(previous[0], (list, tuple, np.ndarray))
