@@ -144,6 +144,13 @@ def operations() -> list[str]:
     return [n for n in names if n != "model"] + [n for n in names if n == "model"]
 
 
+def known(ops: Sequence[str]) -> None:
+    """ValueError for a name without a benchmark file."""
+    unknown = sorted(set(ops) - set(operations()))
+    if unknown:
+        raise ValueError(f"[bench] no benchmark is called {', '.join(unknown)}; there are {', '.join(operations())}")
+
+
 def check(row: Row, folder: Path, present: Sequence[str]) -> None:
     """Ours against the float64 oracle by the tolerance of the tests; the peers roughly, to see that they compute the same."""
     got, naive, exact = (np.load(folder / f"{k}.npz") for k in ("ours", "numpy", "exact"))
@@ -208,9 +215,7 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
 
 def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False) -> Iterator[Row]:
     """Yields one row after the other. `quick`: the first two cases of each operation and short turns."""
-    unknown = sorted(set(ops) - set(operations()))
-    if unknown:
-        raise ValueError(f"[bench] no benchmark is called {', '.join(unknown)}; there are {', '.join(operations())}")
+    known(ops)
     threads = threads or backend.num_threads()
     contestants: dict[str, Contestant] = {}
     try:
@@ -258,6 +263,7 @@ def line(row: Row, found: Sequence[str]) -> str:
 
 def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | None, plot: str | None) -> int:
     """Prints the table; 1 where an answer was wrong."""
+    known(ops)
     found = peers.find()
     versions = {k: v for k, (_, v) in found.items()}
     threads = threads or backend.num_threads()
@@ -269,12 +275,12 @@ def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | Non
     if absent:
         print(f"not installed: {', '.join(absent)} (FASTLM_PEERS_PYTHON may name an interpreter that has them)")
     path = Path(output) if output else default_output()
-    rows, wrong = [], False
+    rows: list[Row] = []
+    wrong = False
     for row in run(ops, threads, quick):
         if not rows:
-            print(
-                f"roof: {row.roof['gflops']:.0f} GFLOP/s float32, {row.roof['read_gbs']:.1f} GB/s read, {row.roof['copy_gbs']:.1f} GB/s copy"
-            )
+            gflops, read, copy = (row.roof[k] for k in ("gflops", "read_gbs", "copy_gbs"))
+            print(f"roof: {gflops:.0f} GFLOP/s float32, {read:.1f} GB/s read, {copy:.1f} GB/s copy")
             print(heading(list(found)))
         rows.append(row)
         print(line(row, list(found)), flush=True)

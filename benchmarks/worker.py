@@ -164,8 +164,8 @@ def contestant(who: str, op: str, index: int, backward: bool) -> Callable[[], An
     """None where this benchmark has no such contestant."""
     module = bench(op)
     if hasattr(module, "setup"):
-        run: Callable[[], Any] | None = module.setup(cases(op)[index], who)
-        return run
+        ready: Callable[[], Any] | None = module.setup(cases(op)[index], who)
+        return ready
     if who == "ours":
         return ours(op, index, backward)
     if who == "numpy":
@@ -176,14 +176,14 @@ def contestant(who: str, op: str, index: int, backward: bool) -> Callable[[], An
     if call is None or backward:
         return None
     values = inputs(op, index)
-    run = call(**values)  # other peers prepare once and return what is timed
-    return run
+    prepared: Callable[[], Any] = call(**values)  # other peers prepare once and return what is timed
+    return prepared
 
 
 # --- the process ---
 
 
-def arrays(y: Any) -> dict[str, np.ndarray]:
+def arrays(y: Any) -> dict[str, Any]:
     """The result as named arrays."""
     if y is None:
         return {}

@@ -1,0 +1,178 @@
+"""The command line: `fastlm demo | info | train | generate | chat | eval | bench | convert`.
+
+An error is one line, `fastlm: ...`, and exit status 2; FASTLM_DEBUG=1 shows the traceback instead. Each command lives in a module that is
+imported when it is called, so that `fastlm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, NotImplementedError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.threads:
+            from fastlm import backend
+
+            backend.set_num_threads(arguments.threads)
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("\nfastlm: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastlm info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except EXPECTED as error:
+        if os.environ.get("FASTLM_DEBUG"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastlm: {message}", file=sys.stderr)
+        return 2
+
+
+class _Help(argparse.HelpFormatter):
+    """Says the default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings
+        return f"{text} (default: %(default)s)".strip() if shown else text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads to compute with (default: the CPUs this process may use)"
+    )
+    top = argparse.ArgumentParser(prog="fastlm", description="Train, evaluate and run language models, fast, on the CPU you have.")
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, run: str, details: str = "") -> argparse.ArgumentParser:
+        def call(arguments: argparse.Namespace) -> int:
+            import importlib
+
+            module, function = run.split(":")
+            return int(getattr(importlib.import_module(f"fastlm.cli.{module}"), function)(arguments) or 0)
+
+        p = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
+            parents=[common],
+            formatter_class=_Help,
+        )
+        p.set_defaults(run=call)
+        return p
+
+    p = command("demo", "train on a bundled text, then let a real model answer a question", "demo:run")
+    p.add_argument("--steps", type=_positive, default=2000, help="training steps")
+    p.add_argument("--out", default="runs/demo", help="folder of the trained model")
+    p.add_argument("--question", default="What is the capital of France, and what is it known for?", help="for the real model")
+    p.add_argument("--offline", action="store_true", help="only the first half")
+
+    p = command("info", "what this machine offers and which kernel serves each operation", "info:run")
+    p.add_argument("--roof", action="store_true", help="also measure this machine's ceilings (a second)")
+
+    p = command(
+        "train",
+        "train a model on a text file",
+        "train:run",
+        "Ctrl-C saves and prints the command that goes on from there; the result is a Hugging Face folder.",
+    )
+    p.add_argument("text", metavar="TEXT", nargs="?", help="text file in UTF-8; with --resume the one it was started with")
+    p.add_argument("--out", default="runs/model", help="folder for checkpoints, plot and model")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    p.add_argument(
+        "--tokenizer", choices=["char", "bpe"], default="char", help="a token is a character, or a piece learned from the text"
+    )
+    p.add_argument("--vocab-size", type=_positive, default=2048, help="for --tokenizer bpe")
+    p.add_argument("--model", choices=["gpt2", "llama"], default="gpt2", help="architecture")
+    p.add_argument("--layers", type=_positive, default=4, help="transformer blocks")
+    p.add_argument("--heads", type=_positive, default=4, help="attention heads of a block")
+    p.add_argument("--width", type=_positive, default=128, help="of the model; a multiple of the heads")
+    p.add_argument("--context", type=_positive, default=64, help="tokens that the model sees")
+    p.add_argument("--batch", type=_positive, default=12, help="sequences in a step")
+    p.add_argument("--accumulate", type=_positive, default=1, help="batches in a step")
+    p.add_argument("--steps", type=_positive, default=2000, help="optimizer steps")
+    p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    p.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="pull of the matrices towards zero")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 does not clip")
+    p.add_argument("--held-out", type=float, default=0.1, help="share of the text that is kept for evaluation")
+    p.add_argument("--eval-every", type=_positive, default=250, help="steps")
+    p.add_argument("--save-every", type=_positive, default=500, help="steps")
+    p.add_argument("--seed", type=int, default=1337, help="of the first weights and of the batches")
+
+    p = command("generate", "continue a text", "text:generate")
+    _model(p)
+    p.add_argument("prompt", metavar="PROMPT", help="text to go on from; - reads standard input")
+    _sampling(p, temperature=0.8, max_tokens=128)
+    p.add_argument("--beams", type=_positive, default=1, help="beam search over this many continuations (not sampled)")
+
+    p = command("chat", "talk to a model that has a chat template", "text:chat", "An empty line or Ctrl-D ends it.")
+    _model(p)
+    p.add_argument("--message", help="one message: print the answer and end")
+    p.add_argument("--system", help="system message")
+    _sampling(p, temperature=0.7, max_tokens=512)
+
+    p = command("eval", "perplexity of a model on a text file", "text:evaluate")
+    _model(p)
+    p.add_argument("text", metavar="TEXT", help="text file in UTF-8")
+    p.add_argument("--context", type=_positive, help="tokens that the model sees (default: the model's)")
+    p.add_argument("--stride", type=_positive, help="tokens between two windows (default: the context)")
+    p.add_argument("--max-tokens", type=_positive, help="only the first tokens of the text")
+
+    p = command("bench", "time every operation against NumPy and, where installed, torch, transformers and llama.cpp", "bench:run")
+    p.add_argument("ops", metavar="OP", nargs="*", help="operations (default: all)")
+    p.add_argument("--quick", action="store_true", help="fewer cases and shorter turns")
+    p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file")
+    p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file")
+    p.add_argument("--list", action="store_true", help="only list the operations")
+
+    p = command("convert", "write a model as a Hugging Face folder", "convert:run", "Quantised weights become float32 or bfloat16.")
+    p.add_argument("source", metavar="IN", help="a GGUF file, a llama2.c .bin file, or a Hugging Face folder")
+    p.add_argument("target", metavar="OUT", help="folder to write; must not exist, or be empty")
+    p.add_argument("--tokenizer", metavar="FILE", help="llama2.c tokenizer (tok512.bin, tokenizer.bin)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights written")
+    return top
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a GGUF file")
+
+
+def _sampling(p: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:
+    p.add_argument("--max-tokens", type=_positive, default=max_tokens, help="end after this many")
+    p.add_argument("--temperature", type=float, default=temperature, help="0 always takes the likeliest token")
+    p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
+    p.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens that make up this probability")
+    p.add_argument("--min-p", type=float, default=0.0, help="only tokens at least this likely, relative to the likeliest")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"fastlm {version('fastlm')}"
+    except PackageNotFoundError:  # a source tree
+        import fastlm
+
+        return f"fastlm {fastlm.__version__}"

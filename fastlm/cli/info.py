@@ -1,0 +1,55 @@
+"""`fastlm info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import fastlm
+from fastlm import _C, backend
+
+
+def gpu() -> str:
+    """What is there, and why it is not used."""
+    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists():
+        return "an NVIDIA GPU is there, but this version has kernels for the CPU only"
+    if Path("/dev/kfd").exists():
+        return "an AMD GPU is there, but this version has kernels for the CPU only"
+    return "none: no driver found, and this version has kernels for the CPU only"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    others = [i for i in _C.isas() if i != _C.isa()]
+    chosen = "chosen by FASTLM_ISA" if os.environ.get("FASTLM_ISA") else "the best this CPU runs"
+    libraries = ", ".join(f"{p} {version(p)}" for p in ("numpy", "safetensors", "tokenizers"))
+    rows = [
+        ("fastlm", f"{fastlm.__version__}, in {Path(fastlm.__file__).parent}"),
+        ("CPU", _C.cpu_name()),
+        ("features", " ".join(_C.cpu_features()) or "none of those that are looked for"),
+        ("ISA", f"{_C.isa()}, {chosen}; FASTLM_ISA={'|'.join(others)} forces another" if others else f"{_C.isa()}, {chosen}"),
+        ("threads", f"{backend.num_threads()} of {os.cpu_count()} CPUs; FASTLM_NUM_THREADS=N or --threads N sets it"),
+        ("GPU", gpu()),
+        ("memory", f"{_C.cached_bytes() / 1e6:.1f} MB kept for reuse"),
+        ("versions", f"Python {platform.python_version()}, {libraries}"),
+    ]
+    if arguments.roof:
+        roof = backend.roof()
+        rows.append(
+            ("roof", f"{roof['gflops']:.0f} GFLOP/s float32, read {roof['read_gbs']:.1f} GB/s, copy {roof['copy_gbs']:.1f} GB/s")
+        )
+    for name, value in rows:
+        print(f"{name:<10} {value}")
+    print("\noperation              kernel")
+    for op in sorted(o for o in _C.ops if o != "roof"):
+        print(f"{op:<22} cpu/{_C.isa()}")
