@@ -26,7 +26,7 @@ import numpy as np
 
 from fastlm import _C, __version__, backend
 from fastlm.benchmarks import peers, worker
-from fastlm.testing import assert_close, case_id
+from fastlm.testing import case_id
 
 
 class Contestant:
@@ -151,26 +151,30 @@ def known(ops: Sequence[str]) -> None:
         raise ValueError(f"[bench] no benchmark is called {', '.join(unknown)}; there are {', '.join(operations())}")
 
 
-def check(row: Row, folder: Path, present: Sequence[str]) -> None:
-    """Ours against the float64 oracle by the tolerance of the tests; the peers roughly, to see that they compute the same."""
-    got, naive, exact = (np.load(folder / f"{k}.npz") for k in ("ours", "numpy", "exact"))
-    for name in exact.files:
-        try:
-            if exact[name].dtype.kind in "iub":
-                np.testing.assert_array_equal(got[name], exact[name])
-            else:
-                assert_close(got[name], exact[name], naive[name], name)
-        except (AssertionError, KeyError) as error:
-            row.problems["ours"] = "wrong answer: " + str(error).strip().splitlines()[0]
-        for who in present:
-            if who in ("ours", "numpy") or name not in (theirs := np.load(folder / f"{who}.npz")).files:
+def check(row: Row, folder: Path, present: Sequence[str], reference: str) -> None:
+    """Ours to 1e-5 of the largest element, the peers to 2e-2: enough to see that all compute the same. The tests hold what is tight."""
+    exact = np.load(folder / f"{reference}.npz")
+    for who in present:
+        if who == "numpy":
+            continue
+        got = np.load(folder / f"{who}.npz")
+        for name in exact.files:
+            if who != "ours" and name not in got.files:
                 continue
-            scale = float(np.max(np.abs(exact[name]), initial=1e-30))
-            if (
-                theirs[name].shape != exact[name].shape
-                or float(np.max(np.abs(theirs[name] - exact[name]), initial=0.0)) > 1e-3 * scale
-            ):
-                row.problems[who] = f"its answer differs in {name}"
+            want, bound = exact[name], 1e-5 if who == "ours" else 2e-2
+            if name not in got.files or got[name].shape != want.shape:
+                row.problems[who] = (
+                    f"wrong answer: {name} must be {want.shape}, got {got[name].shape if name in got.files else 'nothing'}"
+                )
+            elif want.dtype.kind in "iub":
+                if who == "ours" and not np.array_equal(got[name], want):
+                    row.problems[who] = f"wrong answer: {name} differs from the oracle's"
+            else:
+                finite = np.isfinite(want)
+                error = float(np.max(np.abs(got[name][finite] - want[finite]), initial=0.0))
+                scale = float(np.max(np.abs(want[finite]), initial=0.0))
+                if not error <= bound * scale or not np.array_equal(got[name][~finite], want[~finite], equal_nan=True):
+                    row.problems[who] = f"wrong answer: {name} is off by {error:.2e}, the largest element is {scale:.2e}"
 
 
 def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: int, seconds: float) -> Row:
@@ -190,24 +194,22 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
         if "ours" not in present:
             return row
         if "numpy" in present and not hasattr(module, "setup"):
-            answer = contestants["numpy"].ask(
-                "exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz")
-            )
-            if answer.get("error"):
-                row.problems["exact"] = answer["error"]
-            else:
-                check(row, folder, [p for p in present if p not in getattr(module, "RANDOM", ())])
-    for turn in range(rounds):
-        for who in present:
-            if turn and slow[who] > 2.0:  # a peer this slow gets one turn; its ratio needs no more
-                row.rounds[who].append(row.rounds[who][0])
+            wide = (folder / "numpy.npz").stat().st_size < 1 << 28 and slow["numpy"] < 10  # else float32 NumPy is the reference
+            if wide:
+                contestants["numpy"].ask("exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz"))
+            found = [p for p in present if p not in getattr(module, "RANDOM", ())]
+            check(row, folder, found, "exact" if wide and (folder / "exact.npz").exists() else "numpy")
+    for _ in range(rounds):
+        for who in tuple(present):
+            if slow[who] > 3.0:  # so slow that its first call is timing enough
+                row.rounds.setdefault(who, []).append(slow[who])
                 continue
             time.sleep(0.02)  # the threads of the one before go to sleep
             answer = contestants[who].ask("time", seconds=seconds, warm=0.05)
             if answer.get("error"):
                 row.problems[who] = answer["error"]
                 row.rounds.pop(who, None)
-                present = [p for p in present if p != who]
+                present.remove(who)
             else:
                 row.rounds.setdefault(who, []).append(min(answer["times"]))
     return row
@@ -224,12 +226,11 @@ def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False
             contestants[who] = Contestant(who, python, threads)
         roof: dict[str, float] = {}
         for op in ops or operations():
-            module = worker.bench(op)
             # A roof measured while something else ran is too low: measure often, keep the highest.
             roof = {k: max(v, roof.get(k, 0.0)) for k, v in contestants["ours"].ask("roof").get("roof", {}).items()}
             whole = worker.cases(op)
             for index, case in enumerate(whole[:2] if quick else whole):
-                for backward in (False, True) if getattr(module, "BACKWARD", False) else (False,):
+                for backward in worker.passes(op, index):
                     row = Row(op, case_id(case), backward, threads, roof=roof)
                     yield run_case(row, index, contestants, 2 if quick else 5, 0.05 if quick else 0.3)
     finally:

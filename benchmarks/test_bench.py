@@ -15,7 +15,7 @@ CASES = [
     for op in harness.operations()
     if not hasattr(worker.bench(op), "setup")
     for i, case in enumerate(worker.cases(op))
-    for backward in ((False, True) if getattr(worker.bench(op), "BACKWARD", False) else (False,))
+    for backward in worker.passes(op, i)
     for who in ("ours", "numpy", *PEERS)
 ]
 

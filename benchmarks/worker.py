@@ -5,10 +5,11 @@ JSON, each line on standard output its answer.
 
 A benchmark file `bench_<op>.py` is as short as its operation lets it be:
 
-    work(backward, **inputs) -> (operations, bytes)   what the roof is compared with
-    torch(**inputs)                                   the same with torch tensors; any other peer by its name
-    ours(**inputs), numpy(**inputs)                   where `fastlm.ops.<op>` or the oracle is not what should be timed
-    setup(case, who) -> callable                      for whole models: CASES is then in the file too
+    work(both, **inputs) -> (operations, bytes)   of the forward pass, or of both; what the roof is compared with
+    BACKWARD = True                               the backward pass is timed as well; or a function of the case that says whether
+    torch(**inputs)                               the same with torch tensors; any other peer by its name
+    ours(**inputs), numpy(**inputs)               where `fastlm.ops.<op>` or the oracle is not what should be timed
+    setup(case, who) -> callable                  for whole models: CASES is then in the file too
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def cases(op: str) -> list[dict[str, Any]]:
     """The cases to time: the file's own, else those of the oracle that are marked so."""
     own = getattr(bench(op), "CASES", None)
     return own if own is not None else [c for c in oracle(op).CASES if c.get("bench")]
+
+
+def passes(op: str, index: int) -> tuple[bool, ...]:
+    """False: the forward pass; True: forward and backward, where the benchmark's BACKWARD says so."""
+    backward = getattr(bench(op), "BACKWARD", False)
+    return (False, True) if (backward(cases(op)[index]) if callable(backward) else backward) else (False,)
 
 
 def inputs(op: str, index: int) -> dict[str, Any]:
@@ -240,6 +247,7 @@ def main() -> None:
         answer: dict[str, Any] = {}
         try:
             if command["do"] == "prepare":
+                run = None  # its memory goes before the next one's comes
                 run = contestant(who, command["op"], command["index"], command["backward"])
                 answer["present"] = run is not None
                 if run is not None:

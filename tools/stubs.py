@@ -1,6 +1,7 @@
 """Writes fastlm/_C.pyi from the built extension module; with --check, says where the two differ.
 
-The module is private and its arguments were checked in fastlm/ops, so arrays are `Any` here: the stub is for names and counts.
+The module is private and its arguments were checked in fastlm/ops, so these are `Any` here: the stub is for names and
+results.
 """
 
 from __future__ import annotations
@@ -23,21 +24,9 @@ RESULTS = {"None": "None", "bool": "bool", "int": "int", "float": "float", "str"
 
 def function(name: str, documentation: str) -> str:
     """`name(arg0: numpy.ndarray, n: typing.SupportsInt) -> int` as a line of a stub."""
-    match = re.match(rf"{name}\((.*)\) -> (.*)", documentation.splitlines()[0])
-    if match is None or "Overloaded" in documentation:
-        return f"def {name}(*args: Any, **kwargs: Any) -> Any: ..."
-    depth, parts, current = 0, [], ""
-    for letter in match[1]:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and depth == 0:
-            parts.append(current)
-            current = ""
-        else:
-            current += letter
-    parts += [current] if current.strip() else []
-    arguments = [re.split(r"[:=]", p.strip())[0].strip() + (" = ..." if "=" in p else "") for p in parts]
-    arguments = [re.sub(r"^([a-z_A-Z0-9]+)", r"\1: Any", a) for a in arguments]
-    return f"def {name}({', '.join(arguments)}) -> {RESULTS.get(match[2].strip(), 'Any')}: ..."
+    match = re.match(rf"{name}\(.*\) -> (.*)", documentation.splitlines()[0] if documentation else "")
+    result = RESULTS.get(match[1].strip(), "Any") if match else "Any"
+    return f"def {name}(*args: Any, **kwargs: Any) -> {result}: ..."
 
 
 def stub() -> str:
@@ -51,7 +40,8 @@ def stub() -> str:
         elif isinstance(value, tuple):
             lines.append(f"{name}: tuple[str, ...]")
         elif isinstance(value, type):
-            lines.append(f"class {name}:\n    def __getattr__(self, name: str) -> Any: ...")
+            base = "(Exception)" if issubclass(value, Exception) else ""
+            lines.append(f"class {name}{base}:\n    def __getattr__(self, name: str) -> Any: ...")
         else:
             lines.append(f"{name}: Any")
     return HEADER + "\n".join(lines) + "\n"
