@@ -1,6 +1,5 @@
 """Cross-entropy over a vocabulary: one pass over the logits forward, one more backward."""
 
-
 BACKWARD = True
 
 

@@ -1,6 +1,5 @@
 """Matrix products of float32: bound by the multiply-add units."""
 
-
 BACKWARD = True
 
 
