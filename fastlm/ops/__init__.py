@@ -7,6 +7,7 @@ from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.matmul import matmul
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.sample import argmax, sample, top_k
@@ -26,6 +27,7 @@ __all__ = [
     "global_norm",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "matmul",
     "reshape",

@@ -1,0 +1,118 @@
+"""The output layer and its loss in one, without ever holding the logits of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.checkpoint.quantized import QuantizedArray
+from fastlm.ops import check
+from fastlm.ops.cross_entropy import check_reduction, check_targets
+from fastlm.ops.matmul import product
+from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+
+_MOST_ROWS, _LEAST_ROWS = 256, 64
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = -100, reduction: str = "mean") -> Any:
+    """cross_entropy(linear(x, weight), targets), for a fraction of the memory and without the rows that are ignored.
+
+    x: (..., C) float32. weight: (V, C) float32; bfloat16 or a QuantizedArray is frozen, it gets no gradient. targets: (...) int32 or
+    int64. reduction: "mean" over the rows that are not ignored (0 where all are), or "sum". Returns a float32 of shape ().
+    Both gradients are computed here, from each chunk of logits while it is at hand, as in Liger-Kernel (Hsu et al. 2024,
+    arXiv:2410.10989); the backward pass hands them on. Raises TypeError for a dtype, ValueError for a shape or a target out of range.
+    """
+    op = "linear_cross_entropy"
+    xd = check.array(op, "x", data(x), at_least=1)
+    C = xd.shape[-1]
+    wd = _weight(op, data(weight))
+    if wd.ndim != 2 or wd.shape[1] != C:
+        raise ValueError(f"[{op}] weight must be (V, C) with C = {C}, got {tuple(wd.shape)}. x is {xd.shape}.")
+    V = wd.shape[0]
+    td, count = check_targets(op, targets, xd.shape[:-1], V, ignore_index, f"x is {xd.shape}.")
+    check_reduction(op, reduction, ("mean", "sum"))
+    scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
+
+    rows, ids = xd.reshape(-1, C), td.reshape(-1)
+    chosen = None
+    if count < ids.size:
+        chosen = np.flatnonzero(ids != ignore_index)
+        rows, ids = rows[chosen], ids[chosen]
+    recorded = recording(x, weight)
+    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight) and wd.dtype == np.float32
+    loss, stats = backend.empty((count,)), backend.empty((count, 2))
+    dx = backend.empty((count, C)) if want_x else None
+    # The first chunk assigns: the gradient starts as zeros only where there is none.
+    dw = (backend.empty if count else backend.zeros)((V, C)) if want_w else None
+    chunk = chunk_rows(count)
+    workspace = backend.empty((min(chunk, count), V))
+    for begin in range(0, count, chunk):
+        end = min(begin + chunk, count)
+        n, piece = end - begin, rows[begin:end]
+        logits = workspace[:n]
+        product(logits, piece, wd, n, V, C, b_transposed=True)
+        at = slice(begin, end)
+        in_place = logits if recorded else None
+        _C.cross_entropy_forward(loss[at], stats[at], in_place, logits, ids[at], ignore_index, scale)
+        if dx is not None:
+            product(dx[at], logits, wd, n, C, V)
+        if dw is not None:
+            product(dw, logits, piece, V, C, n, a_transposed=True, accumulate=begin > 0)
+    y = np.array(_C.cross_entropy_sum(loss) * scale, np.float32)
+    if not recorded:
+        return wrap(y, x, weight)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        return _dx(dx, float(dy), xd.shape, chosen), _dweight(weight, dw, float(dy))
+
+    return record(y, (x, weight), backward)
+
+
+def chunk_rows(n: int) -> int:
+    """Rows whose logits are held at once: a fifth of all, from 64 to 256. More would cost memory, fewer reads of the weight."""
+    return min(_MOST_ROWS, max(_LEAST_ROWS, -(-n // 40) * 8))
+
+
+def _dx(dx: Array | None, dy: float, shape: tuple[int, ...], chosen: Array | None) -> Array | None:
+    if dx is None:
+        return None
+    if dy != 1.0:
+        _C.scale_add(dx, dx, dy, False)
+    if chosen is None:
+        return dx.reshape(shape)
+    whole = backend.zeros(shape)
+    whole.reshape(-1, shape[-1])[chosen] = dx
+    return whole
+
+
+def _dweight(weight: Any, dw: Array | None, dy: float) -> Array | None:
+    """Adds to the gradient of a leaf, or becomes it where there is none yet; else it is returned."""
+    if dw is None:
+        return None
+    target = leaf(weight)
+    if target is not None and target.grad is not None:
+        _C.scale_add(target.grad, dw, dy, True)
+        return None
+    if dy != 1.0:
+        _C.scale_add(dw, dw, dy, False)
+    if target is None:
+        return dw
+    target.grad = dw
+    return None
+
+
+def _weight(op: str, w: Any) -> Array:
+    if isinstance(w, QuantizedArray):
+        whole: Array = w.dequantize()
+        return whole
+    if not isinstance(w, np.ndarray):
+        raise TypeError(f"[{op}] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
+    if w.dtype != np.float32 and w.dtype != _BFLOAT16:
+        raise TypeError(f"[{op}] weight must be float32 or bfloat16, got {w.dtype}. Convert it with weight.astype('float32').")
+    return np.ascontiguousarray(w)
