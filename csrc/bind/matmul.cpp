@@ -1,24 +1,11 @@
 #include "kernels/matmul/matmul.h"
 
 #include "csrc/bind/bind.h"
-#include "csrc/runtime/memory.h"
+#include "csrc/bind/workspace.h"
 
 FASTLM_KERNELS(MatmulKernels, matmul)
 
 namespace fastlm {
-
-namespace {
-
-struct Workspace {
-    size_t bytes;
-    void* memory;
-    explicit Workspace(int64_t n) : bytes(size_t(n)), memory(n ? cached_allocate(size_t(n)) : nullptr) {}
-    ~Workspace() { cached_free(memory, bytes); }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-};
-
-}  // namespace
 
 void bind_matmul(py::module_& m) {
     // c (batch, M, N); a_step and b_step are 0 where a matrix is shared by the batch.

@@ -78,6 +78,7 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 }
 
 FASTLM_INLINE vf swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
+FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -74,6 +74,10 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) { _mm256_storeu_si256((__m256i*)
 
 // (1 0 3 2 ...): the two floats of each pair change places.
 FASTLM_INLINE vf swap_pairs(vf a) { return _mm512_permute_ps(a, 0xB1); }
+// The low four bits of each lane, as a number: the permutation reads no more of its index.
+FASTLM_INLINE vf low_nibble(vi a) {
+    return _mm512_permutexvar_ps(a, _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+}
 
 }  // namespace
 }  // namespace FASTLM_ISA

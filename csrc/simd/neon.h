@@ -76,6 +76,7 @@ FASTLM_INLINE vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), 
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))); }
 
 FASTLM_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }
+FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -115,6 +115,7 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 }
 
 FASTLM_INLINE vf swap_pairs(vf a) { return vf{a[1], a[0], a[3], a[2]}; }
+FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -14,6 +14,9 @@
 
 #define FASTLM_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 
+// The same for a member function.
+#define FASTLM_MEMBER inline __attribute__((always_inline))
+
 #if defined(FASTLM_ISA_AVX512)
 #include "avx512.h"
 #elif defined(FASTLM_ISA_AVX2)

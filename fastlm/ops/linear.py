@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
+from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.matmul import product
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
@@ -48,7 +49,10 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     y = backend.empty(shape)
     recorded = recording(x, weight, bias, residual)
     z = backend.empty(shape) if recorded and kind else None
-    _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, False, kind)
+    if isinstance(wd, QuantizedArray):
+        _C.quantized_matmul(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
+    else:
+        _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, False, kind)
     if not recorded:
         return wrap(y, x, weight, bias, residual)
 
@@ -62,8 +66,8 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
         dx = dw = None
         if needs_grad(x):
             dx = backend.empty(xd.shape)
-            product(dx, dz, wd, M, K, N)
-        if needs_grad(weight) and wd.dtype == np.float32:
+            product(dx, dz, wd.dequantize() if isinstance(wd, QuantizedArray) else wd, M, K, N)
+        if needs_grad(weight) and isinstance(wd, np.ndarray) and wd.dtype == np.float32:
             owner = leaf(weight)
             dw = owner.grad_buffer() if owner else backend.zeros((N, K))
             product(dw, dz, xd, N, K, M, a_transposed=True, accumulate=True)
@@ -73,7 +77,20 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     return record(y, (x, weight, bias, residual), backward)
 
 
+def packed(weight: QuantizedArray) -> Array:
+    """The weight as the kernel reads it, sixteen rows side by side; made once and kept on the weight. Its blocks are not read again."""
+    kept: Array | None = weight.cache.get("packed")
+    if kept is None:
+        (N, K), kind = weight.shape, FORMATS[weight.kind][0]
+        kept = backend.empty((_C.quantized_packed_bytes(N, K, kind),), np.uint8)
+        _C.quantized_pack(kept, weight.blocks, N, K, kind)
+        weight.cache["packed"] = kept
+    return kept
+
+
 def _weight(w: Any) -> Any:
+    if isinstance(w, QuantizedArray):
+        return w
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[linear] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
     if w.dtype != np.float32 and w.dtype != BFLOAT16:

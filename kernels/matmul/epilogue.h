@@ -73,7 +73,7 @@ struct Target {
     Activation activation;
     bool pass;  // whether a pass over the finished tile is needed
 
-    inline __attribute__((always_inline)) void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
+    FASTLM_MEMBER void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
         if (!pass) return;
         const int64_t at = row * N + column;
         finish_tiles[int(activation)](y + at, sum + at, residual ? residual + at : nullptr, N, rows, columns);

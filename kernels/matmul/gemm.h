@@ -29,8 +29,9 @@ constexpr int64_t kDepth = 512;        // of a packed panel of B: 64 KB in L2 at
 constexpr int64_t kPanels = 4;         // panels of B that a piece packs at once
 constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
-constexpr int64_t kAlone = 1 << 21;    // multiplications below which waking a thread costs more than it gives
-constexpr int64_t kFused = 4;          // rows up to which B goes from memory to the registers without being stored
+constexpr int64_t kAloneFused = 1 << 18;
+constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
+constexpr int64_t kFused = 4;        // rows up to which B goes from memory to the registers without being stored
 
 FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -183,9 +184,11 @@ FASTLM_INLINE int64_t group_size(int64_t panels, bool parallel) {
 // `B` knows how to pack its panels, pack(out, k0, kc, column, columns), and to multiply a few rows without storing them,
 // fused<M>(a, K, column, columns, sum, ld, bias) with a as (K, M).
 template <class B, int M> void gemm_fused(const Product& p, const B& b, const float* a, bool parallel) {
-    for_pieces(parallel, p.N, 4 * NR, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; n += NR) {
-            const int64_t columns = least(NR, end - n);
+    constexpr int64_t step = B::template kColumns<M>;
+    parallel = parallel && p.N * p.K >= kAloneFused;
+    for_pieces(parallel, p.N, (8 * W + step - 1) / step * step, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n += step) {
+            const int64_t columns = least(step, end - n);
             b.template fused<M>(a, p.K, n, columns, p.target.sum + n, p.N, p.target.bias ? p.target.bias + n : nullptr);
             p.target.finish(0, n, M, columns);
         }
@@ -198,7 +201,7 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
     // Too few columns for all threads: the rows are cut as well, and a panel of B is packed once for each cut.
     const int64_t cuts = parallel && groups < 3 * num_threads() ? least(panels.count, ceil_div(4 * num_threads(), groups)) : 1;
-    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), W) * W;
+    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
     for_pieces(parallel, groups * cuts, 1, [&](int64_t begin, int64_t end) {
         float* packed = packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
         for (int64_t piece = begin; piece < end; ++piece) {
@@ -225,7 +228,8 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
 // packed_a: packed_a_size(M, K) floats. packed_b: kPackedB floats, or null for the scratch of each thread.
 template <class B> void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel) {
     if (p.M == 0 || p.N == 0) return;
-    parallel = parallel && num_threads() > 1 && p.M * p.N * p.K >= kAlone;
+    const bool threads = parallel && num_threads() > 1;
+    parallel = threads && p.M * p.N * p.K >= kAlone;
     const int64_t most = rows_at_once(p.M);
     for (int64_t row = 0; row < p.M; row += most) {
         const int64_t m = least(most, p.M - row), at_once = depth_at_once(most, p.K);
@@ -246,10 +250,10 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                 a = packed_a;
             }
             if (p.M <= kFused && !p.accumulate && kb == p.K && B::kFuses) {
-                if (p.M == 1) gemm_fused<B, 1>(p, b, a, parallel);
-                else if (p.M == 2) gemm_fused<B, 2>(p, b, a, parallel);
-                else if (p.M == 3) gemm_fused<B, 3>(p, b, a, parallel);
-                else gemm_fused<B, 4>(p, b, a, parallel);
+                if (p.M == 1) gemm_fused<B, 1>(p, b, a, threads);
+                else if (p.M == 2) gemm_fused<B, 2>(p, b, a, threads);
+                else if (p.M == 3) gemm_fused<B, 3>(p, b, a, threads);
+                else gemm_fused<B, 4>(p, b, a, threads);
             } else {
                 gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
             }

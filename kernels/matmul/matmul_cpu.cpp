@@ -20,6 +20,7 @@ FASTLM_INLINE vf load_as_float_n(const uint16_t* p, int64_t n) {
 // B as it lies, (K, N).
 template <class T> struct Rows {
     static constexpr bool kFuses = false;
+    template <int M> static constexpr int64_t kColumns = NR;
     const T* b;
     int64_t N;
 
@@ -45,11 +46,12 @@ template <class T> struct Rows {
 // A weight (N, K), float32 or bfloat16: transposed in registers on the way.
 template <class T> struct Columns {
     static constexpr bool kFuses = true;
+    template <int M> static constexpr int64_t kColumns = W;
     const T* b;
     int64_t N, K;
 
     // W values of k, from k on, of W columns, as vectors over the columns.
-    inline __attribute__((always_inline)) void tile(vf (&r)[W], int64_t k, int64_t n, int64_t column, int64_t columns) const {
+    FASTLM_MEMBER void tile(vf (&r)[W], int64_t k, int64_t n, int64_t column, int64_t columns) const {
         const T* from = b + column * K + k;
         // The next lines of these rows; at their end, the beginning of the next W rows.
         const int64_t ahead = k + kAhead < K ? kAhead : kAhead + (W - 1) * K;

@@ -1,0 +1,42 @@
+// C = A W^T with W quantised, and what a linear layer adds: every bit as if W had been dequantised to float32 and multiplied by
+// matmul.
+//
+// The weight is repacked once, at load: sixteen rows side by side, so that one load brings the same k of sixteen rows and nothing
+// is transposed when it runs. The layout is in blocks.h; it is the same on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/dequantize/dequantize.h"
+#include "kernels/matmul/matmul.h"
+
+namespace fastlm {
+
+struct QuantizedMatmul {
+    float* c;               // (M, N)
+    float* z;               // (M, N) or null: keeps A W^T + bias
+    float* workspace;       // QuantizedMatmulKernels::workspace bytes, 64-byte aligned
+    const float* a;         // (M, K)
+    const uint8_t* packed;  // of QuantizedPack, 64-byte aligned
+    const float* bias;      // (N,) or null
+    const float* residual;  // (M, N) or null
+    int64_t M, N, K;
+    Quant kind;
+    Activation activation;
+};
+
+struct QuantizedPack {
+    uint8_t* packed;        // QuantizedMatmulKernels::packed_bytes
+    const uint8_t* blocks;  // (N, bytes of a row), as a GGUF file stores them, any alignment
+    int64_t N, K;           // K is a multiple of the format's values
+    Quant kind;
+};
+
+struct QuantizedMatmulKernels {
+    int64_t (*packed_bytes)(int64_t N, int64_t K, Quant kind);
+    void (*pack)(const QuantizedPack&);
+    int64_t (*workspace)(const QuantizedMatmul&);
+    void (*matmul)(const QuantizedMatmul&);
+};
+
+}  // namespace fastlm
