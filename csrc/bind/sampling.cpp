@@ -8,6 +8,16 @@
 FASTLM_KERNELS(SamplingKernels, sampling)
 
 namespace fastlm {
+namespace {
+
+// The first row that has a status instead of an index; -1: none.
+int64_t first_negative(const int32_t* index, int64_t n, int64_t stride) {
+    for (int64_t i = 0; i < n; ++i)
+        if (index[i * stride] < 0) return i;
+    return -1;
+}
+
+}  // namespace
 
 void bind_sampling(py::module_& m) {
     // uniform (B,) float64, or None: then Philox(seed, row, step). A negative token is a kSample... status.
@@ -26,16 +36,19 @@ void bind_sampling(py::module_& m) {
             temperature,          min_p,       penalty};
         NoGil nogil;
         sampling_kernels().sample(p);
+        return first_negative(p.token, B, 1);
     });
     m.def("top_k", [](const py::array& values, const py::array& indices, const py::array& x) {
         const TopK p{f32(values), data<int32_t>(indices), f32(x), rows(x), last(x), last(values)};
         NoGil nogil;
         sampling_kernels().top_k(p);
+        return first_negative(p.indices, p.R, p.k);
     });
     m.def("argmax", [](const py::array& index, const py::array& x) {
         const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x)};
         NoGil nogil;
         sampling_kernels().argmax(p);
+        return first_negative(p.index, p.R, 1);
     });
     m.def("philox", [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
         const Philox r = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);

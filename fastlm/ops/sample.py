@@ -18,6 +18,7 @@ _WHY = {
     -2: "is all -inf: no token is possible",
     -3: "has +inf, or reaches it when divided by the temperature",
     -4: "has an id in previous that is not in the vocabulary (pad with -1)",
+    -5: "has a uniform number that is not from 0 to below 1",
 }
 
 
@@ -68,10 +69,9 @@ def sample(
         ids, begin = _previous(previous, B, xd.ndim == 1)
     u, key, at = None, 0, 0
     if uniform is not None:
-        u = np.ascontiguousarray(np.atleast_1d(np.asarray(data(uniform), np.float64)))
-        check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {xd.shape}.")
-        if not ((u >= 0) & (u < 1)).all():
-            raise ValueError(f"[sample] uniform must be from 0 to below 1, got {u[~((u >= 0) & (u < 1))][0]}.")
+        u = np.ascontiguousarray(data(uniform), np.float64)
+        if u.shape != (B,):
+            check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {xd.shape}.")
     elif isinstance(seed, (int, np.integer)) and isinstance(step, (int, np.integer)):
         key, at = int(seed) & _WORD, int(step) & _WORD
     else:
@@ -79,9 +79,9 @@ def sample(
         own = not isinstance(seed, (int, np.integer))
         u = np.array([_C.philox_uniform(s, 0 if own else b, t) for b, (s, t) in enumerate(zip(seeds, steps, strict=True))])
     token = np.empty(B, np.int32)
-    _C.sample(token, xd, u, ids, begin, int(top_k), float(top_p), temperature, min_p, repetition_penalty, key, at)
-    if B and token.min() < 0:
-        _refuse("sample", "logits", token)
+    bad = _C.sample(token, xd, u, ids, begin, int(top_k), float(top_p), temperature, min_p, repetition_penalty, key, at)
+    if bad >= 0:
+        _refuse("sample", "logits", bad, int(token[bad]))
     return token
 
 
@@ -93,9 +93,9 @@ def argmax(logits: Any) -> Any:
     xd = check.array("argmax", "logits", data(logits), at_least=1)
     _two_axes("argmax", "logits", xd)
     index = np.empty(xd.shape[:-1], np.int32)
-    _C.argmax(index, xd)
-    if index.size and index.min() < 0:
-        _refuse("argmax", "logits", index)
+    bad = _C.argmax(index, xd)
+    if bad >= 0:
+        _refuse("argmax", "logits", bad, -1)
     return index
 
 
@@ -109,9 +109,9 @@ def top_k(values: Any, k: int) -> tuple[Array, Array]:
     if not 1 <= k <= N:
         raise ValueError(f"[top_k] k must be from 1 to N = {N}, got {k}. values is {xd.shape}.")
     top, indices = np.empty((*xd.shape[:-1], k), np.float32), np.empty((*xd.shape[:-1], k), np.int32)
-    _C.top_k(top, indices, xd)
-    if indices.size and indices[..., 0].min() < 0:
-        _refuse("top_k", "values", indices[..., 0])
+    bad = _C.top_k(top, indices, xd)
+    if bad >= 0:
+        _refuse("top_k", "values", bad, -1)
     return top, indices
 
 
@@ -125,9 +125,8 @@ def _two_axes(op: str, name: str, x: Array) -> tuple[int, int]:
     return x.size // V, V
 
 
-def _refuse(op: str, name: str, status: Array) -> None:
-    row = int(np.flatnonzero(status.reshape(-1) < 0)[0])
-    raise ValueError(f"[{op}] {name} row {row} {_WHY[int(status.reshape(-1)[row])]}.")
+def _refuse(op: str, name: str, row: int, status: int) -> None:
+    raise ValueError(f"[{op}] {name} row {row} {_WHY[status]}.")
 
 
 def _one_each(name: str, x: Any, B: int) -> list[int]:

@@ -10,6 +10,7 @@ constexpr int32_t kSampleNan = -1;          // a logit is nan
 constexpr int32_t kSampleNothing = -2;      // every logit is -inf
 constexpr int32_t kSampleInfinite = -3;     // a logit is +inf, or becomes so when divided by the temperature
 constexpr int32_t kSampleBadPrevious = -4;  // an id in `previous` is not in the vocabulary
+constexpr int32_t kSampleBadUniform = -5;   // its uniform number is not in [0, 1)
 
 struct Sample {
     int32_t* token;                 // (B,)

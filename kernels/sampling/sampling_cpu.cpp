@@ -211,6 +211,25 @@ float bisect(const float* e, int64_t n, int32_t low, int32_t high, double* below
     return float_of(low);
 }
 
+// bucket[(bits >> shift) - base] += x. Two tables would halve the wait where neighbours meet in a bucket, and leave L1.
+__attribute__((noinline)) void add_masses(double* bucket, const float* x, int64_t n, int shift, int32_t base) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const float a = x[i], b = x[i + 1], c = x[i + 2], d = x[i + 3];
+        bucket[(bits_of(a) >> shift) - base] += double(a);
+        bucket[(bits_of(b) >> shift) - base] += double(b);
+        bucket[(bits_of(c) >> shift) - base] += double(c);
+        bucket[(bits_of(d) >> shift) - base] += double(d);
+    }
+    for (; i < n; ++i) bucket[(bits_of(x[i]) >> shift) - base] += double(x[i]);
+}
+
+bool all_equal(const float* x, int64_t n) {
+    int64_t i = 0;
+    while (i < n && x[i] == x[0]) ++i;
+    return n > 0 && i == n;
+}
+
 // Top-p: drops the lightest elements, in order of weight and then of index, as long as their mass stays within limit. Elements
 // below the value returned are dropped; of those equal to it, the first ones are set to zero here. The last in that order always
 // stays. Selection by radix on the bits of the weights, most significant first, where a bucket holds mass instead of a count.
@@ -236,7 +255,7 @@ float nucleus(const Workspace& w, int64_t n, double limit) {
         const int64_t size = members < 0 ? n : members;
         const int64_t buckets = int64_t(1) << (shift == 31 ? 12 : 9);
         for (int64_t i = 0; i < buckets; ++i) w.bucket[i] = 0;
-        for (int64_t i = 0; i < size; ++i) w.bucket[(bits_of(list[i]) >> next) - base] += double(list[i]);
+        add_masses(w.bucket, list, size, next, base);
         int32_t b = 0;
         while (base + b < last && b + 1 < buckets && below + w.bucket[b] <= limit) below += w.bucket[b++];
         prefix = base + b;
@@ -265,6 +284,10 @@ float nucleus(const Workspace& w, int64_t n, double limit) {
         }
         members = found;
         for (int64_t i = found; i < padded(found); ++i) w.value[i] = 0.0f;
+        if (all_equal(w.value, found)) {
+            cut = w.value[0];
+            break;
+        }
         if (shift == 0) {
             cut = from;
             break;
@@ -335,6 +358,7 @@ int32_t sample_row(const Sample& p, int64_t b) {
     float greatest;
     if (!scan(w.most, &greatest, x, p.V, block)) return kSampleNan;
     if (greatest == -INFINITY) return kSampleNothing;
+    if (!(p.uniform[b] >= 0 && p.uniform[b] < 1)) return kSampleBadUniform;
     if (p.temperature == 0.0f) return first_equal(w.most, x, p.V, greatest);
     if (greatest / p.temperature == INFINITY || greatest / p.temperature == -INFINITY) return kSampleInfinite;
     int64_t n = p.V;

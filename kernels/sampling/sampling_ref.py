@@ -101,9 +101,9 @@ def forward(
     previous: np.ndarray | None = None,
     uniform: np.ndarray | None = None,
 ) -> np.ndarray:
-    """logits (B, V) float32 -> tokens (B,)."""
+    """logits (B, V) -> tokens (B,). float32 as the operation defines it, whatever is given."""
     tokens = []
-    for b, row in enumerate(logits):
+    for b, row in enumerate(logits.astype(np.float32)):
         if previous is not None and repetition_penalty != 1:
             row = penalise(row, previous[b], repetition_penalty)
         if temperature == 0:

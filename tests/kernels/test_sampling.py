@@ -238,7 +238,7 @@ def test_refuses():
         ("top_k", -1, r"top_k must be at least 0"),
         ("repetition_penalty", 0.0, r"repetition_penalty must be greater than 0"),
         ("uniform", [0.5], r"uniform must be \(B,\) = \(2,\), got \(1,\)\. logits is \(2, 8\)\."),
-        ("uniform", [0.5, 1.0], r"uniform must be from 0 to below 1, got 1\.0"),
+        ("uniform", [0.5, 1.0], r"logits row 1 has a uniform number that is not from 0 to below 1"),
         ("seed", [1, 2, 3], r"seed must be an int or one per row, \(B,\) = \(2,\), got 3"),
     ]:
         with pytest.raises(ValueError, match=rf"\[sample\] {message}"):
