@@ -3,8 +3,10 @@
 #include "csrc/runtime/memory.h"
 #include "csrc/runtime/parallel.h"
 
-#define FASTLM_OP(name) \
-    namespace fastlm { void bind_##name(py::module_&); }
+#define FASTLM_OP(name)             \
+    namespace fastlm {              \
+    void bind_##name(py::module_&); \
+    }
 #include "fastlm_ops.inc"
 #undef FASTLM_OP
 
@@ -48,6 +50,7 @@ std::vector<std::string> isa_names() {
 PYBIND11_MODULE(_C, m) {
     using namespace fastlm;
     choose_isa();
+    num_threads();  // refuses a bad FASTLM_NUM_THREADS here, not in the first kernel
     m.def("empty", &empty, py::arg("shape"), py::arg("dtype"));
     m.def("cached_bytes", &cached_bytes);
     m.def("release_cached", &release_cached);

@@ -66,7 +66,11 @@ FASTLM_INLINE vi xori(vi a, vi b) { return veorq_s32(a, b); }
 template <int N> FASTLM_INLINE vi shl(vi a) { return vshlq_n_s32(a, N); }
 template <int N> FASTLM_INLINE vi shr(vi a) { return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), N)); }
 
-FASTLM_INLINE float reduce_add(vf a) { return vaddvq_f32(a); }
+// The halves first, as everywhere else; vaddvq would add neighbours first.
+FASTLM_INLINE float reduce_add(vf a) {
+    const float32x2_t d = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
+}
 FASTLM_INLINE float reduce_max(vf a) { return vmaxvq_f32(a); }
 
 FASTLM_INLINE vf load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }

@@ -42,9 +42,7 @@ FASTLM_INLINE vm lt(vf a, vf b) { return a < b; }
 FASTLM_INLINE vm le(vf a, vf b) { return a <= b; }
 FASTLM_INLINE vm eq(vf a, vf b) { return a == b; }
 FASTLM_INLINE vm is_nan(vf a) { return a != a; }
-FASTLM_INLINE uint32_t bits(vm m) {
-    return uint32_t(m[0] & 1) | uint32_t(m[1] & 2) | uint32_t(m[2] & 4) | uint32_t(m[3] & 8);
-}
+FASTLM_INLINE uint32_t bits(vm m) { return uint32_t(m[0] & 1) | uint32_t(m[1] & 2) | uint32_t(m[2] & 4) | uint32_t(m[3] & 8); }
 FASTLM_INLINE bool any(vm m) { return bits(m) != 0; }
 FASTLM_INLINE vf select(vm m, vf a, vf b) { return m ? a : b; }
 FASTLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }

@@ -1,8 +1,8 @@
 // One vector type, `vf`, and its verbs, for the instruction set this translation unit is compiled for.
 //
-// The build compiles every kernels/*/*_cpu.cpp once per instruction set and defines FASTLM_ISA to its name. Everything here lives in
-// an unnamed namespace inside fastlm::FASTLM_ISA, so no symbol can be merged with another translation unit's: a function compiled
-// for AVX-512 must never be the one that an older CPU runs.
+// The build compiles every kernels/*/*_cpu.cpp once per instruction set and defines FASTLM_ISA to its name. Everything here lives
+// in an unnamed namespace inside fastlm::FASTLM_ISA, so no symbol can be merged with another translation unit's: a function
+// compiled for AVX-512 must never be the one that an older CPU runs.
 #pragma once
 
 #include <cmath>

@@ -34,10 +34,10 @@ def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) 
 
 def weight(op: str, name: str, w: Any, x: Array) -> Array:
     """w as a C-contiguous float32 array of the shape (C,), the last axis of x."""
-    w = array(op, name, w)
-    if w.shape != x.shape[-1:]:
-        shape(op, name, w, "(C,)", x.shape[-1:], f"x is {x.shape}.")
-    return w
+    y = array(op, name, w)
+    if y.shape != x.shape[-1:]:
+        shape(op, name, y, "(C,)", x.shape[-1:], f"x is {x.shape}.")
+    return y
 
 
 def choice(op: str, name: str, x: Any, known: dict[str, int]) -> int:

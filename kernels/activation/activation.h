@@ -25,8 +25,7 @@ struct ActivationBackward {
 struct ActivationKernels {
     void (*forward)(const ActivationForward&);
     void (*backward)(const ActivationBackward&);
-    // What tests/runtime/test_simd.py calls: y[i] = name(x[i]) for the elementary functions of csrc/simd/math.h. False: unknown
-    // name.
+    // For tests/runtime: y[i] = name(x[i]) for the elementary functions of csrc/simd/math.h, and the like. False: unknown name.
     bool (*probe)(const char* name, float* y, const float* x, int64_t n);
 };
 

@@ -68,7 +68,16 @@ bool probe(const char* name, float* y, const float* x, int64_t n) {
         }
         return true;
     }
-    // Reductions: y[i] for every prefix x[0 .. i] of one vector's lanes.
+    if (is("width")) return map(y, x, n, [](vf) { return set(float(W)); }), true;
+    if (is("nested")) {  // a parallel region inside the pieces of another
+        parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+            parallel_for(end - begin, 8, [&](int64_t first, int64_t last) {
+                for (int64_t i = begin + first; i < begin + last; ++i) y[i] = x[i] + 1.0f;
+            });
+        });
+        return true;
+    }
+    // Reductions: y[i] for every prefix, up to lane i, of the vector that holds x[i].
     const bool add = is("reduce_add");
     if (!add && !is("reduce_max")) return false;
     for (int64_t i = 0; i < n; ++i) {
