@@ -24,7 +24,7 @@ GRADIENTS = ("x", "weight")
 
 def inputs(case: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     shape, V = case["x"], case["V"]
-    weight: np.ndarray = rng.standard_normal((V, shape[-1]), np.float32)
+    weight: np.ndarray = rng.standard_normal((V, shape[-1]), np.float32) * np.float32(3 / shape[-1] ** 0.5)
     targets = rng.integers(0, V, shape[:-1])
     targets.reshape(-1)[rng.permutation(targets.size)[: case.get("ignored", 0)]] = -100
     return {
@@ -53,14 +53,21 @@ def forward(
     return np.asarray(np.where(valid, loss, 0).sum() / count, x.dtype)
 
 
+def dlogits(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, targets: np.ndarray, ignore_index: int = -100, reduction: str = "mean"
+) -> np.ndarray:
+    """dy, (), -> (..., V)."""
+    _, p, valid, count = _terms(x, weight, targets, ignore_index, reduction)
+    onehot = np.arange(weight.shape[0]) == targets[..., None]
+    return ((p - onehot) * valid[..., None] * (dy / count)).astype(x.dtype)
+
+
 def backward(
     dy: np.ndarray, x: np.ndarray, weight: np.ndarray, targets: np.ndarray, ignore_index: int = -100, reduction: str = "mean"
 ) -> dict[str, np.ndarray]:
     """dy, (), -> gradients by argument name; bfloat16 weights have none."""
-    _, p, valid, count = _terms(x, weight, targets, ignore_index, reduction)
-    onehot = np.arange(weight.shape[0]) == targets[..., None]
-    dlogits = ((p - onehot) * valid[..., None] * (dy / count)).astype(x.dtype)
-    grads = {"x": dlogits @ weight.astype(x.dtype)}
+    d = dlogits(dy, x, weight, targets, ignore_index, reduction)
+    grads = {"x": d @ weight.astype(x.dtype)}
     if weight.dtype.kind == "f":
-        grads["weight"] = dlogits.reshape(-1, weight.shape[0]).T @ x.reshape(-1, x.shape[-1])
+        grads["weight"] = d.reshape(-1, weight.shape[0]).T @ x.reshape(-1, x.shape[-1])
     return grads

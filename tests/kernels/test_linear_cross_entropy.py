@@ -8,10 +8,12 @@ import pytest
 
 from fastlm import backend, ops
 from fastlm.checkpoint.quantized import QuantizedArray
+from fastlm.kernels.matmul.matmul_ref import bound
 from fastlm.ops.linear_cross_entropy import chunk_rows
 from fastlm.tensor import Tensor
-from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
+from fastlm.testing import case_id, cases, check_forward, check_oracle, oracle, rng, widen
 
+REF = oracle("linear_cross_entropy")
 ALL = cases("linear_cross_entropy")
 FLOAT32 = [c for c in ALL if "weight" not in c]
 
@@ -23,7 +25,25 @@ def test_forward(isa, case):
 
 @pytest.mark.parametrize("case", FLOAT32, ids=case_id)
 def test_backward(isa, case):
-    check_backward("linear_cross_entropy", ops.linear_cross_entropy, case)
+    """Twice the error of naive NumPy, one ulp, and the norm-wise bound of the chains of multiply-adds, as for `linear`."""
+    generator = rng(case)
+    inputs = REF.inputs(case, generator)
+    dy = np.array(generator.standard_normal(), np.float32)
+    tensors = {k: Tensor(v, requires_grad=True) if k in REF.GRADIENTS else v for k, v in inputs.items()}
+    ops.linear_cross_entropy(**tensors).backward(dy)
+    exact, naive = REF.backward(dy.astype(np.float64), **widen(inputs)), REF.backward(dy, **inputs)
+    logits = REF.dlogits(dy, **inputs).reshape(-1, case["V"])
+    x = inputs["x"].reshape(-1, inputs["x"].shape[-1])
+    chains = {"x": bound(logits, inputs["weight"]).reshape(inputs["x"].shape), "weight": bound(logits.T, x)}
+    for name, chain in chains.items():
+        got = tensors[name].grad
+        assert got.dtype == np.float32
+        assert got.shape == exact[name].shape
+        error = np.abs(got - exact[name])
+        allowed = (
+            chain + 2 * np.max(np.abs(naive[name] - exact[name]), initial=0.0) + np.spacing(np.abs(exact[name]).astype(np.float32))
+        )
+        assert np.all(error <= allowed), f"gradient of {name}: error is {np.max(error / allowed):.3g} times what is allowed"
 
 
 @pytest.mark.parametrize("case", FLOAT32, ids=case_id)
