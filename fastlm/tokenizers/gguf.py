@@ -15,7 +15,19 @@ from fastlm.tokenizers.errors import TokenizerError
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 # Control tokens that end a turn or a text in the model families that have them; GGUF names one id or two, these models use more.
-_ENDS = frozenset("<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <|end|> <end_of_turn> <|return|> <EOT>".split())
+_ENDS = frozenset(
+    [
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|return|>",
+        "<EOT>",
+    ]
+)
 
 
 def backend_from_gguf(metadata: Mapping[str, Any]) -> tuple[Backend, dict[str, str], list[int]]:

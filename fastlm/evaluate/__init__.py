@@ -1,0 +1,5 @@
+"""Measuring a language model on ids: perplexity."""
+
+from fastlm.evaluate.perplexity import negative_log_likelihood, perplexity
+
+__all__ = ["negative_log_likelihood", "perplexity"]

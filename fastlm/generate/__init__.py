@@ -1,0 +1,14 @@
+"""Generation: from a model and ids to new ids. It knows nothing of text.
+
+    for index, id in steps(model, prompts, Settings(max_tokens=32)): ...    # a batch, token by token
+    generate(model, prompts, settings) -> [Output(ids, reason), ...]         # the same, collected
+    beam_search(model, prompt, beams=4, ...) -> Output
+
+A prompt gives the same ids, from the same bits, alone and in a batch, at any number of threads.
+"""
+
+from fastlm.generate.beam import BeamSettings, beam_search
+from fastlm.generate.engine import Output, generate, steps
+from fastlm.generate.settings import Settings
+
+__all__ = ["BeamSettings", "Output", "Settings", "beam_search", "generate", "steps"]

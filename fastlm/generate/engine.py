@@ -1,0 +1,180 @@
+"""The loop: every prompt is read into its own row of the cache, then all rows advance together, one id a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastlm import ops
+from fastlm.backend import Array
+from fastlm.generate.processors import active, process
+from fastlm.generate.settings import Settings, whole
+
+if TYPE_CHECKING:
+    from fastlm.models.base import CausalLM
+    from fastlm.nn import Cache
+
+CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
+
+Stop = Callable[[int, int], bool]  # (index of the prompt, new id) -> whether this sequence ends here
+
+
+@dataclass
+class Output:
+    """The new ids of one prompt, eos included, and why they end: eos, stop, or length (max_tokens or the model's context)."""
+
+    ids: list[int] = field(default_factory=list)
+    reason: str = "length"
+    score: float | None = None  # of a beam search
+
+
+def steps(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings | None = None,
+    seeds: int | Sequence[int] = 0,
+    stop: Stop | None = None,
+    outputs: list[Output] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Yields (index of the prompt, new id) until every sequence has ended. Closing the iterator ends it early.
+
+    The prompts may have different lengths. One seed is used for each of them, so that a prompt gives the same ids wherever it stands;
+    give a list to draw different samples of one prompt. A sequence ends at the model's context: prompt and new ids together are at
+    most `model.config.context`. `outputs`, if given, is filled with one Output for each prompt.
+    """
+    settings = settings or Settings()
+    rows = [_Row(i, check_prompt(model, p), s) for i, (p, s) in enumerate(zip(prompts, _seeds(seeds, len(prompts)), strict=True))]
+    check_eos(model, settings.eos)
+    if outputs is not None:
+        outputs.extend(row.output for row in rows)
+    room = model.config.context
+    for row in rows:
+        row.limit = min(settings.max_tokens, room - len(row.ids))
+    rows = [row for row in rows if row.limit > 0]
+    if not rows:
+        return
+    cache = model.new_cache(len(rows), max(len(row.ids) + row.limit for row in rows))
+    logits = np.concatenate([prefill(model, row.ids, cache.row(b)) for b, row in enumerate(rows)])
+    while True:
+        for row, id in zip(rows, choose(logits, rows, settings), strict=True):
+            row.ids.append(id)
+            row.output.ids.append(id)
+            if id in settings.eos:
+                row.reason = "eos"
+            elif stop is not None and stop(row.index, id):
+                row.reason = "stop"
+            elif len(row.output.ids) >= row.limit:
+                row.reason = "length"
+            row.output.reason = row.reason or row.output.reason
+            yield row.index, id
+        going = [b for b, row in enumerate(rows) if row.reason is None]
+        if not going:
+            return
+        if len(going) < len(rows):
+            cache = cache.select(going)
+            rows = [rows[b] for b in going]
+        logits = model.logits(np.array([[row.ids[-1]] for row in rows], np.int32), cache, last=True)
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings | None = None,
+    seeds: int | Sequence[int] = 0,
+    stop: Stop | None = None,
+) -> list[Output]:
+    """All new ids of every prompt; see `steps`."""
+    outputs: list[Output] = []
+    for _ in steps(model, prompts, settings, seeds, stop, outputs):
+        pass
+    return outputs
+
+
+def prefill(model: CausalLM, ids: Sequence[int], cache: Cache) -> Array:
+    """Reads a prompt into a cache of one row, in fixed chunks; the logits (1, V) after its last id."""
+    array = np.asarray(ids, np.int32)[None]
+    for start in range(0, array.shape[1], CHUNK):
+        logits = model.logits(array[:, start : start + CHUNK], cache, last=True)
+    return logits
+
+
+def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]:
+    """The next id of every row. logits (B, V) are changed where a processor is on."""
+    s = settings
+    if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
+        for scores, row in zip(logits, rows, strict=True):
+            process(
+                scores,
+                row.ids,
+                len(row.output.ids),
+                repetition_penalty=s.repetition_penalty,
+                no_repeat_ngram=s.no_repeat_ngram,
+                min_tokens=s.min_tokens,
+                eos=s.eos,
+            )
+    if s.temperature == 0.0:
+        chosen = ops.argmax(logits)
+    else:
+        chosen = ops.sample(
+            logits,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            seed=[row.seed for row in rows],
+            step=[len(row.output.ids) for row in rows],
+        )
+    return [int(id) for id in chosen]
+
+
+class _Row:
+    """A sequence under way."""
+
+    __slots__ = ("ids", "index", "limit", "output", "reason", "seed")
+
+    def __init__(self, index: int, ids: list[int], seed: int) -> None:
+        self.index, self.ids, self.seed = index, ids, seed
+        self.limit = 0
+        self.output = Output()
+        self.reason: str | None = None
+
+
+def check_prompt(model: CausalLM, prompt: Sequence[int]) -> list[int]:
+    """A prompt as a list of ids of the model's vocabulary that leaves room for one more, or a ValueError."""
+    array = np.asarray(prompt)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        if array.size == 0:
+            raise ValueError("[generate] a prompt must have at least one id, got none: begin with the model's bos")
+        raise ValueError(f"[generate] a prompt must be a list of ids, got shape {array.shape} of {array.dtype}")
+    if array.size == 0:
+        raise ValueError("[generate] a prompt must have at least one id, got none: begin with the model's bos")
+    low, high, vocab = int(array.min()), int(array.max()), model.config.vocab_size
+    if low < 0 or high >= vocab:
+        raise ValueError(f"[generate] ids must be from 0 to {vocab - 1}, got {low if low < 0 else high}")
+    if len(array) >= model.config.context:
+        raise ValueError(
+            f"[generate] a prompt must be shorter than the model's context of {model.config.context}, got {len(array)} ids. Shorten it."
+        )
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def check_eos(model: CausalLM, eos: Sequence[int]) -> None:
+    """eos ids are ids of the model's vocabulary."""
+    for id in eos:
+        if id >= model.config.vocab_size:
+            raise ValueError(f"[generate] eos must be from 0 to {model.config.vocab_size - 1}, got {id}")
+
+
+def _seeds(seeds: Any, count: int) -> list[int]:
+    if isinstance(seeds, (list, tuple)):
+        if len(seeds) != count:
+            raise ValueError(f"[generate] seed must be one number or {count}, one for each prompt, got {len(seeds)}")
+    else:
+        seeds = [seeds] * count
+    for seed in seeds:
+        whole("seed", seed, 0)
+    return list(seeds)

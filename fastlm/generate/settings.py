@@ -1,0 +1,60 @@
+"""What one generation is asked to do, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the next id is chosen, and when to end. Names and meanings are those of the transformers library.
+
+    temperature 0 is greedy: the most likely id, the lowest of equals; the filters then mean nothing. top_k 0, top_p 1, min_p 0,
+    repetition_penalty 1, no_repeat_ngram 0 are off. `eos` ends a sequence and is its last id. `min_tokens` forbids eos before.
+    """
+
+    max_tokens: int = 32
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    eos: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("no_repeat_ngram", 0)):
+            whole(name, getattr(self, name), low)
+        number("temperature", self.temperature, 0.0)
+        number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        number("min_p", self.min_p, 0.0, 1.0)
+        number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
+        object.__setattr__(self, "eos", ids_of("eos", self.eos))
+
+
+def whole(name: str, value: Any, low: int) -> None:
+    """Refuses what is not an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"[generate] {name} must be an integer of at least {low}, got {value!r}")
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Refuses what is not a finite number in the range."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high or (open_low and value == low):
+        limits = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        raise ValueError(f"[generate] {name} must be a number {limits}, got {value!r}")
+
+
+def ids_of(name: str, value: Any) -> tuple[int, ...]:
+    """None, an id or several as a tuple."""
+    if value is None:
+        return ()
+    values = tuple(value) if hasattr(value, "__iter__") and not isinstance(value, str) else (value,)
+    for i in values:
+        if isinstance(i, bool) or not hasattr(i, "__index__") or i < 0:
+            raise ValueError(f"[generate] {name} must be an id, several, or None, got {value!r}")
+    return tuple(int(i) for i in values)

@@ -1,0 +1,278 @@
+"""LM: a model and its tokenizer, text in and text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+
+import numpy as np
+
+from fastlm import evaluate, generate, hub
+from fastlm.backend import Array
+
+if TYPE_CHECKING:
+    from fastlm.generate import Output
+    from fastlm.models.base import CausalLM
+    from fastlm.tokenizers import Tokenizer
+
+
+class Options(TypedDict, total=False):
+    """How text is generated. What is not given is as here: greedy, with nothing else on."""
+
+    temperature: float  # 0.0: greedy, the most likely token each time
+    top_k: int  # 0: off; else of the k most likely
+    top_p: float  # 1.0: off; else of the most likely that together have this probability
+    min_p: float  # 0.0: off; else of those at least this times as likely as the most likely
+    repetition_penalty: float  # 1.0: off; above 1 what was said is less likely
+    no_repeat_ngram: int  # 0: off; else no n tokens occur twice
+    min_tokens: int  # 0; eos is not chosen before
+    beams: int  # 1: no beam search; else deterministic, the best of so many beams
+    length_penalty: float  # 1.0; of beams: scores are divided by length^length_penalty
+    early_stopping: bool | str  # False; of beams: False, True or "never"
+    stop: str | Sequence[str] | None  # strings that end the text and are cut from it
+    eos: int | Sequence[int] | None  # ids that end the text; the tokenizer's if not given
+    seed: int | Sequence[int]  # 0; of the random choice; a list has one for each prompt
+
+
+_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_BEAMS = {"length_penalty", "early_stopping"}
+
+
+def load(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> LM:
+    """The language model of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
+
+    dtype None keeps the weights as they are stored (quantised ones too); "float32" or "bfloat16" converts them. Raises
+    FileNotFoundError where nothing is found, and a ValueError that lists what is wrong with a file.
+    """
+    return LM(*hub.load_folder_or_gguf(path_or_id, dtype))
+
+
+class LM:
+    """A language model: `model`, over ids, and `tokenizer`, or None where the folder has none; then only ids go in."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    # Text
+
+    @overload
+    def generate(self, prompt: str, max_tokens: int = ..., **options: Unpack[Options]) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], max_tokens: int = ..., **options: Unpack[Options]) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], max_tokens: int = 32, **options: Unpack[Options]) -> str | list[str]:
+        """The text that follows the prompt; a list of prompts gives a list of texts. The prompt itself is not repeated.
+
+        Options (see Options): temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram=0, min_tokens=0,
+        beams=1, length_penalty=1.0, early_stopping=False, stop=None, eos (default the tokenizer's), seed=0. A prompt gives the same
+        text alone and in a list; give a list of seeds to draw several samples of one prompt. Stop strings may begin and end inside
+        tokens.
+
+        The text ends at max_tokens, at eos, at a stop string, or at the end of the model's context: prompt and text together are
+        at most `model.config.context` tokens. A prompt that fills the context alone is refused.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = self._complete([self._encode(p) for p in prompts], max_tokens, options)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(self, prompt: str, max_tokens: int = 32, **options: Unpack[Options]) -> Iterator[str]:
+        """The text of `generate` in pieces, as they become certain; takes its options, but for beams."""
+        yield from self._stream(self._encode(prompt), max_tokens, options)
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], max_tokens: int = 256, **options: Unpack[Options]) -> str:
+        """The model's answer to a chat: `[{"role": "user", "content": "..."}]`, or a str, which is one message of the user."""
+        return self._complete([self._chat_ids(messages)], max_tokens, options)[0]
+
+    def chat_stream(
+        self, messages: str | Sequence[Mapping[str, Any]], max_tokens: int = 256, **options: Unpack[Options]
+    ) -> Iterator[str]:
+        """`chat` in pieces."""
+        yield from self._stream(self._chat_ids(messages), max_tokens, options)
+
+    def perplexity(self, text: str | Sequence[int], context: int | None = None, stride: int | None = None) -> float:
+        """exp of the mean negative log-likelihood of the text's tokens (or of ids). Windows of `context` tokens, default the model's,
+        begin every `stride`, default half of it; see fastlm.evaluate."""
+        return evaluate.perplexity(self.model, self._ids(text), context, stride)
+
+    # Ids
+
+    @overload
+    def generate_ids(self, ids: Sequence[int], max_tokens: int = ..., **options: Unpack[Options]) -> list[int]: ...
+    @overload
+    def generate_ids(self, ids: Sequence[Sequence[int]], max_tokens: int = ..., **options: Unpack[Options]) -> list[list[int]]: ...
+    def generate_ids(self, ids: Any, max_tokens: int = 32, **options: Unpack[Options]) -> Any:
+        """The new ids after a prompt of ids, with the one of `eos` that ended them; a list of prompts gives a list.
+
+        Options as of `generate`, without `stop`; eos is one id or several, and None, the default, is none: ids are taken as they are.
+        """
+        batch = len(ids) > 0 and hasattr(ids[0], "__len__")
+        outputs = self._run(list(ids) if batch else [ids], max_tokens, dict(options))
+        found = [output.ids for output in outputs]
+        return found if batch else found[0]
+
+    def logits(self, ids: str | Sequence[int] | Sequence[Sequence[int]] | Array) -> Array:
+        """float32 (T, V) for ids (T,) or a text, (B, T, V) for ids (B, T)."""
+        array = np.asarray(self._ids(ids) if isinstance(ids, str) else ids)
+        if array.ndim not in (1, 2) or array.size == 0:
+            raise ValueError(f"[logits] ids must be (T,) or (B, T) with T at least 1, got {array.shape}")
+        out = self.model.logits(array if array.ndim == 2 else array[None])
+        return out if array.ndim == 2 else out[0]
+
+    # Files
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a Hugging Face folder, which `load` and transformers read: config.json, model.safetensors, the tokenizer's files."""
+        hub.save(self.model, self.tokenizer, folder)
+
+    def __repr__(self) -> str:
+        parameters = self.model.named_parameters().values()
+        kinds = sorted({str(getattr(p.data, "kind", p.data.dtype)) for p in parameters})
+        count = sum(int(np.prod(p.shape)) for p in parameters)
+        return (
+            f"LM({type(self.model).__name__}, {count / 1e6:.1f}M parameters, {'+'.join(kinds)}, "
+            f"context {self.model.config.context}, {self.tokenizer or 'no tokenizer'})"
+        )
+
+    # Within
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("[lm] this model has no tokenizer: give ids to generate_ids and logits, or set lm.tokenizer")
+        return self.tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        """A prompt's ids; an empty one is bos alone."""
+        tokenizer = self._need_tokenizer()
+        ids = tokenizer.encode(text)
+        return ids or ([] if tokenizer.bos_id is None else [tokenizer.bos_id])
+
+    def _ids(self, text: Any) -> Any:
+        return self._need_tokenizer().encode(text) if isinstance(text, str) else text
+
+    def _chat_ids(self, messages: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        tokenizer = self._need_tokenizer()
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return tokenizer.encode(tokenizer.chat(messages), special_tokens=False)
+
+    def _run(
+        self, prompts: list[Any], max_tokens: int, options: dict[str, Any], stop: Any = None, beam_stop: Any = None
+    ) -> list[Output]:
+        beams, seed, rest = _split(options)
+        if beams == 1:
+            return generate.generate(self.model, prompts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
+        settings = generate.BeamSettings(beams=beams, max_tokens=max_tokens, **rest)
+        return [generate.beam_search(self.model, p, settings, beam_stop(p) if beam_stop else None) for p in prompts]
+
+    def _complete(self, prompts: list[list[int]], max_tokens: int, options: Options) -> list[str]:
+        tokenizer, given, stops = self._prepare(options)
+        texts = [Text(tokenizer, prompt, stops, given["eos"]) for prompt in prompts]
+        if given.get("beams", 1) != 1:
+
+            def hits(prompt: list[int]) -> Any:
+                return lambda ids: Text(tokenizer, prompt, stops, given["eos"]).all(ids)[1]
+
+            outputs = self._run(prompts, max_tokens, given, None, hits if stops else None)
+            return [text.all(output.ids)[0] for text, output in zip(texts, outputs, strict=True)]
+        pieces: list[list[str]] = [[] for _ in prompts]
+
+        def put(index: int, id: int) -> bool:
+            pieces[index].append(texts[index].put(id))
+            return texts[index].stopped
+
+        self._run(prompts, max_tokens, given, put)
+        return ["".join(piece) + text.finish() for piece, text in zip(pieces, texts, strict=True)]
+
+    def _stream(self, prompt: list[int], max_tokens: int, options: Options) -> Iterator[str]:
+        tokenizer, given, stops = self._prepare(options)
+        beams, seed, rest = _split(given)
+        if beams != 1:
+            raise ValueError("[stream] beams must be 1: the best of several beams is known only at the end; use generate")
+        text = Text(tokenizer, prompt, stops, given["eos"])
+        for _, id in generate.steps(self.model, [prompt], generate.Settings(max_tokens=max_tokens, **rest), seed):
+            piece = text.put(id)
+            if piece:
+                yield piece
+            if text.stopped:
+                return
+        piece = text.finish()
+        if piece:
+            yield piece
+
+    def _prepare(self, options: Options) -> tuple[Tokenizer, dict[str, Any], tuple[str, ...]]:
+        """The tokenizer, the options without stop and with eos, and the stop strings."""
+        tokenizer, given = self._need_tokenizer(), dict(options)
+        given["eos"] = generate.ids_of("eos", given.get("eos", tokenizer.end_ids))
+        return tokenizer, given, stop_strings(given.pop("stop", None))
+
+
+def _split(options: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]]:
+    """beams, seed, and the fields of generate.Settings or, with beams, of generate.BeamSettings."""
+    unknown = sorted(set(options) - set(Options.__annotations__) | ({"stop"} & set(options)))
+    if unknown:
+        raise TypeError(f"[generate] unknown option {', '.join(unknown)}; there are {', '.join(sorted(Options.__annotations__))}")
+    rest = dict(options)
+    beams, seed = rest.pop("beams", 1), rest.pop("seed", 0)
+    rest["eos"] = generate.ids_of("eos", rest.get("eos"))
+    if beams == 1:
+        return beams, seed, {k: v for k, v in rest.items() if k not in _BEAMS}
+    for name, off in _SAMPLING.items():
+        if rest.pop(name, off) != off:
+            raise ValueError(f"[generate] {name} must be {off} with beams, got {options[name]}: beam search draws nothing")
+    return beams, seed, rest
+
+
+class Text:
+    """The text of new ids as they come: what is certain, up to a stop string, which is cut off."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stops: Sequence[str], ends: Iterable[int]) -> None:
+        self._decoder = tokenizer.decode_stream(prompt)
+        self._stops = tuple(stops)
+        self._ends = frozenset(ends)
+        self._held = ""  # might be the beginning of a stop string
+        self.stopped = False
+
+    def put(self, id: int) -> str:
+        """The text that this id makes certain; `stopped` says whether a stop string was met."""
+        if self.stopped or id in self._ends:
+            return ""
+        return self._take(self._decoder.put(id))
+
+    def finish(self) -> str:
+        """What was held back."""
+        if self.stopped:
+            return ""
+        text = self._take(self._decoder.finish())
+        held, self._held = self._held, ""
+        return text + held
+
+    def all(self, ids: Iterable[int]) -> tuple[str, bool]:
+        """The whole text of new ids, and whether it met a stop string."""
+        text = "".join(self.put(id) for id in ids) + self.finish()
+        return text, self.stopped
+
+    def _take(self, more: str) -> str:
+        text = self._held + more
+        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of the text that begins the stop string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """None, one string or several as a tuple."""
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    for s in stops:
+        if not isinstance(s, str) or not s:
+            raise ValueError(f"[generate] stop must be strings that are not empty, got {s!r}")
+    return stops
