@@ -60,8 +60,8 @@ class LM:
     @overload
     def generate(self, prompt: str, max_tokens: int = ..., **options: Unpack[Options]) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], max_tokens: int = ..., **options: Unpack[Options]) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], max_tokens: int = 32, **options: Unpack[Options]) -> str | list[str]:
+    def generate(self, prompt: list[str], max_tokens: int = ..., **options: Unpack[Options]) -> list[str]: ...
+    def generate(self, prompt: str | list[str], max_tokens: int = 32, **options: Unpack[Options]) -> str | list[str]:
         """The text that follows the prompt; a list of prompts gives a list of texts. The prompt itself is not repeated.
 
         Options (see Options): temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram=0, min_tokens=0,
@@ -204,7 +204,8 @@ class LM:
         """The tokenizer, the options without stop and with eos, and the stop strings."""
         tokenizer, given = self._need_tokenizer(), dict(options)
         given["eos"] = generate.ids_of("eos", given.get("eos", tokenizer.end_ids))
-        return tokenizer, given, stop_strings(given.pop("stop", None))
+        stops: Any = given.pop("stop", None)
+        return tokenizer, given, stop_strings(stops)
 
 
 def _split(options: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]]:

@@ -9,6 +9,6 @@ A prompt gives the same ids, from the same bits, alone and in a batch, at any nu
 
 from fastlm.generate.beam import BeamSettings, beam_search
 from fastlm.generate.engine import Output, generate, steps
-from fastlm.generate.settings import Settings
+from fastlm.generate.settings import Settings, ids_of
 
-__all__ = ["BeamSettings", "Output", "Settings", "beam_search", "generate", "steps"]
+__all__ = ["BeamSettings", "Output", "Settings", "beam_search", "generate", "ids_of", "steps"]

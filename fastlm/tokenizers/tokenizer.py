@@ -135,7 +135,8 @@ class Tokenizer:
     # Files
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which the transformers library reads too."""
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which the transformers library reads too; and
+        generation_config.json where more than eos ends a text."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
@@ -150,6 +151,10 @@ class Tokenizer:
         with typed("[save] tokenizer.json"):
             (target / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        if self.end_ids != (() if self.eos_id is None else (self.eos_id,)):
+            ends = {"eos_token_id": list(self.end_ids), "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+            known = {k: v for k, v in ends.items() if v is not None}
+            (target / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
         if self.chat_template is not None:
             (target / "chat_template.jinja").write_text(self.chat_template, "utf-8")
 

@@ -75,7 +75,7 @@ def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
     again = Tokenizer.from_folder(tmp_path)
     texts = [TEXT] if name == "characters" else list(fuzzed(300))
     assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
-    for what in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "special_ids", "chat_template"):
+    for what in ("vocab_size", "bos_id", "eos_id", "pad_id", "unk_id", "end_ids", "special_ids", "chat_template"):
         assert getattr(again, what) == getattr(tokenizer, what), what
     again.save(tmp_path / "twice")
     assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
