@@ -124,6 +124,7 @@ def _run(root: Tensor, gradient: Array) -> None:
         stack.extend(p for p in node.parents if p is not None)
     gradients: dict[int, Array] = {id(root): gradient}
     owned: set[int] = set()  # gradients that this function made, and may add to
+    handed = {id(gradient)}  # arrays that were a gradient of something: the caller's, and those passed on
     for order in sorted(nodes, reverse=True):
         tensor = nodes.pop(order)
         node = tensor._node
@@ -133,18 +134,29 @@ def _run(root: Tensor, gradient: Array) -> None:
         owned.discard(id(tensor))
         if dy is None:
             continue
-        for parent, d in zip(node.parents, node.backward(dy), strict=True):
+        ds = node.backward(dy)
+        for parent, d in zip(node.parents, ds, strict=True):
             if parent is None or d is None or not parent.requires_grad:
                 continue
             if parent._node is None:
-                np.add(parent.grad_buffer(), d, out=parent.grad)
-            elif id(parent) not in gradients:
+                if parent.grad is None and id(d) not in handed and _ours_alone(d, ds):
+                    parent.grad = d
+                else:
+                    np.add(parent.grad_buffer(), d, out=parent.grad)
+                continue
+            handed.add(id(d))
+            if id(parent) not in gradients:
                 gradients[id(parent)] = d
             elif id(parent) in owned:
                 gradients[id(parent)] += d
             else:
                 gradients[id(parent)] = gradients[id(parent)] + d
                 owned.add(id(parent))
+
+
+def _ours_alone(d: Array, ds: Sequence[Array | None]) -> bool:
+    """Whether a leaf may keep d as its `grad`, to be added to in place later: no view, and returned for no other parent."""
+    return d.base.__class__ is not np.ndarray and d.flags.c_contiguous and d.dtype == np.float32 and sum(e is d for e in ds) == 1
 
 
 _USED = _Node((), lambda _: (), -1)  # what stands in for a node whose backward has run
@@ -168,10 +180,9 @@ def data(x: Any) -> Any:
 
 def recording(*xs: Any) -> bool:
     """Whether an operation on these must be recorded."""
-    if _state.enabled:
-        for x in xs:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return True
+    for x in xs:
+        if isinstance(x, Tensor) and x.requires_grad:
+            return _state.enabled
     return False
 
 
@@ -187,7 +198,7 @@ def record(y: Any, parents: Sequence[Any], backward: Backward) -> Tensor:
     """Puts an operation on the tape.
 
     `backward(dy)` returns one gradient for each parent, None where there is none or where it was already added to the parent's
-    `grad_buffer()` (see `leaf`).
+    `grad_buffer()` (see `leaf`). A gradient is an array that `backward` made, or dy: a leaf may keep it as its `grad`.
     """
     _state.counter += 1
     out = Tensor(y, requires_grad=True)

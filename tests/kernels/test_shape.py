@@ -112,3 +112,34 @@ def test_not_recorded():
     assert all(isinstance(y, Tensor) and not y.requires_grad for y in outs)
     plain = [ops.reshape(x.data, (8,)), *ops.split(x.data, (1, 3)), ops.add(x.data, x.data), ops.scale(x.data, 2.0)]
     assert all(type(y) is np.ndarray for y in plain)
+
+
+def test_leaves_share_no_gradient():
+    """A leaf may keep the array that a backward rule made, but none that anyone else holds."""
+    x, r, w = (Tensor(a, requires_grad=True) for a in (randn(2, 8), randn(2, 8) + 1, randn(8)))
+    normed, total = ops.add_rms_norm(x, r, w)
+    dy = randn(2, 8)
+    ops.add(normed, total).backward(dy)
+    assert not np.shares_memory(x.grad, r.grad)
+    np.testing.assert_array_equal(x.grad, r.grad)
+    before, given = r.grad.copy(), dy.copy()
+    ops.add(x, total.data).backward(dy)
+    assert not np.shares_memory(x.grad, dy)
+    np.testing.assert_array_equal(x.grad, before + dy)
+    np.testing.assert_array_equal(r.grad, before)
+    z = Tensor(randn(2, 8), requires_grad=True)
+    ops.add(z, x.data).backward(dy)
+    assert not np.shares_memory(z.grad, dy)
+    ops.scale(z, 2.0).backward(dy)
+    np.testing.assert_array_equal(z.grad, 3 * dy)
+    np.testing.assert_array_equal(dy, given)
+
+
+def test_leaf_and_its_views():
+    """A leaf used as it is, reshaped, and through a sum of two uses."""
+    x = Tensor(randn(2, 8), requires_grad=True)
+    y = ops.scale(x, 2.0)
+    z = ops.add(ops.add(y, y), ops.reshape(ops.reshape(x, (16,)), (2, 8)))
+    dy = randn(2, 8)
+    z.backward(dy)
+    np.testing.assert_allclose(x.grad, 5 * dy, rtol=1e-6)
