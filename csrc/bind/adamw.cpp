@@ -15,9 +15,30 @@ void cut(std::vector<TensorPiece>& pieces, int64_t tensor, int64_t n) {
         pieces.push_back({tensor, begin, begin + kAdamWPiece < n ? begin + kAdamWPiece : n});
 }
 
+// Whether x is a C-contiguous float32 array of the shape of `like`.
+bool plain(const py::handle& x, const py::handle& like, bool writeable) {
+    if (!py::isinstance<py::array_t<float>>(x) || !py::isinstance<py::array>(like)) return false;
+    const auto a = py::reinterpret_borrow<py::array>(x), b = py::reinterpret_borrow<py::array>(like);
+    if (!(a.flags() & py::array::c_style) || (writeable && !a.writeable()) || a.ndim() != b.ndim()) return false;
+    for (int i = 0; i < int(a.ndim()); ++i)
+        if (a.shape(i) != b.shape(i)) return false;
+    return true;
+}
+
 }  // namespace
 
 void bind_adamw(py::module_& m) {
+    // Whether nothing stands in the way of a step: equally long lists of plain arrays. Where false, Python says what does.
+    m.def("adamw_ready", [](const py::list& parameters, const py::list& gradients, const py::list& ms, const py::list& vs) {
+        const size_t n = parameters.size();
+        if (gradients.size() != n || ms.size() != n || vs.size() != n) return false;
+        for (size_t i = 0; i < n; ++i) {
+            const py::handle p = parameters[i];
+            if (!plain(p, p, true) || !plain(gradients[i], p, false) || !plain(ms[i], p, true) || !plain(vs[i], p, true))
+                return false;
+        }
+        return true;
+    });
     // Lists of arrays; step >= 1 counts from 1. Every scalar is computed in float64 and rounded once.
     m.def("adamw_step", [](const py::list& parameters, const py::list& gradients, const py::list& ms, const py::list& vs,
                            const std::vector<double>& weight_decays, int64_t step, double lr, double beta1, double beta2,

@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fastlm import _C
-from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.tensor import data
 
@@ -71,19 +68,9 @@ def adamw_step(
     shape or a number.
     """
     op = "adamw"
-    if not len(parameters) == len(gradients) == len(ms) == len(vs):
-        raise ValueError(
-            f"[{op}] parameters, gradients, ms and vs must be equally long, "
-            f"got {len(parameters)}, {len(gradients)}, {len(ms)}, {len(vs)}."
-        )
-    lists: list[list[Array]] = [[], [], [], []]
-    for i, group in enumerate(zip(parameters, gradients, ms, vs, strict=True)):
-        shape = data(group[0]).shape
-        for name, x, out in zip(("parameter", "gradient", "m", "v"), group, lists, strict=True):
-            xd = _in_place(op, name, i, data(x), writeable=name != "gradient")
-            if xd.shape != shape:
-                raise ValueError(f"[{op}] {name} {i} must have the parameter's shape {shape}, got {xd.shape}.")
-            out.append(xd)
+    lists = [[data(x) for x in group] for group in (parameters, gradients, ms, vs)]
+    if not _C.adamw_ready(*lists):
+        _refuse(op, lists)
     if isinstance(weight_decay, Sequence):
         if len(weight_decay) != len(parameters):
             raise ValueError(
@@ -116,10 +103,16 @@ def _beta(op: str, name: str, x: float) -> float:
     return value
 
 
-def _in_place(op: str, name: str, i: int, x: Any, writeable: bool) -> Array:
-    xd = x if isinstance(x, np.ndarray) and x.dtype == np.float32 else check.array(op, f"{name} {i}", x)
-    if not xd.flags.c_contiguous or (writeable and not xd.flags.writeable):
-        raise ValueError(
-            f"[{op}] {name} {i} must be a C-contiguous, writeable array, because it is changed in place. Copy it first."
-        )
-    return xd
+def _refuse(op: str, lists: list[list[Any]]) -> None:
+    """Raises what is wrong with the arrays."""
+    lengths = [len(group) for group in lists]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"[{op}] parameters, gradients, ms and vs must be equally long, got {', '.join(str(n) for n in lengths)}.")
+    for i, group in enumerate(zip(*lists, strict=True)):
+        for name, x in zip(("parameter", "gradient", "m", "v"), group, strict=True):
+            check.array(op, f"{name} {i}", x)
+            check.shape(op, f"{name} {i}", x, "the parameter's shape", tuple(group[0].shape))
+            if not x.flags.c_contiguous or (name != "gradient" and not x.flags.writeable):
+                raise ValueError(
+                    f"[{op}] {name} {i} must be a C-contiguous, writeable array, because it is changed in place. Copy it first."
+                )

@@ -17,6 +17,7 @@ from fastlm.ops.matmul import product
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 _MOST_ROWS, _LEAST_ROWS = 256, 64
+_FREE = 1 << 18  # floats that are held without a thought: a small vocabulary takes all rows at once
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -50,7 +51,7 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     dx = backend.empty((count, C)) if want_x else None
     # The first chunk assigns: the gradient starts as zeros only where there is none.
     dw = (backend.empty if count else backend.zeros)((V, C)) if want_w else None
-    chunk = chunk_rows(count)
+    chunk = chunk_rows(count, V)
     workspace = backend.empty((min(chunk, count), V))
     for begin in range(0, count, chunk):
         end = min(begin + chunk, count)
@@ -74,9 +75,9 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     return record(y, (x, weight), backward)
 
 
-def chunk_rows(n: int) -> int:
+def chunk_rows(n: int, V: int) -> int:
     """Rows whose logits are held at once: a fifth of all, from 64 to 256. More would cost memory, fewer reads of the weight."""
-    return min(_MOST_ROWS, max(_LEAST_ROWS, -(-n // 40) * 8))
+    return max(min(_MOST_ROWS, max(_LEAST_ROWS, -(-n // 40) * 8)), _FREE // max(V, 1))
 
 
 def _dx(dx: Array | None, dy: float, shape: tuple[int, ...], chosen: Array | None) -> Array | None:

@@ -100,7 +100,7 @@ def test_global_norm(isa, threads):
 
 def test_refuses():
     a = [np.zeros(4, np.float32) for _ in range(4)]
-    with pytest.raises(ValueError, match=r"\[adamw\] m 0 must have the parameter's shape \(4,\), got \(5,\)\."):
+    with pytest.raises(ValueError, match=r"\[adamw\] m 0 must be the parameter's shape = \(4,\), got \(5,\)\."):
         ops.adamw(a[0], a[1], np.zeros(5, np.float32), a[3], **SETTINGS)
     with pytest.raises(ValueError, match=r"parameter 0 must be a C-contiguous, writeable array"):
         ops.adamw(np.zeros(8, np.float32)[::2], a[1], a[2], a[3], **SETTINGS)
