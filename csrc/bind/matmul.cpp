@@ -11,9 +11,9 @@ void bind_matmul(py::module_& m) {
     // c (batch, M, N); a_step and b_step are 0 where a matrix is shared by the batch.
     m.def("matmul", [](const py::array& c, const py::object& z, const py::array& a, const py::array& b, const py::object& bias,
                        const py::object& residual, int64_t batch, int64_t M, int64_t N, int64_t K, int64_t a_step, int64_t b_step,
-                       bool a_transposed, bool b_transposed, bool accumulate, int activation) {
-        Matmul p{f32(c), f32(z), nullptr,      f32(a),       data<void>(b),     f32(bias),  f32(residual),         batch, M, N, K,
-                 a_step, b_step, a_transposed, b_transposed, b.itemsize() == 2, accumulate, Activation(activation)};
+                       bool a_transposed, bool b_transposed, int b_type, bool accumulate, int activation) {
+        Matmul p{f32(c), f32(z), nullptr, f32(a), data<void>(b), f32(bias),    f32(residual),   batch,      M,
+                 N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
         NoGil nogil;
         const MatmulKernels& kernels = matmul_kernels();
         Workspace workspace(kernels.workspace(p));

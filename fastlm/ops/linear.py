@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
-from fastlm.ops.matmul import product
+from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Any:
     """act(x W^T + b) + residual.
 
-    x: (..., K) float32. weight: (N, K) float32, bfloat16 or a QuantizedArray; the latter two are frozen, they get no gradient.
+    x: (..., K) float32. weight: (N, K) float32, bfloat16, float16 or a QuantizedArray; all but float32 are frozen: they
+    get no gradient.
     bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
     Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
     """
@@ -45,14 +45,14 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
         names = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"[linear] activation must be one of {names}, got {activation!r}.")
 
-    M = int(np.prod(shape[:-1], dtype=np.int64))
+    M = math.prod(shape[:-1])
     y = backend.empty(shape)
     recorded = recording(x, weight, bias, residual)
     z = backend.empty(shape) if recorded and kind else None
     if isinstance(wd, QuantizedArray):
         _C.quantized_matmul(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
     else:
-        _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, False, kind)
+        _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
     if not recorded:
         return wrap(y, x, weight, bias, residual)
 
@@ -93,6 +93,8 @@ def _weight(w: Any) -> Any:
         return w
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[linear] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
-    if w.dtype != np.float32 and w.dtype != BFLOAT16:
-        raise TypeError(f"[linear] weight must be float32 or bfloat16, got {w.dtype}. Convert it with weight.astype('float32').")
+    if w.dtype not in STORAGE:
+        raise TypeError(
+            f"[linear] weight must be float32, bfloat16 or float16, got {w.dtype}. Convert it with weight.astype('float32')."
+        )
     return w if w.flags.c_contiguous else np.ascontiguousarray(w)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+
+# What b may be stored as, and the number of `Storage` in matmul.h.
+STORAGE = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -27,9 +32,9 @@ def matmul(a: Any, b: Any) -> Any:
     else:
         check.shape("matmul", "b", bd, "(..., K, N)", (*lead, K, N), f"a is {ad.shape}.")
     shared = bd.ndim == 2
-    batch = 1 if shared else int(np.prod(lead, dtype=np.int64))
+    batch = 1 if shared else math.prod(lead)
     if shared:
-        M = ad.size // K if K else int(np.prod(ad.shape[:-1], dtype=np.int64))
+        M = ad.size // K if K else math.prod(ad.shape[:-1])
     c = backend.empty((*ad.shape[:-1], N))
     product(c, ad, bd, M, N, K, batch=batch)
     if not recording(a, b):
@@ -64,4 +69,4 @@ def product(
     accumulate: bool = False,
 ) -> None:
     """c (batch, M, N) = or += a b on checked, contiguous arrays. `accumulate`: the chain goes on from c."""
-    _C.matmul(c, None, a, b, None, None, batch, M, N, K, M * K, K * N, a_transposed, b_transposed, accumulate, 0)
+    _C.matmul(c, None, a, b, None, None, batch, M, N, K, M * K, K * N, a_transposed, b_transposed, STORAGE[b.dtype], accumulate, 0)

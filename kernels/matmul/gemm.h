@@ -14,15 +14,16 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// The register block: MR rows by NV vectors of accumulators, with NV vectors of B and one broadcast beside them.
+// The register block: MR rows by NV vectors of accumulators, with NV vectors of B and one broadcast beside them. kFused: rows up to
+// which B goes from memory to the registers and into the product without being stored.
 #if defined(FASTLM_ISA_AVX512)
-constexpr int MR = 14, NV = 2;
+constexpr int MR = 14, NV = 2, kFused = 12;
 #elif defined(FASTLM_ISA_AVX2)
-constexpr int MR = 6, NV = 2;
+constexpr int MR = 6, NV = 2, kFused = 4;
 #elif defined(FASTLM_ISA_NEON)
-constexpr int MR = 8, NV = 2;
+constexpr int MR = 8, NV = 2, kFused = 8;
 #else
-constexpr int MR = 4, NV = 2;
+constexpr int MR = 4, NV = 2, kFused = 4;
 #endif
 constexpr int64_t NR = NV * W;
 constexpr int64_t kDepth = 512;        // of a packed panel of B: 64 KB in L2 at most
@@ -31,14 +32,29 @@ constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
-constexpr int64_t kFused = 4;        // rows up to which B goes from memory to the registers without being stored
 
 FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Memory that a later panel will be packed from, touched line by line while this one is multiplied: without it, memory would stand
+// still during the product and the product during the packing, which for few rows take the same time.
+struct Ahead {
+    const char* at = nullptr;  // null: nothing to fetch
+    int64_t lines = 0;         // of a run
+    int64_t skip = 0;          // bytes from the end of a run to the next
+    int64_t left = 0;          // lines left in this run
+
+    FASTLM_MEMBER void next() {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (--left == 0) at += skip, left = lines;
+    }
+};
+constexpr int64_t kAheadPanels = 8;  // up to so many panels of rows
+
 // sum (M, columns) = or += A panel (kc, M) times B panel (kc, NR). The loop over k is the chain: nothing may reorder it.
-template <int M>
-void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns, bool from_zero, const float* bias) {
+template <int M> void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns, bool from_zero,
+                            const float* bias, Ahead& fetch) {
     vf acc[M][NV];
     const bool whole = columns >= NR;
     if (from_zero) {
@@ -57,7 +73,9 @@ void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, i
 #pragma GCC unroll 4
             for (int j = 0; j < NV; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
     }
+    Ahead ahead = fetch;
     for (int64_t k = 0; k < kc; ++k) {
+        if (ahead.at) ahead.next();
         vf v[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
@@ -70,6 +88,7 @@ void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, i
         a += M;
         b += NR;
     }
+    fetch = ahead;
     if (bias) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
@@ -92,7 +111,7 @@ void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, i
     }
 }
 
-using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Ahead&);
 const Micro micros[MR + 1] = {
     nullptr,  micro<1>,  micro<2>,  micro<3>,  micro<4>,
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
@@ -195,6 +214,13 @@ template <class B, int M> void gemm_fused(const Product& p, const B& b, const fl
     });
 }
 
+// The number of rows as a constant.
+template <class B, int M> void gemm_few(const Product& p, const B& b, const float* a, bool parallel) {
+    if constexpr (M < kFused)
+        if (p.M > M) return gemm_few<B, M + 1>(p, b, a, parallel);
+    gemm_fused<B, M>(p, b, a, parallel);
+}
+
 template <class B> void gemm_block(const Product& p, const B& b, const float* a, float* packed_b, int64_t row0, int64_t m,
                                    int64_t k0, int64_t kb, bool parallel) {
     const RowPanels panels(m);
@@ -211,12 +237,19 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                 const int64_t kc = least(depth, kb - k);
                 const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + k + kc == p.K;
                 b.pack(packed, k0 + k, kc, n0, n1 - n0);
+                Ahead ahead;
+                if (last - first <= kAheadPanels) {
+                    // The next block of k, or what this thread is likely to take next.
+                    const int64_t then = block + 1 < blocks ? n0 : n0 + (parallel ? num_threads() : 1) * group * NR;
+                    const int64_t k_then = block + 1 < blocks ? k + depth : 0;
+                    if (then < p.N) ahead = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(group * NR, p.N - then));
+                }
                 for (int64_t i = first; i < last; ++i) {
                     const int64_t row = panels.begin(i), rows = panels.rows(i);
                     for (int64_t n = n0; n < n1; n += NR) {
                         const int64_t c = least(NR, n1 - n);
                         micros[rows](a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n,
-                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr);
+                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, ahead);
                         if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                     }
                 }
@@ -250,10 +283,7 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                 a = packed_a;
             }
             if (p.M <= kFused && !p.accumulate && kb == p.K && B::kFuses) {
-                if (p.M == 1) gemm_fused<B, 1>(p, b, a, threads);
-                else if (p.M == 2) gemm_fused<B, 2>(p, b, a, threads);
-                else if (p.M == 3) gemm_fused<B, 3>(p, b, a, threads);
-                else gemm_fused<B, 4>(p, b, a, threads);
+                gemm_few<B, 1>(p, b, a, threads);
             } else {
                 gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
             }

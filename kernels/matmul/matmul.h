@@ -10,17 +10,20 @@ namespace fastlm {
 
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
 
+enum class Storage : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
 struct Matmul {
     float* c;               // (batch, M, N)
     float* z;               // (batch, M, N) or null: keeps A B + bias, what the activation's derivative needs
     float* workspace;       // MatmulKernels::workspace bytes, 64-byte aligned
     const float* a;         // (M, K), where a_transposed (K, M)
-    const void* b;          // (K, N), where b_transposed (N, K), which may be bfloat16
+    const void* b;          // (K, N), where b_transposed (N, K)
     const float* bias;      // (N,) or null
     const float* residual;  // (batch, M, N) or null
     int64_t batch, M, N, K;
     int64_t a_step, b_step;  // elements from one matrix of the batch to the next; 0 where it is shared
-    bool a_transposed, b_transposed, b_bfloat16;
+    bool a_transposed, b_transposed;
+    Storage b_type;
     bool accumulate;  // C += A B, the chain going on from C; without bias, activation, residual
     Activation activation;
 };

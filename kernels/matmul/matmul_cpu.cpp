@@ -8,13 +8,27 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
 FASTLM_INLINE vf load_as_float(const float* p) { return load(p); }
-FASTLM_INLINE vf load_as_float(const uint16_t* p) { return load_bf16(p); }
+FASTLM_INLINE vf load_as_float(const Bfloat16* p) { return load_bf16(&p->bits); }
+FASTLM_INLINE vf load_as_float(const Float16* p) { return load_f16(&p->bits); }
 FASTLM_INLINE vf load_as_float_n(const float* p, int64_t n) { return load_n(p, n); }
-FASTLM_INLINE vf load_as_float_n(const uint16_t* p, int64_t n) {
-    uint16_t t[W] = {};
+template <class T> FASTLM_INLINE vf load_as_float_n(const T* p, int64_t n) {
+    T t[W] = {};
     for (int64_t i = 0; i < (n < W ? n : W); ++i) t[i] = p[i];
-    return load_bf16(t);
+    return load_as_float(t);
+}
+
+// Runs of n elements, `stride` elements from one to the next.
+template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_t stride) {
+    const int64_t lines = ceil_div(n * int64_t(sizeof(T)), 64);
+    return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, lines};
 }
 
 // B as it lies, (K, N).
@@ -40,6 +54,7 @@ template <class T> struct Rows {
                 }
         }
     }
+    Ahead ahead(int64_t k0, int64_t, int64_t column, int64_t columns) const { return ahead_of(b + k0 * N + column, columns, N); }
     template <int M> void fused(const float*, int64_t, int64_t, int64_t, float*, int64_t, const float*) const {}
 };
 
@@ -85,11 +100,13 @@ template <class T> struct Columns {
                 }
     }
 
+    Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t) const { return ahead_of(b + column * K + k0, kc, K); }
+
     template <int M>
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
         for (int64_t n = 0; n < columns; n += W) {
             vf acc[M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < M; ++i) acc[i] = zero();
             const float* x = a;
             int64_t k = 0;
@@ -98,7 +115,7 @@ template <class T> struct Columns {
                 tile(r, k, W, column + n, columns - n);
 #pragma GCC unroll 16
                 for (int t = 0; t < W; ++t)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int i = 0; i < M; ++i) acc[i] = fma(set(x[t * M + i]), r[t], acc[i]);
             }
             if (k < depth) {
@@ -121,16 +138,21 @@ int64_t floats_each(const Matmul& p) { return (packed_a_size(p.M, p.K) + 15) / 1
 bool by_batch(const Matmul& p) { return p.batch >= 2 && (p.batch >= 2 * num_threads() || p.M * p.N * p.K < kAlone); }
 int64_t workspace(const Matmul& p) { return by_batch(p) ? 0 : floats_each(p) * int64_t(sizeof(float)); }
 
+template <class T>
+void of_type(const Matmul& p, int64_t i, const Product& product, float* packed_a, float* packed_b, bool parallel) {
+    const T* b = static_cast<const T*>(p.b) + i * p.b_step;
+    if (p.b_transposed) gemm(product, Columns<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
+    else gemm(product, Rows<T>{b, p.N}, packed_a, packed_b, parallel);
+}
+
 void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool parallel) {
     const int64_t at = i * p.M * p.N;
     const Target target =
         make_target(p.c + at, p.z ? p.z + at : nullptr, p.bias, p.residual ? p.residual + at : nullptr, p.N, p.activation);
     const Product product{p.a + i * p.a_step, p.M, p.N, p.K, p.a_transposed, p.accumulate, target};
-    auto run = [&](const auto& b) { gemm(product, b, packed_a, packed_b, parallel); };
-    const float* b = static_cast<const float*>(p.b) + i * p.b_step;
-    const uint16_t* half = static_cast<const uint16_t*>(p.b) + i * p.b_step;
-    if (p.b_transposed) p.b_bfloat16 ? run(Columns<uint16_t>{half, p.N, p.K}) : run(Columns<float>{b, p.N, p.K});
-    else p.b_bfloat16 ? run(Rows<uint16_t>{half, p.N}) : run(Rows<float>{b, p.N});
+    if (p.b_type == Storage::float32) of_type<float>(p, i, product, packed_a, packed_b, parallel);
+    else if (p.b_type == Storage::bfloat16) of_type<Bfloat16>(p, i, product, packed_a, packed_b, parallel);
+    else of_type<Float16>(p, i, product, packed_a, packed_b, parallel);
 }
 
 void matmul(const Matmul& p) {

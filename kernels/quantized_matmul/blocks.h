@@ -46,6 +46,18 @@ template <Quant Q> struct Layout {
     static FASTLM_MEMBER int64_t unit(int64_t u) { return u / kUnits * kSetBytes + kHead + u % kUnits * kUnitBytes; }
 };
 
+// 16 * (the low B bits of each lane), as a number.
+template <int B> FASTLM_INLINE vf high_part(vi a) {
+#if defined(FASTLM_ISA_AVX512)
+    // The permutation reads four bits: a table of period 2 or 4 needs no mask.
+    const vf table = B == 1 ? _mm512_setr_ps(0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16)
+                            : _mm512_setr_ps(0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48);
+    return _mm512_permutexvar_ps(a, table);
+#else
+    return to_float(shl<4>(andi(a, seti((1 << B) - 1))));
+#endif
+}
+
 FASTLM_INLINE vi load_words(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 FASTLM_INLINE vf load_half(const uint8_t* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
 
@@ -102,13 +114,10 @@ template <Quant Q, int S> struct Decoder {
         if constexpr (L::kBits == 8) {
             return d[s] * load_i8(reinterpret_cast<const int8_t*>(at[s] + 16 * k + lane[s]));
         } else {
-            vf q;
-            if constexpr (L::kBits == 4) {
-                q = low_nibble(code[s]);
-            } else {
-                constexpr int kMore = L::kBits - 4;
-                q = to_float(ori(andi(code[s], seti(15)), shl<4>(andi(high[s], seti((1 << kMore) - 1)))));
-                high[s] = shr<kMore>(high[s]);
+            vf q = low_nibble(code[s]);
+            if constexpr (L::kBits > 4) {
+                q = q + high_part<L::kBits - 4>(high[s]);
+                high[s] = shr<L::kBits - 4>(high[s]);
             }
             code[s] = shr<4>(code[s]);
             return fma(d[s], q, m[s]);

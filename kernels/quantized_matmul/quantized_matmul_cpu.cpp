@@ -26,19 +26,21 @@ template <Quant Q> struct Packed {
         }
     }
 
+    Ahead ahead(int64_t, int64_t, int64_t, int64_t) const { return {}; }  // a few sequential streams: the hardware sees them
+
     template <int M>
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
         constexpr int S = kVectors<M>;
         Decoder<Q, S> decoder(packed, K, column);
         vf acc[M][S];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) acc[i][s] = zero();
         for (int64_t u = 0; u < depth / kUnit; ++u) {
             const float* x = a + u * kUnit * M;
             decoder.unit(u, [&](int k, int s, vf w) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int i = 0; i < M; ++i) acc[i][s] = fma(set(x[k * M + i]), w, acc[i][s]);
             });
         }

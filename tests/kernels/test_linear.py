@@ -86,10 +86,11 @@ def test_row_alone_and_in_batch(isa, threads, activation):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("M", [1, 2, 4, 5, 70])
-def test_bfloat16_is_its_float32_copy(isa, M):
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 12, 13, 70])
+def test_narrow_weight_is_its_float32_copy(isa, M, dtype):
     g = np.random.default_rng(1)
-    x, w = g.standard_normal((M, 77), np.float32), g.standard_normal((51, 77), np.float32).astype(ml_dtypes.bfloat16)
+    x, w = g.standard_normal((M, 77), np.float32), g.standard_normal((51, 77), np.float32).astype(dtype)
     np.testing.assert_array_equal(ops.linear(x, w), ops.linear(x, w.astype(np.float32)))
 
 
@@ -125,5 +126,5 @@ def test_refuses():
         ops.linear(x, w, residual=np.zeros((4, 50), np.float32))
     with pytest.raises(ValueError, match=r"\[linear\] activation must be one of None, 'gelu', .*, got 'swish'"):
         ops.linear(x, w, activation="swish")
-    with pytest.raises(TypeError, match=r"\[linear\] weight must be float32 or bfloat16, got float16"):
-        ops.linear(x, w.astype(np.float16))
+    with pytest.raises(TypeError, match=r"\[linear\] weight must be float32, bfloat16 or float16, got float64"):
+        ops.linear(x, w.astype(np.float64))
