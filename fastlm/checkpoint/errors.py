@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class FormatError(ValueError):
@@ -17,3 +18,9 @@ class FormatError(ValueError):
         self.offset = offset
         at = "" if offset is None else f" at byte {offset}"
         super().__init__(f"{self.path}{at}: {message}")
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """repr of something out of a file, for a message: a file must not decide how long that gets."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

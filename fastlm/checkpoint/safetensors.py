@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastlm.checkpoint.atomic import atomic_write, sync_folder
-from fastlm.checkpoint.errors import FormatError
+from fastlm.checkpoint.errors import FormatError, short
 from fastlm.checkpoint.jsonfile import parse_json, read_json, write_json
 from fastlm.checkpoint.mapping import map_file, view
 
@@ -97,7 +97,7 @@ def _read_file(path: Path) -> Tensors:
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(path, name, entry)
         if end > size - 8 - length:
-            raise FormatError(path, f"tensor {name!r} ends at {end} of the data, which has {size - 8 - length} bytes")
+            raise FormatError(path, f"tensor {short(name)} ends at {end} of the data, which has {size - 8 - length} bytes")
         array = view(memory, dtype, shape, 8 + length + begin)
         # A bool that is neither 0 nor 1 would be undefined: those are copied.
         tensors[name] = array.view(np.uint8) != 0 if dtype == np.bool_ else array
@@ -107,15 +107,17 @@ def _read_file(path: Path) -> Tensors:
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     """dtype, shape, begin, end of a tensor: sizes that belong together."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(path, f"tensor {name!r} must have dtype, shape and data_offsets")
+        raise FormatError(path, f"tensor {short(name)} must have dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in _NUMPY:
-        raise FormatError(path, f"tensor {name!r} must have a dtype among {', '.join(_NUMPY)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _NUMPY:
+        raise FormatError(path, f"tensor {short(name)} must have a dtype among {', '.join(_NUMPY)}, got {short(kind)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 32:
-        raise FormatError(path, f"tensor {name!r} must have a shape and two offsets of whole numbers, got {shape!r}, {offsets!r}")
+        raise FormatError(path, f"tensor {short(name)} must have a shape and two offsets, got {short(shape)} and {short(offsets)}")
     begin, end = offsets
     if end - begin != math.prod(shape) * _NUMPY[kind].itemsize:
-        raise FormatError(path, f"tensor {name!r} of {kind} {shape} does not take the {end - begin} bytes between its offsets")
+        raise FormatError(
+            path, f"tensor {short(name)} of {kind} {short(shape)} does not take the {end - begin} bytes between its offsets"
+        )
     return _NUMPY[kind], tuple(shape), begin, end
 
 
@@ -131,23 +133,28 @@ def _read_shards(folder: Path) -> Tensors:
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         # One plain name: an index from elsewhere must not name a file outside its folder.
-        if shard != os.path.basename(shard) or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-            raise FormatError(index, f"a shard must be the name of a .safetensors file in this folder, got {shard[:200]!r}")
+        plain = shard == os.path.basename(shard) and "\\" not in shard and "\0" not in shard and len(shard.encode()) <= 255
+        if not plain or not shard.endswith(".safetensors"):
+            raise FormatError(index, f"a shard must be the name of a .safetensors file in this folder, got {short(shard)}")
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
-        raise FormatError(index, f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
+        raise FormatError(index, f"{len(missing)} of {len(shards)} shards are missing: {_listed(missing)}")
     tensors: Tensors = {}
     owner: dict[str, str] = {}
     for shard in shards:
         for name, array in _read_file(folder / shard).items():
             if name in owner:
-                raise FormatError(folder / shard, f"tensor {name!r} is also in {owner[name]}")
+                raise FormatError(folder / shard, f"tensor {short(name)} is also in {owner[name]}")
             owner[name] = shard
             tensors[name] = array
     wrong = [name for name, shard in weight_map.items() if owner.get(name) != shard]
     if wrong:
-        raise FormatError(index, f"{len(wrong)} tensors are not in the shard the index names: {', '.join(wrong[:20])}")
+        raise FormatError(index, f"{len(wrong)} tensors are not in the shard the index names: {_listed(wrong)}")
     return tensors
+
+
+def _listed(names: list[str], limit: int = 40) -> str:
+    return ", ".join(name[:120] for name in names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def write_safetensors(

@@ -116,7 +116,18 @@ def test_tensor_in_two_shards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "..", "a\\b.safetensors", "model.bin", ""]
+    "shard",
+    [
+        "../evil.safetensors",
+        "/etc/evil.safetensors",
+        "a/b.safetensors",
+        "..",
+        "a\\b.safetensors",
+        "model.bin",
+        "",
+        "x" * 300 + ".safetensors",
+        "\0.safetensors",
+    ],
 )
 def test_index_stays_in_its_folder(tmp_path, shard):
     save_file({"w": np.zeros(1, np.float32)}, tmp_path / "evil.safetensors")
