@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan and runs what reads foreign bytes under
-# both: the mutated files, the hostile replicas, and the kernel that decodes quantised blocks. Arguments are further pytest arguments.
+# both: the mutated files, the hostile replicas, and the kernel that decodes quantised blocks. Arguments name other tests.
 #     tools/sanitize.sh [tests/...]
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
@@ -25,9 +25,10 @@ for entry in tests tools pyproject.toml; do ln -sfn "$PWD/$entry" "$package/$ent
 # intercepted), and Python's own arenas, which hide overflows, give way to malloc. A leak at exit is Python's, not ours.
 compiler=${CXX:-c++}
 export LD_PRELOAD="$($compiler -print-file-name=libasan.so):$($compiler -print-file-name=libubsan.so):$($compiler -print-file-name=libstdc++.so.6)"
-export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024:handle_segv=1
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=300
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONMALLOC=malloc PYTHONPATH=$package FASTLM_SANITIZED=1 FASTLM_FUZZ_SECONDS=${FASTLM_FUZZ_SECONDS:-10}
 cd "$package"
+"$bin/python" -c "import fastlm._C as c; assert 'build/asan' in c.__file__, c.__file__"
 if [ $# = 0 ]; then set -- tests/checkpoint tests/kernels/test_dequantize.py; fi
 exec "$bin/python" -m pytest -p no:cacheprovider "$@"
