@@ -14,7 +14,7 @@ RUN := PYTHONPATH=. $(BIN)/python
 READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp kernels/*/*.h kernels/*/*.cpp)
 
-.PHONY: dev test lint format demo bench wheel stubs clean
+.PHONY: dev test lint format demo bench wheel sanitize stubs clean
 .DEFAULT_GOAL := dev
 
 dev: $(READY)
@@ -51,6 +51,10 @@ format: dev
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
+
+# What reads foreign bytes, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(READY)
+	@tools/sanitize.sh
 
 stubs: dev
 	@$(RUN) tools/stubs.py
