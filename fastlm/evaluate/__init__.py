@@ -1,5 +1,5 @@
 """Measuring a language model on ids: perplexity."""
 
-from fastlm.evaluate.perplexity import negative_log_likelihood, perplexity
+from fastlm.evaluate.likelihood import negative_log_likelihood, perplexity
 
 __all__ = ["negative_log_likelihood", "perplexity"]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from fastlm.tokenizers import build
 from fastlm.tokenizers.errors import TokenizerError, typed
+from fastlm.tokenizers.sentencepiece import backend_from_sentencepiece
 
 ROLES = ("bos", "eos", "unk", "pad", "mask", "cls", "sep")
 _LARGEST = 256 << 20  # bytes of one file
@@ -48,7 +49,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether `from_folder` would find a vocabulary here."""
-    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")) or _bpe_files(folder) is not None
+    names = ("tokenizer.json", "tokenizer.model", "vocab.txt")
+    return any((folder / name).exists() for name in names) or _bpe_files(folder) is not None
 
 
 def backend_from_folder(folder: Path) -> tuple[Backend, dict[str, str], list[int], str | None, dict[str, Any]]:
@@ -71,11 +73,13 @@ def backend_from_folder(folder: Path) -> tuple[Backend, dict[str, str], list[int
             backend.no_truncation()
     elif bpe is not None:
         backend = _from_bpe(folder, bpe, config, special)
+    elif (folder / "tokenizer.model").exists():
+        backend = _from_sentencepiece(folder, config, special)
     elif (folder / "vocab.txt").exists():
         backend = _from_vocab_txt(folder, config, special)
     else:
         raise TokenizerError(
-            f"[from_folder] no tokenizer in {folder}: expected tokenizer.json, vocab.json + merges.txt, or vocab.txt"
+            f"[from_folder] no tokenizer in {folder}: expected tokenizer.json, vocab.json + merges.txt, tokenizer.model or vocab.txt"
         )
     _add_from_config(backend, config)
     special = {role: token for role, token in special.items() if _known(backend, token)}
@@ -110,6 +114,21 @@ def _from_bpe(folder: Path, files: tuple[Path, Path], config: dict[str, Any], sp
     if not special and "<|endoftext|>" in vocab:
         special.update(dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>"))
     build.add_tokens(backend, [t for t in dict.fromkeys(special.values()) if t in vocab])
+    return backend
+
+
+def _from_sentencepiece(folder: Path, config: dict[str, Any], special: dict[str, str]) -> Backend:
+    try:
+        data = (folder / "tokenizer.model").read_bytes()
+    except OSError as e:
+        raise TokenizerError(f"[from_folder] {folder / 'tokenizer.model'} cannot be read: {e}") from e
+    backend, found = backend_from_sentencepiece(data, str(folder / "tokenizer.model"))
+    for role, token in found.items():
+        special.setdefault(role, token)
+    # The file does not say what surrounds a text: the classes of the reference do, LLaMA's bos and T5's eos.
+    t5 = str(config.get("tokenizer_class", "")).startswith("T5")
+    bos, eos = config.get("add_bos_token", not t5), config.get("add_eos_token", t5)
+    build.surround(backend, special.get("bos") if bos else None, special.get("eos") if eos else None)
     return backend
 
 

@@ -49,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """From tokenizer.json, vocab.json + merges.txt, or vocab.txt, with tokenizer_config.json, special_tokens_map.json,
+        """From tokenizer.json, vocab.json + merges.txt, tokenizer.model or vocab.txt, with tokenizer_config.json, special_tokens_map.json,
         generation_config.json and chat_template.jinja where present. Raises TokenizerError."""
         return cls(*folders.backend_from_folder(Path(folder)))
 

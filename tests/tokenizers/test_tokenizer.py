@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,56 @@ def test_train_bpe(tmp_path: Path) -> None:
         assert one.decode(one.encode(text), special_tokens=True) == text
     with pytest.raises(TokenizerError, match="vocab_size must be at least"):
         Tokenizer.train_bpe([TEXT], 100)
+
+
+def sentencepiece_model(names: list[str], scores: list[float], kinds: list[int], kind: int) -> bytes:
+    """A tokenizer.model as sentencepiece writes it, with LLaMA's normaliser: identity, a space in front."""
+
+    def message(field: int, body: bytes) -> bytes:
+        size = bytes([len(body)]) if len(body) < 128 else bytes([len(body) & 0x7F | 0x80, len(body) >> 7])
+        return bytes([field << 3 | 2]) + size + body
+
+    pieces = b"".join(
+        message(1, message(1, n.encode()) + b"\x15" + struct.pack("<f", s) + bytes([3 << 3, k]))
+        for n, s, k in zip(names, scores, kinds, strict=True)
+    )
+    trainer = bytes([3 << 3, kind, 35 << 3 & 0x7F | 0x80, 2, 1, 41 << 3 & 0x7F | 0x80, 2, 1, 42 << 3 & 0x7F | 0x80, 2, 2])
+    return pieces + message(2, trainer) + message(3, bytes([3 << 3, 1, 4 << 3, 0]))
+
+
+def test_sentencepiece_bpe_equals_the_same_pieces_of_llama2c(tmp_path: Path) -> None:
+    ours = make("tok512")
+    names = [ours.token(i) or "" for i in range(512)]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * 253
+    data = sentencepiece_model(names, [0.0] * 259 + [-float(i) for i in range(253)], kinds, kind=2)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    read = Tokenizer.from_folder(tmp_path)
+    assert (read.vocab_size, read.bos_id, read.eos_id, read.unk_id) == (512, 1, 2, 0)
+    for text in [TEXT, "", *fuzzed(500, seed=4)]:
+        assert read.encode(text) == ours.encode(text)
+        assert read.decode(read.encode(text)) == ours.decode(ours.encode(text))
+    r = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        broken = bytearray(data[: r.randrange(1, len(data))] if r.random() < 0.5 else data)
+        for _ in range(r.randrange(1, 6)):
+            broken[r.randrange(len(broken))] = r.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(broken)
+        try:
+            Tokenizer.from_folder(tmp_path).encode("Once upon a time")
+        except TokenizerError:
+            refused += 1
+    assert refused > 30
+
+
+def test_sentencepiece_unigram(tmp_path: Path) -> None:
+    names = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "\u2581ab", "c"]
+    data = sentencepiece_model(names, [0, 0, 0, -3, -2, -2, -3.5, -4, -2], [2, 3, 3] + [1] * 6, kind=1)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("ab", special_tokens=False) == [7]  # -4 beats -3 - 3.5 and -3 - 2 - 2
+    assert tokenizer.encode("cab") == [1, 3, 8, 6]  # -3.5 beats -2 - 2
+    assert tokenizer.decode([1, 3, 8, 6, 7]) == "cab ab"
 
 
 def test_word_piece_folder(tmp_path: Path) -> None:

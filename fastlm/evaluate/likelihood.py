@@ -13,6 +13,7 @@ from fastlm.backend import Array
 
 if TYPE_CHECKING:
     from fastlm.models.base import CausalLM
+    from fastlm.nn import Cache
 
 _LOGITS = 1 << 24  # floats of logits held at once, 64 MiB
 
@@ -58,18 +59,18 @@ def negative_log_likelihood(
     return np.concatenate(parts)
 
 
-def _window(model: CausalLM, ids: Array, first: int, cache: object) -> Array:
+def _window(model: CausalLM, ids: Array, first: int, cache: Cache) -> Array:
     """The losses of ids[first:] within one window."""
-    cache.lengths[:] = 0  # type: ignore[attr-defined]
+    cache.lengths[:] = 0
     step = max(16, min(512, _LOGITS // model.config.vocab_size))
     parts = [np.empty(0, np.float32)]
     for start in range(0, len(ids) - 1, step):
         piece = ids[start : min(start + step, len(ids) - 1)]
         stop = start + len(piece)
         if stop < first:  # nothing here is scored
-            model.logits(piece[None], cache, last=True)  # type: ignore[arg-type]
+            model.logits(piece[None], cache, last=True)
             continue
-        logits = model.logits(piece[None], cache)[0]  # type: ignore[arg-type]
+        logits = model.logits(piece[None], cache)[0]
         skip = max(first - 1 - start, 0)
         parts.append(ops.cross_entropy(logits[skip:], ids[start + 1 + skip : stop + 1], reduction="none"))
     return np.concatenate(parts)
