@@ -29,6 +29,21 @@ FASTLM_INLINE vf exp(vf x) {
     return select(is_nan(x), x, y);
 }
 
+// 2^x for x <= 0, 1 ulp or so; 0 below -126.5 (no subnormal results), nan stays nan.
+FASTLM_INLINE vf exp2_negative(vf x) {
+    const vf clamped = max(set(-127.0f), x);        // this order of operands keeps nan
+    const vf shifted = clamped + set(12583039.0f);  // 1.5 * 2^23 + 127: the low bits now hold round(x) + 127
+    const vf r = clamped - (shifted - set(12583039.0f));
+    vf p = set(1.535329636e-4f);  // minimax fit of 2^r on [-1/2, 1/2], exactly 1 at 0
+    p = fma(p, r, set(1.339895229e-3f));
+    p = fma(p, r, set(9.618438120e-3f));
+    p = fma(p, r, set(5.550332285e-2f));
+    p = fma(p, r, set(2.402264790e-1f));
+    p = fma(p, r, set(6.931472029e-1f));
+    p = fma(p, r, set(1.0f));
+    return p * as_float(shl<23>(as_int(shifted)));  // -127 gives the exponent field 0: the factor is 0
+}
+
 // Natural logarithm, 1 ulp; -inf at 0, nan below, inf and nan stay.
 FASTLM_INLINE vf log(vf x) {
     const vm tiny = lt(x, set(1.17549435e-38f));

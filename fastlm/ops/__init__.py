@@ -2,6 +2,7 @@
 
 from fastlm.ops.activation import activation
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
+from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
@@ -10,6 +11,7 @@ from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.matmul import matmul
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
+from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
 from fastlm.ops.shape import add, reshape, scale, split
 
@@ -21,6 +23,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "argmax",
+    "attention",
     "cross_entropy",
     "embedding",
     "gated",
@@ -32,6 +35,8 @@ __all__ = [
     "matmul",
     "reshape",
     "rms_norm",
+    "rope",
+    "rope_tables",
     "sample",
     "scale",
     "split",

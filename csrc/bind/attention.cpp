@@ -1,0 +1,98 @@
+#include "kernels/attention/attention.h"
+
+#include "csrc/bind/bind.h"
+#include "csrc/runtime/memory.h"
+
+FASTLM_KERNELS(AttentionKernels, attention)
+FASTLM_KERNELS(AttentionDecodeKernels, attention_decode)
+FASTLM_KERNELS(AttentionBackwardKernels, attention_backward)
+
+namespace fastlm {
+namespace {
+
+int64_t stride(const py::array& a, int axis) { return a.strides(axis) / int64_t(sizeof(float)); }
+// The stride of an axis that may be broadcast.
+int64_t spread(const py::array& a, int axis) { return a.shape(axis) == 1 ? 0 : stride(a, axis); }
+
+struct Block {
+    float* memory;
+    size_t bytes;
+    explicit Block(int64_t floats) : memory(nullptr), bytes(size_t(floats) * sizeof(float)) {
+        if (bytes) memory = static_cast<float*>(cached_allocate(bytes));
+    }
+    ~Block() {
+        if (memory) cached_free(memory, bytes);
+    }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+};
+
+AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& v, const py::object& bias,
+                       const py::object& lengths, int64_t window, double scale, bool causal) {
+    AttentionInputs p{};
+    p.q = f32(q), p.k = f32(k), p.v = f32(v), p.bias = f32(bias), p.lengths = data<int32_t>(lengths);
+    p.q_batch = stride(q, 0), p.q_time = stride(q, 1);
+    p.k_batch = stride(k, 0), p.k_time = stride(k, 1);
+    p.v_batch = stride(v, 0), p.v_time = stride(v, 1);
+    if (p.bias) {
+        const auto a = py::reinterpret_borrow<py::array>(bias);
+        p.bias_batch = spread(a, 0), p.bias_head = spread(a, 1), p.bias_time = stride(a, 2);
+    }
+    p.B = dim(q, 0), p.T = dim(q, 1), p.S = dim(k, 1), p.H = dim(q, 2), p.G = dim(k, 2), p.D = dim(q, 3), p.E = dim(v, 3);
+    p.window = window, p.scale = scale, p.causal = causal;
+    return p;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+    m.def("attention_forward",
+          [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k, const py::array& v,
+             const py::object& bias, const py::object& lengths, int64_t window, double scale, bool causal) {
+              AttentionForward p{f32(y), f32(stats), nullptr, inputs(q, k, v, bias, lengths, window, scale, causal)};
+              const AttentionInputs& in = p.in;
+              const int64_t rows = in.T * (in.H / in.G);
+              if (!p.stats && rows <= attention_decode_kernels().max_rows) {
+                  const Block partial(in.B * in.G * (ceil_div(in.S, kAttentionChunk) + (in.S == 0)) * rows * (in.E + 2));
+                  p.partial = partial.memory;
+                  NoGil nogil;
+                  attention_decode_kernels().forward(p);
+              } else {
+                  NoGil nogil;
+                  attention_kernels().forward(p);
+              }
+          });
+    m.def("attention_backward",
+          [](const py::array& dq, const py::array& dk, const py::array& dv, const py::object& dbias, const py::array& dy,
+             const py::array& y, const py::array& stats, const py::array& q, const py::array& k, const py::array& v,
+             const py::object& bias, const py::object& lengths, int64_t window, double scale, bool causal) {
+              AttentionBackward p{};
+              p.dq = f32(dq), p.dk = f32(dk), p.dv = f32(dv), p.dbias = f32(dbias);
+              p.dy = f32(dy), p.y = f32(y), p.stats = f32(stats);
+              p.in = inputs(q, k, v, bias, lengths, window, scale, causal);
+              const AttentionInputs& in = p.in;
+              int64_t units = in.B * in.G;
+              if (p.dbias) {
+                  const auto a = py::reinterpret_borrow<py::array>(dbias);
+                  p.dbias_batch = spread(a, 0), p.dbias_head = spread(a, 1);
+                  units = (p.dbias_batch ? in.B : 1) * (p.dbias_head ? in.G : 1);
+              }
+              // Few (b, g) pairs: split the keys too. By the shapes alone, so that the bits do not depend on the threads.
+              constexpr int64_t kPieces = 12;
+              const int64_t tiles = ceil_div(in.S, kAttentionKeys);
+              const int64_t wanted = units < kPieces ? ceil_div(kPieces, units > 0 ? units : 1) : 1;
+              p.chunk = ceil_div(tiles, wanted) * kAttentionKeys;
+              if (p.chunk == 0) p.chunk = kAttentionKeys;
+              p.chunks = tiles ? ceil_div(in.S, p.chunk) : 1;
+              const Block partial(p.chunks > 1 ? p.chunks * in.B * in.T * in.H * in.D : 0);
+              p.partial = partial.memory;
+              NoGil nogil;
+              attention_backward_kernels().backward(p);
+          });
+    m.attr("attention_keys") = kAttentionKeys;
+    m.attr("attention_chunk") = kAttentionChunk;
+}
+
+}  // namespace fastlm

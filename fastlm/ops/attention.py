@@ -1,0 +1,110 @@
+"""Scaled dot-product attention with grouped heads. Dao 2023, arXiv:2307.08691; Ainslie et al. 2023, arXiv:2305.13245."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.ops import check
+from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+
+_F32 = np.dtype(np.float32)
+_I32 = np.dtype(np.int32)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    bias: Any = None,
+    lengths: Any = None,
+    window: int | None = None,
+) -> Any:
+    """softmax(scale q k^T + bias) v over the keys that each query sees.
+
+    q: (B, T, H, D), k: (B, S, G, D), v: (B, S, G, E) float32, H a multiple of G: query head h reads key head h // (H // G).
+    Views with any stride over batch and time are read in place (a piece of a fused projection, a cache's slice); others are copied.
+    scale: 1 / sqrt(D) by default. bias: (1 or B, 1 or H, T, S) float32, added to the scores; -inf hides a key.
+    lengths: (B,) int32, the valid keys of each sequence (default S); those beyond are never read. Query t stands at
+    lengths[b] - T + t. causal: a query sees the keys up to itself, else all valid ones; window: only the last `window` of these.
+    A query that sees nothing gives zeros, and has zero gradient.
+    Returns (B, T, H, E) float32, a Tensor where an input is one. Gradients for q, k, v and bias.
+    Raises TypeError for a dtype, ValueError for a shape or a value out of range.
+    """
+    qd, kd, vd = _view("q", data(q)), _view("k", data(k)), _view("v", data(v))
+    B, T, H, D = qd.shape
+    S, G, E = kd.shape[1], kd.shape[2], vd.shape[3]
+    if D == 0 or G == 0 or H % G:
+        raise ValueError(f"[attention] q must be (B, T, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
+    if kd.shape != (B, S, G, D):
+        check.shape("attention", "k", kd, "(B, S, G, D)", (B, S, G, D), f"q is {qd.shape}.")
+    if vd.shape[:3] != (B, S, G):
+        check.shape("attention", "v", vd, "(B, S, G, E)", (B, S, G, E), f"k is {kd.shape}.")
+    scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
+    bd = None if bias is None else _bias(data(bias), B, T, S, H)
+    ld = None if lengths is None else _lengths(lengths, B, S)
+    if window is None:
+        reach = 0
+    else:
+        if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 1:
+            raise ValueError(f"[attention] window must be a whole number of keys, at least 1, or None, got {window!r}.")
+        reach = int(window)
+
+    y = backend.empty((B, T, H, E))
+    if not recording(q, k, v, bias):
+        _C.attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
+        return wrap(y, q, k, v, bias)
+    stats = backend.empty((B, H, T, 2))
+    ld = None if ld is None else ld.copy()  # a cache's own array, which moves on
+    _C.attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dq, dk, dv = backend.empty(qd.shape), backend.empty(kd.shape), backend.empty(vd.shape)
+        target = leaf(bias)
+        dbias = target.grad_buffer() if target is not None else backend.zeros(bias.shape) if needs_grad(bias) else None
+        _C.attention_backward(dq, dk, dv, dbias, np.ascontiguousarray(dy), y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
+        return dq, dk, dv, None if target is not None else dbias
+
+    return record(y, (q, k, v, bias), backward)
+
+
+def _view(name: str, x: Any) -> Array:
+    """x as it lies if the kernel can walk it, else a copy."""
+    if not isinstance(x, np.ndarray) or x.dtype != _F32 or x.ndim != 4:
+        return check.array("attention", name, x, ndim=4)
+    batch, time, head, last = x.strides
+    _, _, heads, width = x.shape
+    if (last == 4 or width == 1) and (head == 4 * width or heads == 1) and (batch | time) & 3 == 0:
+        return x
+    return np.ascontiguousarray(x)
+
+
+def _bias(x: Any, B: int, T: int, S: int, H: int) -> Array:
+    if not isinstance(x, np.ndarray) or x.dtype != _F32 or x.ndim != 4:
+        x = check.array("attention", "bias", x, ndim=4)
+    b, h = x.shape[:2]
+    if b not in (1, B) or h not in (1, H) or x.shape[2:] != (T, S):
+        raise ValueError(
+            f"[attention] bias must be (1 or B, 1 or H, T, S) with (B, H, T, S) = {(B, H, T, S)}, got {x.shape}. "
+            "Give every axis; only batch and heads may be 1."
+        )
+    fits = x.strides[3] == 4 or S == 1
+    result: Array = x if fits and all(s & 3 == 0 for s in x.strides) else np.ascontiguousarray(x)
+    return result
+
+
+def _lengths(x: Any, B: int, S: int) -> Array:
+    if not isinstance(x, np.ndarray) or x.dtype != _I32 or x.shape != (B,) or not x.flags.c_contiguous:
+        x = check.array("attention", "lengths", x, dtype=np.int32, ndim=1)
+        check.shape("attention", "lengths", x, "(B,)", (B,))
+    values = x.tolist()
+    if values and (min(values) < 0 or max(values) > S):
+        raise ValueError(f"[attention] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
+    return x

@@ -1,0 +1,242 @@
+// What the forward and the backward pass share: a tile of query rows, which keys its rows see, and one matrix product.
+//
+// The query heads of a group read the same keys, so the rows of a tile are (t, head of the group) pairs in order of t. Rows lie in
+// the lanes of vectors: scores are kept transposed, (keys, rows), which makes the softmax and its statistics vertical, lets K and V
+// be read element by element where they lie (a broadcast costs no more than a load), and gives every row its own chain of
+// operations, whatever stands beside it.
+#pragma once
+
+#include "attention.h"
+#include "csrc/runtime/parallel.h"
+#include "csrc/simd/simd.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+constexpr int64_t kRows = 64;  // row stride of every transposed tile
+constexpr int64_t kKeys = kAttentionKeys;
+
+// softmax(scale dot + bias) as weights 2^((score - largest) unit). Without a bias a score is the bare dot product, so that scaling
+// costs one rounding of a difference that is small where it matters; with one it is the scaled dot product plus the bias.
+struct Units {
+    float sign;   // goes into q, exactly
+    float scale;  // > 0: what multiplies a dot product where there is a bias
+    float unit;   // > 0
+};
+
+FASTLM_INLINE Units units(const AttentionInputs& p) {
+    constexpr double kLog2E = 1.4426950408889634;
+    const double size = p.scale == 0 ? 1 : std::abs(p.scale);
+    return {p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f, float(size), float(p.bias ? kLog2E : size * kLog2E)};
+}
+
+#if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
+constexpr int kBlockVectors = 4;  // 32 registers: 6 x 4 accumulators
+#else
+constexpr int kBlockVectors = 2;  // 16 registers: 6 x 2
+#endif
+constexpr int kBlockRows = 6;
+#if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+FASTLM_INLINE int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
+FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTLM_INLINE int64_t length(const AttentionInputs& p, int64_t b) { return p.lengths ? p.lengths[b] : p.S; }
+
+// The keys that query t of sequence b sees.
+FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64_t& low, int64_t& high) {
+    const int64_t n = length(p, b);
+    high = p.causal ? most(0, n - p.T + t + 1) : n;
+    low = p.window ? most(0, high - p.window) : 0;
+}
+
+// What a product does with c: c = sum; c continued, fma by fma; c += sum.
+enum class To { Set, Chain, Add };
+
+// The sum over k of a[i][k] b[k][x], NI rows by NV vectors, one chain of fma over k for each element. Transposed: a[k][i].
+template <int NI, int NV, bool Transposed, To Mode>
+static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                                    int64_t K) {
+    vf acc[NI][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[i][v] = Mode == To::Chain ? load(c + i * ldc + v * W) : zero();
+    for (int64_t k = 0; k < K; ++k) {
+        vf x[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; ++i) {
+            const vf y = set(Transposed ? a[k * lda + i] : a[i * lda + k]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            float* at = c + i * ldc + v * W;
+            store(at, Mode == To::Add ? load(at) + acc[i][v] : acc[i][v]);
+        }
+}
+
+template <int NV, bool Transposed, To Mode>
+static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K) {
+    int64_t i = 0;
+    for (; i + kBlockRows <= M; i += kBlockRows)
+        product_block<kBlockRows, NV, Transposed, Mode>(c + i * ldc, ldc, Transposed ? a + i : a + i * lda, lda, b, ldb, K);
+    c += i * ldc;
+    a += Transposed ? i : i * lda;
+    switch (M - i) {
+        case 5: return product_block<5, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        case 4: return product_block<4, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        case 3: return product_block<3, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        case 2: return product_block<2, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        case 1: return product_block<1, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        default: return;
+    }
+}
+
+// The product over M rows, `vectors` vectors of columns.
+template <bool Transposed, To Mode> static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
+                                                        int64_t ldb, int64_t M, int64_t vectors, int64_t K) {
+    while (vectors > 0) {
+        const int64_t n = least(vectors, kBlockVectors);
+        if (n == 1) product_columns<1, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+        if (n == 2) product_columns<2, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+        if constexpr (kBlockVectors > 2) {
+            if (n == 3) product_columns<3, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+            if (n == 4) product_columns<4, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+        }
+        c += n * W, b += n * W, vectors -= n;
+    }
+}
+
+// Dot products over D, or E, are summed in short chains: long ones would round worse than NumPy's sum over lanes. The portable
+// rung, which does not fuse, needs them shorter.
+FASTLM_INLINE int64_t chain(int64_t K) { return kFused || K > 64 ? 16 : 4; }
+
+static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
+    const int64_t step = chain(K);
+    product<false, To::Set>(c, kRows, a, lda, b, kRows, M, vectors, least(K, step));
+    for (int64_t k = step; k < K; k += step)
+        product<false, To::Add>(c, kRows, a + k, lda, b + k * kRows, kRows, M, vectors, least(step, K - k));
+}
+
+// Rows [first, first + rows) of group g of sequence b; row r is query t = r / (H / G), head g H / G + r % (H / G).
+struct Tile {
+    int64_t b, g, rows, vectors;
+    int64_t time[kRows], head[kRows];
+    int64_t low_min, low_max, high_min, high_max;
+    alignas(64) float low[kRows], high[kRows];  // visible keys as floats, exact below 2^24; rows beyond the last repeat it
+};
+
+static void open_tile(Tile& t, const AttentionInputs& p, int64_t b, int64_t g, int64_t first, int64_t rows) {
+    const int64_t share = p.H / p.G;
+    t.b = b, t.g = g, t.rows = rows, t.vectors = (rows + W - 1) / W;
+    for (int64_t i = 0; i < t.vectors * W; ++i) {
+        const int64_t r = first + least(i, rows - 1);
+        int64_t low, high;
+        t.time[i] = r / share;
+        t.head[i] = g * share + r % share;
+        visible(p, b, t.time[i], low, high);
+        t.low[i] = float(low), t.high[i] = float(high);
+        if (i == 0) t.low_min = low, t.high_min = high;
+        t.low_max = low, t.high_max = high;  // both grow with t
+    }
+}
+
+// Keys [j, j + n) of a tile that vectors [v0, v1) may see; `masked` where not all of these rows see all of these keys.
+struct Span {
+    int64_t j, n, v0, v1;
+    bool masked;
+};
+
+// Cuts keys [j0, j0 + n) into spans, leaving out what no row sees: four at most.
+static int64_t spans(const Tile& t, int64_t j0, int64_t n, Span (&out)[4]) {
+    if (t.low_max <= j0 && t.high_min >= j0 + n) {
+        out[0] = {j0, n, 0, t.vectors, false};
+        return 1;
+    }
+    int64_t count = 0;
+    for (int64_t j = j0; j < j0 + n; j += kKeys / 4) {
+        Span s{j, least(kKeys / 4, j0 + n - j), 0, t.vectors, false};
+        while (s.v0 < s.v1 && t.high[s.v0 * W + W - 1] <= float(j)) ++s.v0;
+        while (s.v0 < s.v1 && t.low[(s.v1 - 1) * W] >= float(j + s.n)) --s.v1;
+        if (s.v0 == s.v1) continue;
+        s.masked = t.high[s.v0 * W] < float(j + s.n) || t.low[s.v1 * W - 1] > float(j);
+        out[count++] = s;
+    }
+    return count;
+}
+
+// scores[j - j0][row] = scale scores + bias.
+static void add_bias(float* scores, const Tile& t, const AttentionInputs& p, const Span& s, int64_t j0) {
+    const float* bias = p.bias + t.b * p.bias_batch;
+    const vf scale = set(units(p).scale);
+    for (int64_t v = s.v0; v < s.v1; ++v)
+        for (int64_t j = s.j; j < s.j + s.n; j += W) {
+            vf a[W];
+            const int64_t n = least(W, s.j + s.n - j);
+            for (int64_t i = 0; i < W; ++i) {
+                const int64_t r = v * W + i;
+                a[i] = load_n(bias + t.head[r] * p.bias_head + t.time[r] * p.bias_time + j, n);
+            }
+            transpose(a);
+            for (int64_t i = 0; i < n; ++i) {
+                float* at = scores + (j + i - j0) * kRows + v * W;
+                store(at, fma(load(at), scale, a[i]));
+            }
+        }
+}
+
+// Scores, -inf where a row does not see a key. qt: (D, kRows), with its sign; k: rows of keys from j0 on.
+static void score(float* scores, const Tile& t, const AttentionInputs& p, const Span& s, int64_t j0, const float* qt,
+                  const float* k, int64_t k_time) {
+    float* out = scores + (s.j - j0) * kRows;
+    dot(out + s.v0 * W, k + (s.j - j0) * k_time, k_time, qt + s.v0 * W, s.n, s.v1 - s.v0, p.D);
+    if (p.bias) add_bias(scores, t, p, s, j0);
+    if (!s.masked) return;
+    for (int64_t i = 0; i < s.n; ++i) {
+        const vf j = set(float(s.j + i));
+        for (int64_t v = s.v0; v < s.v1; ++v) {
+            float* at = out + i * kRows + v * W;
+            const vf x = select(lt(j, load(t.high + v * W)), load(at), set(-INFINITY));
+            store(at, select(le(load(t.low + v * W), j), x, set(-INFINITY)));
+        }
+    }
+}
+
+// out[c][row] = scale * x[row][c]: rows of `n` floats, each at its own place, beyond the tile's last row zero. out: (n, kRows).
+template <class RowAt> static void pack_transposed(float* out, const Tile& t, int64_t n, float scale, const RowAt& row_at) {
+    const vf factor = set(scale);
+    for (int64_t v = 0; v < t.vectors; ++v)
+        for (int64_t c = 0; c < n; c += W) {
+            vf a[W];
+            for (int64_t i = 0; i < W; ++i) a[i] = v * W + i < t.rows ? load_n(row_at(v * W + i) + c, n - c) * factor : zero();
+            transpose(a);
+            for (int64_t i = 0; i < least(W, n - c); ++i) store(out + (c + i) * kRows + v * W, a[i]);
+        }
+}
+
+// Copies `n` rows of `width` floats so that they follow each other: rows a large power of two apart would share cache sets.
+static const float* pack_rows(float* out, const float* x, int64_t stride, int64_t n, int64_t width) {
+    if (stride == width) return x;
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t c = 0;
+        for (; c + W <= width; c += W) store(out + i * width + c, load(x + i * stride + c));
+        if (c < width) store_n(out + i * width + c, load_n(x + i * stride + c, width - c), width - c);
+    }
+    return out;
+}
+
+}  // namespace
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
