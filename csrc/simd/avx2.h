@@ -80,23 +80,6 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 FASTLM_INLINE vf swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
-// a[i] lane j becomes a[j] lane i.
-FASTLM_INLINE void transpose(vf (&a)[W]) {
-    vf b[W];
-    for (int i = 0; i < 8; i += 4) {
-        const vf x0 = _mm256_unpacklo_ps(a[i], a[i + 1]), x1 = _mm256_unpackhi_ps(a[i], a[i + 1]);
-        const vf x2 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), x3 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-        b[i] = _mm256_shuffle_ps(x0, x2, 0x44);
-        b[i + 1] = _mm256_shuffle_ps(x0, x2, 0xEE);
-        b[i + 2] = _mm256_shuffle_ps(x1, x3, 0x44);
-        b[i + 3] = _mm256_shuffle_ps(x1, x3, 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-        a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-    }
-}
-
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));

@@ -79,27 +79,6 @@ FASTLM_INLINE vf low_nibble(vi a) {
     return _mm512_permutexvar_ps(a, _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
 }
 
-// a[i] lane j becomes a[j] lane i.
-FASTLM_INLINE void transpose(vf (&a)[W]) {
-    vf b[W];
-    for (int i = 0; i < 16; i += 4) {
-        const vf x0 = _mm512_unpacklo_ps(a[i], a[i + 1]), x1 = _mm512_unpackhi_ps(a[i], a[i + 1]);
-        const vf x2 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]), x3 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
-        b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x0), _mm512_castps_pd(x2)));
-        b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x0), _mm512_castps_pd(x2)));
-        b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x1), _mm512_castps_pd(x3)));
-        b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x1), _mm512_castps_pd(x3)));
-    }
-    for (int i = 0; i < 4; ++i) {  // b[4 r + i], 128-bit lane c: column 4 c + i of rows 4 r .. 4 r + 3
-        const vf y0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), y1 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD);
-        const vf y2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88), y3 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xDD);
-        a[i] = _mm512_shuffle_f32x4(y0, y2, 0x88);
-        a[i + 8] = _mm512_shuffle_f32x4(y0, y2, 0xDD);
-        a[i + 4] = _mm512_shuffle_f32x4(y1, y3, 0x88);
-        a[i + 12] = _mm512_shuffle_f32x4(y1, y3, 0xDD);
-    }
-}
-
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     vf s[8], t[4], u[2];

@@ -82,15 +82,6 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) { vst1_u16(p, vmovn_u32(vreinter
 FASTLM_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
-// a[i] lane j becomes a[j] lane i.
-FASTLM_INLINE void transpose(vf (&a)[W]) {
-    const float32x4x2_t x = vtrnq_f32(a[0], a[1]), y = vtrnq_f32(a[2], a[3]);
-    a[0] = vcombine_f32(vget_low_f32(x.val[0]), vget_low_f32(y.val[0]));
-    a[1] = vcombine_f32(vget_low_f32(x.val[1]), vget_low_f32(y.val[1]));
-    a[2] = vcombine_f32(vget_high_f32(x.val[0]), vget_high_f32(y.val[0]));
-    a[3] = vcombine_f32(vget_high_f32(x.val[1]), vget_high_f32(y.val[1]));
-}
-
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 

@@ -115,13 +115,6 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 FASTLM_INLINE vf swap_pairs(vf a) { return vf{a[1], a[0], a[3], a[2]}; }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
-// a[i] lane j becomes a[j] lane i.
-FASTLM_INLINE void transpose(vf (&a)[W]) {
-    const vf x0{a[0][0], a[1][0], a[2][0], a[3][0]}, x1{a[0][1], a[1][1], a[2][1], a[3][1]};
-    const vf x2{a[0][2], a[1][2], a[2][2], a[3][2]}, x3{a[0][3], a[1][3], a[2][3], a[3][3]};
-    a[0] = x0, a[1] = x1, a[2] = x2, a[3] = x3;
-}
-
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     return vf{reduce_add(a[0]), reduce_add(a[1]), reduce_add(a[2]), reduce_add(a[3])};

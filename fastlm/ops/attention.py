@@ -107,4 +107,5 @@ def _lengths(x: Any, B: int, S: int) -> Array:
     values = x.tolist()
     if values and (min(values) < 0 or max(values) > S):
         raise ValueError(f"[attention] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
-    return x
+    result: Array = x
+    return result

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "csrc/runtime/parallel.h"
 #include "csrc/simd/simd.h"
+#include "csrc/simd/transpose.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
