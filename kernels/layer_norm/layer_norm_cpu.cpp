@@ -59,41 +59,27 @@ void forward(const LayerNormForward& p) {
     });
 }
 
-// N rows at once: the partial sums of dweight and dbias are read and written once for all of them.
-template <int N> FASTLM_INLINE void backward_rows(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
-    vf mean[N], shift[N], scale[N], sum_g[N], sum_gn[N];
-    for (int i = 0; i < N; ++i) {
-        const float* stats = p.stats + 3 * (r + i);
-        mean[i] = set(stats[0]), shift[i] = set(stats[1]), scale[i] = set(stats[2]);
-        sum_g[i] = zero(), sum_gn[i] = zero();
-    }
-    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-        const vf w = v.load(p.weight + c);
-        vf dw = dweight ? v.load(dweight + c) : zero(), db = dweight ? v.load(dbias + c) : zero();
-        for (int i = 0; i < N; ++i) {
-            const vf d = v.load(dy + i * p.C + c), normal = fma(v.load(x + i * p.C + c) - mean[i], scale[i], shift[i]), g = d * w;
-            sum_g[i] = sum_g[i] + g;
-            sum_gn[i] = fma(g, normal, sum_gn[i]);
-            dw = fma(d, normal, dw);
-            db = db + d;
-        }
+void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
+    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C, *stats = p.stats + 3 * r;
+    const vf mean = set(stats[0]), shift = set(stats[1]), scale = set(stats[2]);
+    vf sum_g[4] = {zero(), zero(), zero(), zero()}, sum_gn[4] = {zero(), zero(), zero(), zero()};
+    each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+        const vf d = v.load(dy + c), normal = fma(v.load(x + c) - mean, scale, shift), g = d * v.load(p.weight + c);
+        sum_g[u] = sum_g[u] + g;
+        sum_gn[u] = fma(g, normal, sum_gn[u]);
         if (dweight) {
-            v.store(dweight + c, dw);
-            v.store(dbias + c, db);
+            v.store(dweight + c, fma(d, normal, v.load(dweight + c)));
+            v.store(dbias + c, v.load(dbias + c) + d);
         }
     });
-    for (int i = 0; i < N; ++i) {
-        const vf mean_g = set(reduce_add(sum_g[i]) / float(p.C)), mean_gn = set(reduce_add(sum_gn[i]) / float(p.C));
-        const int64_t at = (r + i) * p.C;
-        each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-            const vf g = v.load(p.dy + at + c) * v.load(p.weight + c);
-            const vf normal = fma(v.load(p.x + at + c) - mean[i], scale[i], shift[i]);
-            vf d = scale[i] * (g - fma(normal, mean_gn, mean_g));
-            if (p.dtotal) d = d + v.load(p.dtotal + at + c);
-            v.store(p.dx + at + c, d);
-        });
-    }
+    const vf mean_g = set(reduce_add_4(sum_g) / float(p.C)), mean_gn = set(reduce_add_4(sum_gn) / float(p.C));
+    const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
+    float* dx = p.dx + r * p.C;
+    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+        const vf g = v.load(dy + c) * v.load(p.weight + c), normal = fma(v.load(x + c) - mean, scale, shift);
+        const vf d = scale * (g - fma(normal, mean_gn, mean_g));
+        v.store(dx + c, dtotal ? d + v.load(dtotal + c) : d);
+    });
 }
 
 void backward(const LayerNormBackward& p) {
@@ -102,9 +88,7 @@ void backward(const LayerNormBackward& p) {
         float* dweight = parameters ? p.partial + begin / kLayerNormRows * 2 * p.C : nullptr;
         float* dbias = parameters ? dweight + p.C : nullptr;
         if (parameters) std::memset(dweight, 0, size_t(2 * p.C) * sizeof(float));
-        int64_t r = begin;
-        for (; r + 2 <= end; r += 2) backward_rows<2>(p, r, dweight, dbias);
-        if (r < end) backward_rows<1>(p, r, dweight, dbias);
+        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias);
     });
     if (!parameters) return;
     const int64_t pieces = (p.R + kLayerNormRows - 1) / kLayerNormRows;

@@ -40,40 +40,30 @@ void forward(const RmsNormForward& p) {
     });
 }
 
-// N rows at once: the partial sum of dweight is read and written once for all of them.
-template <int N> FASTLM_INLINE void backward_rows(const RmsNormBackward& p, int64_t r, float* dweight) {
-    vf scale[N], sum[N];
-    for (int i = 0; i < N; ++i) scale[i] = set(p.rstd[r + i]), sum[i] = zero();
+void backward_row(const RmsNormBackward& p, int64_t r, float* dweight) {
     const float *dy = p.dy + r * p.C, *x = p.x + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-        const vf w = v.load(p.weight + c);
-        vf dw = dweight ? v.load(dweight + c) : zero();
-        for (int i = 0; i < N; ++i) {
-            const vf dn = v.load(dy + i * p.C + c) * (v.load(x + i * p.C + c) * scale[i]);
-            sum[i] = fma(dn, w, sum[i]);
-            dw = dw + dn;
-        }
-        if (dweight) v.store(dweight + c, dw);
+    const vf scale = set(p.rstd[r]);
+    vf sum[4] = {zero(), zero(), zero(), zero()};
+    each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+        const vf dn = v.load(dy + c) * (v.load(x + c) * scale);
+        sum[u] = fma(dn, v.load(p.weight + c), sum[u]);
+        if (dweight) v.store(dweight + c, v.load(dweight + c) + dn);
     });
-    for (int i = 0; i < N; ++i) {
-        const vf mean = set(reduce_add(sum[i]) / float(p.C));
-        const int64_t at = (r + i) * p.C;
-        each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-            const vf g = v.load(p.dy + at + c) * v.load(p.weight + c), normal = v.load(p.x + at + c) * scale[i];
-            vf d = scale[i] * fnma(normal, mean, g);
-            if (p.dtotal) d = d + v.load(p.dtotal + at + c);
-            v.store(p.dx + at + c, d);
-        });
-    }
+    const vf mean = set(reduce_add_4(sum) / float(p.C));
+    const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
+    float* dx = p.dx + r * p.C;
+    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+        const vf g = v.load(dy + c) * v.load(p.weight + c), normal = v.load(x + c) * scale;
+        const vf d = scale * fnma(normal, mean, g);
+        v.store(dx + c, dtotal ? d + v.load(dtotal + c) : d);
+    });
 }
 
 void backward(const RmsNormBackward& p) {
     parallel_for(p.R, kRmsNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = p.dweight ? p.partial + begin / kRmsNormRows * p.C : nullptr;
         if (dweight) std::memset(dweight, 0, size_t(p.C) * sizeof(float));
-        int64_t r = begin;
-        for (; r + 2 <= end; r += 2) backward_rows<2>(p, r, dweight);
-        if (r < end) backward_rows<1>(p, r, dweight);
+        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight);
     });
     if (!p.dweight) return;
     const int64_t pieces = (p.R + kRmsNormRows - 1) / kRmsNormRows;
