@@ -82,6 +82,19 @@ def test_minus_infinity(isa):
     assert np.isnan(loss[2])
 
 
+@pytest.mark.parametrize("rows", [1, 2000])  # 2000: large enough for streamed stores
+def test_gradient_over_blocks_of_any_height(isa, rows):
+    """Blocks of -inf before the first number, and maxima that rise by more than float32's exponents can hold."""
+    row = np.full(3000, -np.inf, np.float32)
+    row[1100], row[1500], row[2100:2104] = -400, -399, [-250, -250.5, -249, -260]
+    x = Tensor(np.tile(row, (rows, 1)), requires_grad=True)
+    ops.cross_entropy(x, np.full(rows, 2102), reduction="sum").backward()
+    wide = np.exp(row.astype(np.float64) + 249)
+    expected = wide / wide.sum() - (np.arange(3000) == 2102)
+    np.testing.assert_allclose(x.grad[-1], expected, rtol=1e-6)
+    np.testing.assert_array_equal(x.grad, np.tile(x.grad[:1], (rows, 1)))
+
+
 def test_scaled_gradient():
     """backward(dy) is dy times backward()."""
     x = np.random.default_rng(1).standard_normal((5, 77)).astype(np.float32)
