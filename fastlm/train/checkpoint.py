@@ -39,7 +39,7 @@ def write(out: Path, step: int, model: CausalLM, optimizer: AdamW, tokenizer: An
         hub.replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for old in checkpoints(out)[:-KEPT]:
+    for old in [*checkpoints(out)[:-KEPT], *out.glob("step-*.tmp*")]:  # and what a crash left half written
         shutil.rmtree(old, ignore_errors=True)
     return target
 

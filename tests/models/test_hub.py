@@ -1,0 +1,240 @@
+"""Loading and saving folders and GGUF files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastlm import hub, models
+from fastlm.checkpoint import FormatError, QuantizedArray, read_safetensors, write_safetensors
+
+MODELS = Path(__file__).parents[1] / "data" / "models"
+GOLDEN = np.load(MODELS / "logits.npz")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-tied", "llama-bias"])
+def test_save_gives_back_the_bytes(name, tmp_path):
+    model, _ = hub.load_folder_or_gguf(MODELS / name)
+    hub.save(model, None, tmp_path / "out")
+    before, after = read_safetensors(MODELS / name), read_safetensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert before[key].dtype == after[key].dtype
+        assert before[key].tobytes() == after[key].tobytes()
+    again, _ = hub.load_folder_or_gguf(tmp_path / "out")
+    assert again.config == model.config
+    hub.save(again, None, tmp_path / "out")  # over a model: replaced, and the arrays mapped from it stay whole
+    np.testing.assert_array_equal(again.logits(np.ones((1, 4), int)), model.logits(np.ones((1, 4), int)))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-tied", "llama-bias"])
+def test_transformers_loads_what_is_saved(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model, _ = hub.load_folder_or_gguf(MODELS / name)
+    hub.save(model, None, tmp_path / "out")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = GOLDEN[f"{name}.ids"]
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(model.logits(ids), want, rtol=1e-5, atol=1e-5)
+
+
+def test_without_biases(tmp_path):
+    """nanoGPT's bias=False: transformers wants biases, so zeros are written, and left out again when it is loaded."""
+    model = models.create(models.GPTConfig(vocab_size=31, context=8, d_model=16, n_layer=2, n_head=2, bias=False), 3)
+    hub.save(model, None, tmp_path / "m")
+    assert not read_safetensors(tmp_path / "m")["transformer.h.1.mlp.c_fc.bias"].any()
+    again, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    assert again.config == model.config
+    assert list(again.named_parameters()) == list(model.named_parameters())
+    np.testing.assert_array_equal(again.logits(np.arange(8)[None]), model.logits(np.arange(8)[None]))
+    tensors = dict(read_safetensors(tmp_path / "m"))
+    tensors["transformer.h.1.mlp.c_fc.bias"] = np.ones(64, np.float32)
+    write_safetensors(tmp_path / "m", tensors)
+    with pytest.raises(FormatError, match=r"1 extra: transformer.h.1.mlp.c_fc.bias"):
+        hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_bfloat16(tmp_path):
+    shutil.copytree(MODELS / "llama", tmp_path / "m")
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in read_safetensors(MODELS / "llama").items()}
+    write_safetensors(tmp_path / "m", half)
+    model, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    assert model.head.weight.dtype == ml_dtypes.bfloat16
+    assert model.final_norm.weight.dtype == np.float32
+    wide, _ = hub.load_folder_or_gguf(tmp_path / "m", dtype="float32")
+    assert wide.head.weight.dtype == np.float32
+    ids = GOLDEN["llama.ids"]
+    np.testing.assert_array_equal(model.logits(ids), wide.logits(ids))
+    with pytest.raises(TypeError, match=r"token_embedding.weight is bfloat16; training needs float32"):
+        model.train()
+    hub.save(model, None, tmp_path / "out")
+    for key, value in read_safetensors(tmp_path / "out").items():
+        assert value.tobytes() == half[key].tobytes()
+    again, _ = hub.load_folder_or_gguf(MODELS / "llama", dtype="bfloat16")
+    assert again.head.weight.dtype == ml_dtypes.bfloat16
+    with pytest.raises(ValueError, match="dtype must be None, 'float32' or 'bfloat16', got 'int4'"):
+        hub.load_folder_or_gguf(MODELS / "llama", dtype="int4")
+
+
+def test_float16_becomes_float32(tmp_path):
+    shutil.copytree(MODELS / "gpt2", tmp_path / "m")
+    half = {k: v.astype(np.float16) for k, v in read_safetensors(MODELS / "gpt2").items()}
+    write_safetensors(tmp_path / "m", half)
+    model, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    np.testing.assert_array_equal(model.token_embedding.weight.data, half["transformer.wte.weight"].astype(np.float32))
+
+
+def test_bare_model_and_double_head(tmp_path):
+    """Files of the model without its head leave out `transformer.`; others hold a tied head twice, and the causal mask."""
+    shutil.copytree(MODELS / "gpt2", tmp_path / "m")
+    tensors = {k.removeprefix("transformer."): v for k, v in read_safetensors(MODELS / "gpt2").items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 48, 48), np.float32)
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    write_safetensors(tmp_path / "m", tensors)
+    model, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    np.testing.assert_array_equal(model.token_embedding.weight.data, tensors["wte.weight"])
+    tensors["lm_head.weight"] = tensors["wte.weight"] * 2
+    write_safetensors(tmp_path / "m", tensors)
+    with pytest.raises(FormatError, match=r"1 extra: lm_head\.weight"):
+        hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"\[load\] no such folder or file: .*nothing\.gguf"):
+        hub.load_folder_or_gguf(tmp_path / "nothing.gguf")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        hub.load_folder_or_gguf(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"x")
+    with pytest.raises(FormatError, match="expected a folder"):
+        hub.load_folder_or_gguf(tmp_path / "model.pt")
+    raw = json.loads((MODELS / "gpt2" / "config.json").read_text())
+    for change, message in (
+        ({"model_type": "bert"}, "model_type must be one of gpt2, llama, got 'bert'"),
+        ({"model_type": ["gpt2"]}, "model_type must be one of"),
+        ({"n_layer": 10**4}, "10000 layers, the file only"),
+        ({"vocab_size": 10**9}, r"transformer.wte.weight \(expected \(1000000000, 36\), got \(97, 36\)\)"),
+        ({"n_layer": "3"}, "n_layer must be an integer"),
+        ({"surprise": 1}, "unknown key 'surprise' = 1"),
+    ):
+        folder = tmp_path / "m"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(MODELS / "gpt2", folder)
+        (folder / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(FormatError, match=message):
+            hub.load_folder_or_gguf(folder)
+    model, _ = hub.load_folder_or_gguf(MODELS / "gpt2")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds something other than a model"):
+        hub.save(model, None, tmp_path / "letters")
+    assert (tmp_path / "letters" / "mine.txt").exists()
+
+
+def test_unknown_hub_id(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing-of-this-name' is no local folder or file"):
+        hub.load_folder_or_gguf("nobody/nothing-of-this-name")
+
+
+def write_gguf(path, arch, quantise=None):
+    """A GGUF file of a tiny checkpoint, as convert_hf_to_gguf writes it: Q and K rows permuted for interleaved RoPE."""
+    gguf = pytest.importorskip("gguf")
+    name = "gpt2" if arch == "gpt2" else "llama-wide" if quantise else "llama"
+    model = wide_llama() if name == "llama-wide" else hub.load_folder_or_gguf(MODELS / name)[0]
+    c = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(c.context)
+    writer.add_embedding_length(c.d_model)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.d_ff or 4 * c.d_model)
+    writer.add_head_count(c.n_head)
+    if arch == "llama":
+        writer.add_vocab_size(c.vocab_size)
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+        writer.add_rope_dimension_count(c.head_dim)
+        writer.add_rope_freq_base(c.rope_base)
+        writer.add_layer_norm_rms_eps(c.eps)
+    else:
+        writer.add_layer_norm_eps(c.eps)
+    from fastlm.models.base import names
+
+    for ours, theirs in names(models.ARCHITECTURES[arch].GGUF_NAMES, model).items():
+        array = np.array(model.named_parameters()[ours].data)
+        if arch == "llama" and (".attn_q." in theirs or ".attn_k." in theirs):
+            heads = c.n_head if ".attn_q." in theirs else c.n_kv_head
+            array = array.reshape(heads, 2, -1, c.d_model).swapaxes(1, 2).reshape(array.shape)
+        if quantise and array.ndim == 2:
+            kind = getattr(gguf.GGMLQuantizationType, quantise)
+            writer.add_tensor(theirs, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(theirs, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def wide_llama():
+    """Widths that are whole quantised blocks."""
+    sizes = {"d_model": 64, "d_ff": 96, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": 16}
+    model = models.create(models.LlamaConfig(vocab_size=70, context=32, **sizes), 1)
+    for p in model.named_parameters().values():
+        p.data *= 4
+    return model
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_gguf(arch, tmp_path):
+    model = write_gguf(tmp_path / "m.gguf", arch)
+    again, tokenizer = hub.load_folder_or_gguf(tmp_path / "m.gguf")
+    assert tokenizer is None
+    ids = GOLDEN[f"{arch}.ids"]
+    np.testing.assert_array_equal(again.logits(ids), model.logits(ids))
+    hub.save(again, None, tmp_path / "folder")
+    folder, _ = hub.load_folder_or_gguf(tmp_path / "folder")
+    np.testing.assert_array_equal(folder.logits(ids), model.logits(ids))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_quantised_gguf(kind, tmp_path):
+    """Weights stay quantised; the Q and K rows are permuted as they are; the logits are those of the dequantised copy."""
+    write_gguf(tmp_path / "m.gguf", "llama", kind)
+    model, _ = hub.load_folder_or_gguf(tmp_path / "m.gguf")
+    assert isinstance(model.blocks[0].attention.q.weight.data, QuantizedArray)
+    wide, _ = hub.load_folder_or_gguf(tmp_path / "m.gguf", dtype="float32")
+    rows = wide_llama().blocks[0].attention.q.weight.data
+    assert np.abs(wide.blocks[0].attention.q.weight.data - rows).max() < 0.2 * np.abs(rows).max()
+    ids = np.arange(20)[None]
+    np.testing.assert_allclose(model.logits(ids), wide.logits(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_gguf_refuses(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_context_length(32)
+    writer.add_expert_count(8)
+    writer.add_uint32("llama.surprise", 3)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        FormatError, match=r"unknown key llama.surprise = 3; llama.expert_count must be 0, got 8; missing key llama.emb"
+    ):
+        hub.load_folder_or_gguf(tmp_path / "m.gguf")

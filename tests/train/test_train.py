@@ -1,0 +1,193 @@
+"""Training: torch's gradients and losses over 100 steps, exact resume, checkpoints, what is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlm import data, hub, models
+from fastlm.checkpoint import read_json
+from fastlm.models.base import names
+from fastlm.train import AdamW, checkpoints, evaluate, read_log, train, warmup_cosine
+
+MODELS = Path(__file__).parents[1] / "data" / "models"
+SETTINGS = json.loads((MODELS / "training.json").read_text())
+GOLDEN = np.load(MODELS / "training.npz")
+TEXT = "".join(f"{i} plus {j} is {i + j}.\n" for i in range(40) for j in range(12))
+
+
+def batches(name):
+    tokens = GOLDEN[f"{name}.tokens"].astype(np.int32)
+    return lambda n: data.Batch(np.ascontiguousarray(tokens[n, :, :-1]), np.ascontiguousarray(tokens[n, :, 1:]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradients_of_the_first_step(name):
+    model = hub.load_folder_or_gguf(MODELS / f"{name}-start")[0].train()
+    loss = model.loss(*batches(name)(0))
+    loss.backward()
+    module = models.module_of(model)
+    largest = max(np.abs(GOLDEN[k]).max() for k in GOLDEN.files if k.startswith(f"{name}.gradient."))
+    for ours, theirs in names(module.HF_NAMES, model).items():
+        got, want = model.named_parameters()[ours].grad, GOLDEN[f"{name}.gradient.{theirs}"]
+        if ours.endswith(tuple(module.HF_TRANSPOSED)):
+            want = want.T
+        # Relative to the tensor, but for gradients that cancel to nothing (the key bias): there the rounding is that of the others.
+        scale = max(np.abs(want).max(), 1e-2 * largest)
+        assert np.abs(got - want).max() <= 1e-5 * scale, ours
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_losses_of_100_steps(name):
+    model = hub.load_folder_or_gguf(MODELS / f"{name}-start")[0]
+    s = SETTINGS
+    steps = list(
+        train(
+            model, batches(name), steps=s["steps"], batch=4, context=24, lr=s["lr"], min_lr=s["min_lr"], warmup=s["warmup"],
+            weight_decay=s["weight_decay"], betas=tuple(s["betas"]), eps=s["eps"], clip=s["clip"],
+        )
+    )  # fmt: skip
+    assert [step.step for step in steps] == list(range(1, 101))
+    np.testing.assert_allclose([step.lr for step in steps], GOLDEN["learning_rates"], rtol=1e-12)
+    np.testing.assert_allclose([step.loss for step in steps], GOLDEN[f"{name}.losses"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose([step.grad_norm for step in steps], GOLDEN[f"{name}.norms"], rtol=1e-4)
+    assert max(GOLDEN[f"{name}.norms"]) > s["clip"]  # so that clipping took part
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return data.prepare(TEXT, lambda text: [ord(c) for c in text], tmp_path / "tokens", 128)
+
+
+def small(seed=0):
+    return models.create(models.GPTConfig(vocab_size=128, context=16, d_model=24, n_layer=2, n_head=2, bias=False), seed)
+
+
+def run(corpus, out=None, stop=None, **more):
+    model = small()
+    seen = []
+    arguments = {"steps": 20, "batch": 4, "warmup": 3, "eval_every": 5, "save_every": 5 if out else 0, "accumulate": 2} | more
+    for step in train(model, corpus, out=out, **arguments):
+        seen.append(step)
+        if step.step == stop:
+            break
+    return model, seen
+
+
+def same(a, b):
+    for name, p in a.named_parameters().items():
+        assert p.data.tobytes() == b.named_parameters()[name].data.tobytes(), name
+
+
+def test_learns_and_logs(corpus, tmp_path):
+    model, seen = run(corpus, tmp_path / "run", steps=60, eval_every=20, lr=1e-2)
+    assert seen[-1].validation_loss < 3.0 < seen[0].loss
+    assert [s.step for s in seen if s.validation_loss is not None] == [20, 40, 60]
+    assert seen[-1].validation_loss == evaluate(model, corpus.validation, 4, 16)
+    log = read_log(tmp_path / "run")
+    assert [r["loss"] for r in log] == [s.loss for s in seen]
+    assert log[19]["validation_loss"] == seen[19].validation_loss
+    assert seen[-1].seconds_left == 0
+    assert seen[-1].tokens_per_second > 0
+    assert 0 < seen[-1].roof_share < 1
+
+
+def test_resume_is_exact(corpus, tmp_path):
+    whole, seen = run(corpus, tmp_path / "whole")
+    run(corpus, tmp_path / "half", stop=12)  # killed two steps after a checkpoint
+    resumed, rest = run(corpus, tmp_path / "half", resume=True)
+    assert [s.step for s in rest] == list(range(11, 21))
+    assert [s.loss for s in rest] == [s.loss for s in seen[10:]]
+    assert rest[-1].validation_loss == seen[-1].validation_loss
+    same(whole, resumed)
+    assert [r["loss"] for r in read_log(tmp_path / "half")] == [s.loss for s in seen]
+    same(hub.load_folder_or_gguf(tmp_path / "half" / "step-000020")[0], whole)
+    assert not list(run(corpus, tmp_path / "half", resume=True)[1])  # nothing is left to do
+
+
+def test_checkpoints(corpus, tmp_path):
+    run(corpus, tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000015", "step-000020"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "step-000015", "step-000020"]
+    # A checkpoint that was being written when the machine stopped does not count, and a run goes on from the one before.
+    (tmp_path / "run" / "step-000025.tmpabc").mkdir()
+    assert len(checkpoints(tmp_path / "run")) == 2
+    with pytest.raises(ValueError, match=r"of another run: batch was 4, is 5"):
+        run(corpus, tmp_path / "run", resume=True, batch=5)
+    wide = models.create(models.GPTConfig(vocab_size=128, context=16, d_model=48, n_layer=2, n_head=2))
+    with pytest.raises(ValueError, match="of another model"):
+        list(train(wide, corpus, steps=20, batch=4, accumulate=2, out=tmp_path / "run", resume=True))
+    shutil.rmtree(tmp_path / "run" / "step-000020")
+    _, rest = run(corpus, tmp_path / "run", resume=True)
+    assert [s.step for s in rest] == [16, 17, 18, 19, 20]
+    assert read_json(tmp_path / "run" / "step-000020" / "training.json")["updates"] == 20
+    assert not (tmp_path / "run" / "step-000025.tmpabc").exists()
+
+
+def test_accumulation_is_a_larger_batch():
+    tokens = np.random.default_rng(0).integers(0, 128, (6, 4, 17)).astype(np.int32)
+    a, b = small(), small()
+    few = lambda n: data.Batch(np.ascontiguousarray(tokens[n, :, :-1]), np.ascontiguousarray(tokens[n, :, 1:]))  # noqa: E731
+    many = tokens.reshape(3, 8, 17)
+    more = lambda n: data.Batch(np.ascontiguousarray(many[n, :, :-1]), np.ascontiguousarray(many[n, :, 1:]))  # noqa: E731
+    x = [s.loss for s in train(a, few, steps=3, batch=4, accumulate=2, warmup=0)]
+    y = [s.loss for s in train(b, more, steps=3, batch=8, warmup=0)]
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_step_that_is_not_finite_is_skipped(corpus, tmp_path):
+    model = small()
+    loader = data.Loader(corpus.train, 4, 16)
+    scale = model.final_norm.weight
+    run_ = train(model, loader.batch, steps=4, batch=4, context=16, warmup=0)
+    next(run_)
+    before = {k: p.data.copy() for k, p in model.named_parameters().items()}
+    value = scale.data[3]
+    scale.data[3] = np.nan
+    with pytest.warns(RuntimeWarning, match=r"\[train\] step 2 skipped: loss nan"):
+        step = next(run_)
+    assert step.skipped
+    scale.data[3] = value
+    for name, p in model.named_parameters().items():
+        np.testing.assert_array_equal(p.data, before[name])
+    step = next(run_)
+    assert not step.skipped
+    assert math.isfinite(step.loss)
+
+
+def test_decay_spares_vectors():
+    model = models.create(models.GPTConfig(vocab_size=8, context=4, d_model=8, n_layer=1, n_head=2))
+    decays = dict(zip(model.named_parameters(), AdamW(model, (0.9, 0.95), 1e-8, 0.1).decays, strict=True))
+    assert {k for k, d in decays.items() if d == 0} == {k for k in decays if "norm" in k or k.endswith("bias")}
+
+
+def test_schedule():
+    rates = [warmup_cosine(n, 100, 1.0, 0.1, 10) for n in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert min(rates[10:]) == rates[-1] > 0.1
+    assert warmup_cosine(100, 100, 1.0, 0.1, 10) == 0.1
+
+
+def test_refuses(corpus, tmp_path):
+    for change, message in (
+        ({"steps": 0}, r"\[train\] steps must be an integer of at least 1, got 0"),
+        ({"context": 17}, r"context must be from 1 to the model's 16, got 17"),
+        ({"lr": -1.0}, "lr and clip must be positive"),
+        ({"resume": True}, "out must be a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(small(), corpus, **({"steps": 3} | change))
+    with pytest.raises(ValueError, match=r"the model's vocab_size must be at least the data's 128, got 65"):
+        train(models.create("gpt-char"), corpus, steps=1)
+    with pytest.raises(ValueError, match="needs held-out tokens"):
+        train(small(), corpus.train, steps=1, eval_every=1)
+    with pytest.raises(ValueError, match=r"\(n,\) integers, got float64"):
+        train(small(), np.zeros(100), steps=1)
+    assert not (tmp_path / "run").exists()
