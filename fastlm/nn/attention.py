@@ -9,7 +9,7 @@ from fastlm.nn.cache import Context
 from fastlm.nn.linear import Linear
 from fastlm.nn.module import Module
 from fastlm.nn.rope import Rope
-from fastlm.tensor import data
+from fastlm.tensor import data, recording
 
 
 class Attention(Module):
@@ -50,15 +50,15 @@ class Attention(Module):
     def __call__(self, x: Any, context: Context, layer: int, residual: Any = None) -> Any:
         B, T, _ = x.shape
         q, k, v = self.project(x)
-        q = ops.reshape(q, (B, T, self.n_head, self.head_dim))
-        k = ops.reshape(k, (B, T, self.n_kv_head, self.head_dim))
-        v = ops.reshape(v, (B, T, self.n_kv_head, self.head_dim))
+        q = _reshape(q, (B, T, self.n_head, self.head_dim))
+        k = _reshape(k, (B, T, self.n_kv_head, self.head_dim))
+        v = _reshape(v, (B, T, self.n_kv_head, self.head_dim))
         if self.position is not None:
             q, k = self.position(q, k, context)
         if context.cache is not None:
             k, v = context.append(layer, data(k), data(v))
         y = ops.attention(q, k, v, causal=True, lengths=context.lengths)
-        return self.out(ops.reshape(y, (B, T, self.n_head * self.head_dim)), residual=residual)
+        return self.out(_reshape(y, (B, T, self.n_head * self.head_dim)), residual=residual)
 
 
 class FusedAttention(Attention):
@@ -71,3 +71,8 @@ class FusedAttention(Attention):
     def project(self, x: Any) -> tuple[Any, Any, Any]:
         q, k, v = ops.split(self.qkv(x), self.sizes)
         return q, k, v
+
+
+def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
+    """ops.reshape where the tape needs it, else NumPy's own: decoding small models spends its time in calls like these."""
+    return ops.reshape(x, shape) if recording(x) else data(x).reshape(shape)

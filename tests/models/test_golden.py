@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlm import hub, models
+from fastlm import backend, hub, models
 from fastlm.checkpoint import read_safetensors
 from fastlm.models import convert
 
@@ -40,6 +40,16 @@ def test_logits(golden):
 def test_bits_alone_and_in_batch(golden):
     model, ids, _ = golden
     np.testing.assert_array_equal(model.logits(ids)[1], model.logits(ids[1:])[0])
+
+
+def test_bits_do_not_depend_on_threads(golden, threads):
+    model, ids, _ = golden
+    found = []
+    for n in (1, 2, 3):
+        backend.set_num_threads(n)
+        found.append(model.logits(ids))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_cache(golden):
@@ -89,15 +99,12 @@ def test_rope_scaling(kind):
     model = models.declare(convert.config_from_hf(models.llama, raw | {"rope_parameters": parameters}))
     convert.load_tensors(model, read_safetensors(MODELS / "llama"), models.llama.HF_NAMES)
     close(model.logits(golden["ids"]), golden[kind])
-    older = {("type" if k == "rope_type" else k): v for k, v in parameters.items() if k != "rope_theta"}  # before transformers 5
+    # The form of before transformers 5: rope_theta apart, rope_scaling with `type`.
     del raw["rope_parameters"]
-    assert convert.config_from_hf(models.llama, raw | {"rope_theta": parameters["rope_theta"], "rope_scaling": older}) == (
-        model.config
-        if kind == "default"
-        else convert.config_from_hf(
-            models.llama, raw | {"rope_parameters": {("type" if k == "rope_type" else k): v for k, v in parameters.items()}}
-        )
-    )
+    raw |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": {"type": parameters.pop("rope_type"), **parameters}}
+    older = models.declare(convert.config_from_hf(models.llama, raw))
+    assert older.blocks[0].attention.position.scaling == model.blocks[0].attention.position.scaling
+    assert older.config.rope_base == model.config.rope_base
 
 
 def test_refuses_ids():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlm import data, hub, models
+from fastlm import backend, data, hub, models
 from fastlm.checkpoint import read_json
 from fastlm.models.base import names
 from fastlm.train import AdamW, checkpoints, evaluate, read_log, train, warmup_cosine
@@ -108,6 +108,13 @@ def test_resume_is_exact(corpus, tmp_path):
     assert [r["loss"] for r in read_log(tmp_path / "half")] == [s.loss for s in seen]
     same(hub.load_folder_or_gguf(tmp_path / "half" / "step-000020")[0], whole)
     assert not list(run(corpus, tmp_path / "half", resume=True)[1])  # nothing is left to do
+
+
+def test_bits_do_not_depend_on_threads(corpus, threads):
+    backend.set_num_threads(1)
+    one, _ = run(corpus)
+    backend.set_num_threads(2)
+    same(one, run(corpus)[0])
 
 
 def test_checkpoints(corpus, tmp_path):
