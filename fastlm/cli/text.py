@@ -1,0 +1,119 @@
+"""`fastlm generate`, `chat` and `eval`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastlm.lm import LM, load
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    lm = load(arguments.model)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    print(prompt, end="", flush=True)
+    if arguments.beams > 1:
+        options = {"beams": arguments.beams, "stop": arguments.stop or None}
+        print(lm.generate(prompt, max_tokens=arguments.max_tokens, **options))  # type: ignore[arg-type]
+        return
+    show(lm, lm.stream(prompt, max_tokens=arguments.max_tokens, **sampling(arguments)))
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    lm = load(arguments.model)
+    messages: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if arguments.message is not None:
+        messages.append({"role": "user", "content": arguments.message})
+        answer(lm, messages, arguments)
+        return
+    print(f"{lm!r}\nAn empty line ends the talk.")
+    while True:
+        try:
+            message = input("\nyou> ").strip()
+        except EOFError:
+            print()
+            return
+        if not message:
+            return
+        messages.append({"role": "user", "content": message})
+        try:
+            messages.append({"role": "assistant", "content": answer(lm, messages, arguments)})
+        except KeyboardInterrupt:  # only this answer ends
+            messages.pop()
+            print()
+
+
+def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    return show(lm, lm.chat_stream(messages, max_tokens=arguments.max_tokens, **sampling(arguments)))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    text = read(arguments.text)
+    lm = load(arguments.model)
+    if lm.tokenizer is None:
+        raise ValueError(f"{arguments.model} has no tokenizer: a text cannot be evaluated")
+    ids = lm.tokenizer.encode(text)
+    if arguments.max_tokens and len(ids) > arguments.max_tokens:
+        ids = ids[: arguments.max_tokens]
+        text = lm.tokenizer.decode(ids)
+    context = arguments.context or min(lm.model.config.context, 2048)
+    start = time.perf_counter()
+    perplexity = lm.perplexity(ids, context=context, stride=arguments.stride or context)
+    seconds = time.perf_counter() - start
+    bits = math.log2(perplexity) * (len(ids) - 1) / max(1, len(text.encode()))
+    guess = unigram(ids)
+    print(f"perplexity {perplexity:.4f} (by token frequency alone: {math.exp(guess):.1f}), {bits:.4f} bits a byte")
+    print(
+        f"{len(ids):,} tokens in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens/s; context {context}, stride {arguments.stride or context}"
+    )
+
+
+def sampling(arguments: argparse.Namespace) -> Any:
+    """The options of `LM.stream` that the command line gives."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    return {name: getattr(arguments, name) for name in names} | {"stop": arguments.stop or None}
+
+
+def show(lm: LM, pieces: Iterable[str]) -> str:
+    """Prints text as it comes, then its speed on standard error. Returns it."""
+    start, first, text = time.perf_counter(), 0.0, ""
+    for piece in pieces:
+        first = first or time.perf_counter() - start
+        text += piece
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    print()
+    assert lm.tokenizer is not None
+    count = len(lm.tokenizer.encode(text, special_tokens=False)) if text else 0
+    if count > 1:
+        rate = (count - 1) / max(seconds - first, 1e-9)
+        print(f"[{count} tokens, first after {first:.2f} s, then {rate:.1f} tokens/s]", file=sys.stderr)
+    return text
+
+
+def read(path: str) -> str:
+    """A text file, or an error that says what is wrong with it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}: {error.reason}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def unigram(ids: Any, counted: Any = None) -> float:
+    """Mean loss of guessing every token by its frequency, in `counted` or in the text itself: what any model must beat."""
+    import numpy as np
+
+    ids = np.asarray(ids)
+    source = ids if counted is None else np.asarray(counted)
+    counts = np.bincount(source, minlength=int(ids.max()) + 1).astype(float)
+    if counted is not None:
+        counts += 1.0  # a token that was never counted is possible
+    return float(-np.log(counts[ids] / counts.sum()).mean())

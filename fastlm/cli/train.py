@@ -1,0 +1,199 @@
+"""`fastlm train`: text -> tokenizer -> packed tokens -> model -> checkpoints, plot and folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+from fastlm import backend
+from fastlm.cli.progress import Progress, plot
+from fastlm.cli.text import read, unigram
+from fastlm.data import Corpus, open_corpus, prepare
+from fastlm.lm import LM
+from fastlm.models import CausalLM, GPTConfig, LlamaConfig, create
+from fastlm.nn import count_parameters
+from fastlm.tokenizers import Tokenizer
+from fastlm.train import checkpoints, read_log, train
+
+# What a run is; --resume takes these from the run's folder.
+SETTINGS = """text tokenizer vocab_size model layers heads width context batch accumulate steps lr warmup weight_decay clip held_out
+    eval_every save_every seed""".split()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if arguments.resume:
+        if not (out / "run.json").exists():
+            raise FileNotFoundError(f"{out} holds no run to go on with: {out / 'run.json'} is missing")
+        for name, value in json.loads((out / "run.json").read_text(encoding="utf-8")).items():
+            setattr(arguments, name, value)
+    elif arguments.text is None:
+        raise ValueError("train needs a text file (or --resume with the --out of a run)")
+    elif (out / "run.json").exists():
+        raise ValueError(f"{out} holds a run: go on with it by --resume, or give another --out")
+    lm, finished = train_text(None if arguments.resume else read(arguments.text), arguments)
+    if not finished:
+        return 130
+    print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(_opening(lm))}")
+    return 0
+
+
+def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, bool]:
+    """Trains on a text, or goes on in arguments.out where it is None. Returns the model and whether it was not interrupted."""
+    out = Path(arguments.out)
+    if text is not None:
+        tokenizer = (
+            Tokenizer.characters(text) if arguments.tokenizer == "char" else Tokenizer.train_bpe([text], arguments.vocab_size)
+        )
+        size = tokenizer.vocab_size
+        corpus = prepare(text, lambda t: tokenizer.encode(t, special_tokens=False), out / "tokens", size, arguments.held_out)
+        if len(corpus.train) <= arguments.context:
+            raise ValueError(f"the text has only {len(corpus.train)} tokens to train on, the context is {arguments.context}")
+        tokenizer.save(out / "tokenizer")
+        settings = {name: getattr(arguments, name) for name in SETTINGS}
+        (out / "run.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    else:
+        tokenizer, corpus = Tokenizer.from_folder(out / "tokenizer"), open_corpus(out / "tokens")
+    lm = LM(create(config(arguments, tokenizer.vocab_size), arguments.seed), tokenizer)
+    guess = describe(lm.model, corpus, arguments)
+
+    finished = True
+    steps = train(
+        lm.model, corpus, steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
+        weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
+        eval_every=arguments.eval_every if len(corpus.validation) > arguments.context else 0, save_every=arguments.save_every,
+        resume=text is None, tokenizer=tokenizer,
+    )  # fmt: skip
+    started = time.perf_counter()
+    done = 0
+    with interruptible() as interrupted, Progress(arguments.steps) as progress:
+        for step in steps:
+            progress.show(step)
+            done = step.step
+            if interrupted():
+                finished = done == arguments.steps
+                break
+    steps.close()  # saves where the loop was left early
+    seconds = time.perf_counter() - started
+    if not finished:
+        saved = checkpoints(out)[-1]
+        print(f"\nstopped after step {done}, saved in {saved}. Go on with:\n  fastlm train --resume --out {shlex.quote(str(out))}")
+        return lm, False
+    report(lm, corpus, arguments, guess, seconds)
+    return lm, True
+
+
+def config(arguments: argparse.Namespace, vocab_size: int) -> Any:
+    """The model that the options describe."""
+    C, H = arguments.width, arguments.heads
+    if C % H:
+        raise ValueError(f"--width must be a multiple of --heads, got {C} and {H}")
+    common = {
+        "vocab_size": vocab_size,
+        "context": arguments.context,
+        "d_model": C,
+        "n_layer": arguments.layers,
+        "n_head": H,
+        "tied": True,
+    }
+    if arguments.model == "gpt2":
+        return GPTConfig(**common, bias=False)
+    if C // H % 2:
+        raise ValueError(f"--width / --heads must be even for rotary positions, got {C // H}")
+    hidden = -(-8 * C // 3 // 32) * 32  # two thirds of 4 C, since there are three matrices
+    return LlamaConfig(**common, d_ff=hidden, n_kv_head=H, head_dim=C // H)
+
+
+def describe(model: CausalLM, corpus: Corpus, arguments: argparse.Namespace) -> float:
+    """Says what is trained on what; returns the loss of guessing by frequency."""
+    held = corpus.validation if len(corpus.validation) else corpus.train
+    guess = unigram(held, corpus.train)
+    roof = backend.roof()
+    print(
+        f"text       {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} held out, vocabulary {corpus.vocab_size:,}"
+    )
+    print(
+        f"model      {arguments.model}, {count_parameters(model):,} parameters: {arguments.layers} layers, {arguments.heads} heads, "
+        f"width {arguments.width}, context {arguments.context}"
+    )
+    print(f"machine    {backend.isa()}, {backend.num_threads()} threads, {roof['gflops']:.0f} GFLOP/s at most")
+    print(f"to beat    loss {math.log(corpus.vocab_size):.3f} guessing blindly, {guess:.3f} guessing by frequency\n", flush=True)
+    return guess
+
+
+def report(lm: LM, corpus: Corpus, arguments: argparse.Namespace, guess: float, seconds: float) -> None:
+    """What came out: losses beside the baseline, plot, model folder, sample."""
+    out = Path(arguments.out)
+    records = read_log(out)
+    held = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
+    if held:
+        print(f"\nheld-out loss {held[-1]:.4f} (by frequency {guess:.4f}); perplexity {math.exp(held[-1]):.2f} a token", end="")
+    print(f"; {seconds:.0f} s")
+    picture = plot(records, guess, out / "loss.png")
+    print(f"plot       {picture}" if picture else "plot       none: pip install 'fastlm[plot]' draws it")
+    lm.save(out / "model")
+    print(f"model      {out / 'model'}, a Hugging Face folder\n\nIt writes:")
+    length = min(300, arguments.context * 4)
+    sys.stdout.write(_opening(lm))
+    for piece in continuation(lm, length, arguments.seed):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def _opening(lm: LM) -> str:
+    """A line break starts a text, if the tokenizer knows it."""
+    assert lm.tokenizer is not None
+    for text in ("\n", " "):
+        try:
+            if lm.tokenizer.encode(text, special_tokens=False):
+                return text
+        except ValueError:
+            continue
+    return lm.tokenizer.decode([0])
+
+
+def continuation(lm: LM, length: int, seed: int) -> Iterator[str]:
+    """A text longer than the context: the window slides by halves."""
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode(_opening(lm), special_tokens=False)
+    context = lm.model.config.context
+    decoder = lm.tokenizer.decode_stream(ids)
+    made = 0
+    while made < length:
+        window = ids[-(context // 2) :] if len(ids) >= context else ids
+        count = min(length - made, max(1, context - len(window)))
+        new = lm.generate_ids(window, max_tokens=count, temperature=0.8, top_p=0.95, seed=seed + made)
+        for i in new:
+            yield decoder.put(i)
+        ids, made = ids + new, made + len(new)
+    yield decoder.finish()
+
+
+@contextmanager
+def interruptible() -> Iterator[Any]:
+    """The first Ctrl-C is remembered and told by the yielded function; the second one interrupts as usual."""
+    pressed = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        print("\nstopping after this step ...", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
