@@ -18,8 +18,8 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     print(prompt, end="", flush=True)
     if arguments.beams > 1:
-        options = {"beams": arguments.beams, "stop": arguments.stop or None}
-        print(lm.generate(prompt, max_tokens=arguments.max_tokens, **options))  # type: ignore[arg-type]
+        options: Any = {"beams": arguments.beams, "stop": arguments.stop or None}
+        print(lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
         return
     show(lm, lm.stream(prompt, max_tokens=arguments.max_tokens, **sampling(arguments)))
 
@@ -68,9 +68,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     bits = math.log2(perplexity) * (len(ids) - 1) / max(1, len(text.encode()))
     guess = unigram(ids)
     print(f"perplexity {perplexity:.4f} (by token frequency alone: {math.exp(guess):.1f}), {bits:.4f} bits a byte")
-    print(
-        f"{len(ids):,} tokens in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens/s; context {context}, stride {arguments.stride or context}"
-    )
+    speed = f"{len(ids):,} tokens in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens/s"
+    print(f"{speed}; context {context}, stride {arguments.stride or context}")
 
 
 def sampling(arguments: argparse.Namespace) -> Any:

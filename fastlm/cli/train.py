@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 from fastlm import backend
 from fastlm.cli.progress import Progress, plot
 from fastlm.cli.text import read, unigram
@@ -160,7 +159,7 @@ def _opening(lm: LM) -> str:
                 return text
         except ValueError:
             continue
-    return lm.tokenizer.decode([0])
+    return str(lm.tokenizer.decode([0]))
 
 
 def continuation(lm: LM, length: int, seed: int) -> Iterator[str]:

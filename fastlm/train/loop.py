@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,14 @@ def train(
     save_every: int = 0,
     resume: bool = False,
     tokenizer: Any = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine (min_lr: lr / 10), clipping by norm.
 
     data: a Corpus or its folder, a token array, or a function from a batch's number to a Batch. batch sequences of `context`
     tokens (default: the model's) make a forward pass; `accumulate` of these make an update. eval_every: how often the loss over
     the held-out tokens is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
-    save_every steps and at the end, a checkpoint. resume: go on from the newest checkpoint in `out`, if there is one; the
-    result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
+    save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
+    in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
 
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
@@ -106,7 +106,7 @@ def train(
     folder = None if out is None else Path(out)
     tokens, flops = accumulate * batch * context, flops_per_token(model, context)
 
-    def run() -> Iterator[Step]:
+    def run() -> Generator[Step, None, None]:
         first = 0
         if resume and folder is not None and (found := checkpoint.checkpoints(folder)):
             first = checkpoint.restore(found[-1], model, optimizer, settings)
@@ -127,9 +127,16 @@ def train(
                 warnings.warn(f"[train] step {n + 1} skipped: loss {loss}, gradient norm {norm}", RuntimeWarning, stacklevel=2)
             if log is not None:
                 log.write(step.record())
+            saved = folder is None
             if folder is not None and ((save_every and (n + 1) % save_every == 0) or n + 1 == steps):
                 checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
-            yield step
+                saved = True
+            try:
+                yield step
+            except GeneratorExit:  # the loop was left early
+                if folder is not None and not saved:
+                    checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
+                raise
 
     return run()
 
@@ -167,7 +174,7 @@ def flops_per_token(model: CausalLM, context: int) -> float:
     c = model.config
     matrices = sum(p.size for k, p in model.named_parameters().items() if p.ndim == 2 and "embedding" not in k)
     head = c.vocab_size * c.d_model if model.head is None else 0
-    return 6.0 * (matrices + head) + 6.0 * c.n_layer * c.n_head * c.head_dim * context
+    return float(6.0 * (matrices + head) + 6.0 * c.n_layer * c.n_head * c.head_dim * context)
 
 
 def _sources(data: Data, batch: int, context: int, seed: int, vocab_size: int) -> tuple[Callable[[int], Batch], Array | None]:

@@ -1,0 +1,170 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastlm
+from fastlm import _C
+from fastlm.cli import main, parser
+
+TREE = Path(fastlm.__file__).parent.parent
+DATA = Path(__file__).parent.parent / "data"
+TEXT = "".join(f"{i} green bottles hanging on the wall, and if one should fall there are {i - 1}.\n" for i in range(300, 0, -1))
+SMALL = "--layers 2 --heads 2 --width 32 --context 32 --batch 4 --warmup 5 --eval-every 20 --save-every 1000".split()
+
+
+def command(*arguments: str, **options) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(TREE), **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastlm", *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "bottles.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_help_of_every_command(capsys):
+    names = ["demo", "info", "train", "generate", "chat", "eval", "bench", "convert"]
+    for name in names:
+        with pytest.raises(SystemExit) as ended:
+            parser().parse_args([name, "--help"])
+        assert ended.value.code == 0
+        assert "--threads" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert all(name in capsys.readouterr().out for name in names)
+
+
+def test_info_names_machine_and_kernels(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"ISA        {_C.isa()}" in out
+    assert "GPU        none" in out or "GPU        an" in out
+    for op in ("matmul", "attention", "layer_norm"):
+        assert any(line.split() == [op, f"cpu/{_C.isa()}"] for line in out.splitlines()), op
+    assert "roof" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "no/such/model", "x"],
+        ["eval", "no/such/model", "no/such/text"],
+        ["train", "no/such/text"],
+        ["train"],
+        ["train", "--resume", "--out", "no/such/run"],
+        ["convert", "no/such/model", "no/such/target"],
+        ["bench", "no_such_operation"],
+    ],
+)
+def test_errors_are_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTLM_DEBUG", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastlm: ")
+    assert captured.err.count("\n") == 1
+    monkeypatch.setenv("FASTLM_DEBUG", "1")
+    with pytest.raises((ValueError, OSError)):
+        main(arguments)
+
+
+def test_bad_options_are_refused(capsys):
+    for arguments in (["train", "x", "--steps", "0"], ["train", "x", "--layers", "many"], ["nosuch"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", [["--tokenizer", "char"], ["--tokenizer", "bpe", "--vocab-size", "300", "--model", "llama"]])
+def test_train_generate_eval(text, tmp_path, capsys, kind):
+    out = tmp_path / "run"
+    assert main(["train", str(text), "--out", str(out), "--steps", "60", "--lr", "1e-2", *SMALL, *kind]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed
+    assert "by frequency" in printed
+    assert "step 60/60" in printed
+    assert (out / "loss.png").stat().st_size > 5000
+    held = [json.loads(line).get("validation_loss") for line in (out / "log.jsonl").read_text().splitlines()]
+    guess = float(printed.split("guessing blindly, ")[1].split()[0])
+    assert held[-1] < guess - 0.3, "the model must beat guessing by frequency"
+
+    assert main(["generate", str(out / "model"), "3", "--max-tokens", "20", "--temperature", "0"]) == 0
+    once = capsys.readouterr().out
+    assert main(["generate", str(out / "model"), "3", "--max-tokens", "20", "--beams", "1", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == once
+    assert len(once) > 5
+
+    assert main(["eval", str(out / "model"), str(text), "--max-tokens", "500"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["train", str(text), "--out", str(out)]) == 2  # the run that is there is not overwritten
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_interrupted_training_goes_on(text, tmp_path):
+    """Ctrl-C saves and prints the command that goes on; the resumed run's losses are those of an uninterrupted one, bit for bit."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    settings = ["--steps", "400", *SMALL]
+    reference = command("train", str(text), "--out", str(whole), *settings)
+    interrupted = command("train", str(text), "--out", str(parted), *settings)
+    printed = ""
+    assert interrupted.stdout is not None
+    while "step 20/" not in printed:
+        line = interrupted.stdout.readline()
+        assert line, "it ended before it was interrupted"
+        printed += line
+    interrupted.send_signal(signal.SIGINT)
+    rest, errors = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130, errors
+    assert f"fastlm train --resume --out {parted}" in rest
+    assert "saved in" in rest
+    resumed = command("train", "--resume", "--out", str(parted))
+    _, errors = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, errors
+    _, errors = reference.communicate(timeout=240)
+    assert reference.returncode == 0, errors
+
+    def losses(folder: Path) -> list[tuple[int, float]]:
+        return [(r["step"], r["loss"]) for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+
+    assert losses(parted) == losses(whole)
+    assert len(losses(whole)) == 400
+
+
+def test_convert_llama2c(tmp_path, capsys):
+    """stories260K as a folder, and the first words that llama2.c prints for it."""
+    source = DATA / "stories260k"
+    target = tmp_path / "stories"
+    assert main(["convert", str(source / "stories260K.bin"), str(target), "--tokenizer", str(source / "tok512.bin")]) == 0
+    assert (target / "config.json").exists()
+    capsys.readouterr()
+    assert main(["generate", str(target), "", "--temperature", "0", "--max-tokens", "20"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+    assert main(["convert", str(source / "stories260K.bin"), str(target)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_demo_without_network_ends_well(tmp_path):
+    """The second half says that it is left out; nothing fails."""
+    env = {"FASTLM_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    demo = command("demo", "--steps", "4", "--out", str(tmp_path / "demo"), cwd=tmp_path, env=env)
+    printed, errors = demo.communicate(timeout=240)
+    assert demo.returncode == 0, errors
+    assert "held-out loss" in printed
+    assert "could not be fetched" in printed
+    assert "what to do next" in printed
+    assert "Traceback" not in printed + errors
