@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fastlm import backend
-from fastlm.cli.progress import Progress, plot
+from fastlm.cli.progress import Progress, clock, plot
 from fastlm.cli.text import read, unigram
 from fastlm.data import Corpus, open_corpus, prepare
 from fastlm.lm import LM
 from fastlm.models import CausalLM, GPTConfig, LlamaConfig, create
 from fastlm.nn import count_parameters
 from fastlm.tokenizers import Tokenizer
-from fastlm.train import checkpoints, read_log, train
+from fastlm.train import checkpoints, evaluate, read_log, train
 
 # What a run is; --resume takes these from the run's folder.
 SETTINGS = """text tokenizer vocab_size model layers heads width context batch accumulate steps lr warmup weight_decay clip held_out
@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     lm, finished = train_text(None if arguments.resume else read(arguments.text), arguments)
     if not finished:
         return 130
-    print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(_opening(lm))}")
+    assert lm.tokenizer is not None
+    word = lm.tokenizer.decode(open_corpus(out / "tokens").train[:40]).split()[0]
+    print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(word)}")
     return 0
 
 
@@ -71,7 +73,7 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         lm.model, corpus, steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
         weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
         eval_every=arguments.eval_every if len(corpus.validation) > arguments.context else 0, save_every=arguments.save_every,
-        resume=text is None, tokenizer=tokenizer,
+        eval_batches=20, resume=text is None, tokenizer=tokenizer,
     )  # fmt: skip
     started = time.perf_counter()
     done = 0
@@ -133,12 +135,13 @@ def describe(model: CausalLM, corpus: Corpus, arguments: argparse.Namespace) -> 
 def report(lm: LM, corpus: Corpus, arguments: argparse.Namespace, guess: float, seconds: float) -> None:
     """What came out: losses beside the baseline, plot, model folder, sample."""
     out = Path(arguments.out)
-    records = read_log(out)
-    held = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
-    if held:
-        print(f"\nheld-out loss {held[-1]:.4f} (by frequency {guess:.4f}); perplexity {math.exp(held[-1]):.2f} a token", end="")
-    print(f"; {seconds:.0f} s")
-    picture = plot(records, guess, out / "loss.png")
+    print(f"\ntrained in {clock(seconds)}")
+    if len(corpus.validation) > arguments.context:
+        held = evaluate(lm.model, corpus.validation, arguments.batch, arguments.context)
+        print(
+            f"held-out   loss {held:.4f} (by frequency {guess:.4f}), perplexity {math.exp(held):.2f} a token, over the whole held-out text"
+        )
+    picture = plot(read_log(out), guess, out / "loss.png")
     print(f"plot       {picture}" if picture else "plot       none: pip install 'fastlm[plot]' draws it")
     lm.save(out / "model")
     print(f"model      {out / 'model'}, a Hugging Face folder\n\nIt writes:")
