@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fastlm import _C, backend
@@ -13,19 +12,19 @@ from fastlm.backend import Array
 from fastlm.checkpoint.quantized import QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.cross_entropy import check_reduction, check_targets
-from fastlm.ops.matmul import product
+from fastlm.ops.linear import linear
+from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 _MOST_ROWS, _LEAST_ROWS = 256, 64
 _FREE = 1 << 18  # floats that are held without a thought: a small vocabulary takes all rows at once
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """cross_entropy(linear(x, weight), targets), for a fraction of the memory and without the rows that are ignored.
 
-    x: (..., C) float32. weight: (V, C) float32; bfloat16 or a QuantizedArray is frozen, it gets no gradient. targets: (...) int32 or
-    int64. reduction: "mean" over the rows that are not ignored (0 where all are), or "sum". Returns a float32 of shape ().
+    x: (..., C) float32. weight: (V, C) float32; bfloat16, float16 or a QuantizedArray is frozen, it gets no gradient. targets: (...)
+    int32 or int64. reduction: "mean" over the rows that are not ignored (0 where all are), or "sum". Returns a float32 of shape ().
     Both gradients are computed here, from each chunk of logits while it is at hand, as in Liger-Kernel (Hsu et al. 2024,
     arXiv:2410.10989); the backward pass hands them on. Raises TypeError for a dtype, ValueError for a shape or a target out of range.
     """
@@ -33,9 +32,10 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     xd = check.array(op, "x", data(x), at_least=1)
     C = xd.shape[-1]
     wd = _weight(op, data(weight))
-    if wd.ndim != 2 or wd.shape[1] != C:
+    if len(wd.shape) != 2 or wd.shape[1] != C:
         raise ValueError(f"[{op}] weight must be (V, C) with C = {C}, got {tuple(wd.shape)}. x is {xd.shape}.")
-    V = wd.shape[0]
+    V = int(wd.shape[0])
+    quantised = isinstance(wd, QuantizedArray)
     td, count = check_targets(op, targets, xd.shape[:-1], V, ignore_index, f"x is {xd.shape}.")
     check_reduction(op, reduction, ("mean", "sum"))
     scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
@@ -46,23 +46,27 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
         chosen = np.flatnonzero(ids != ignore_index)
         rows, ids = rows[chosen], ids[chosen]
     recorded = recording(x, weight)
-    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight) and wd.dtype == np.float32
+    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight) and not quantised and wd.dtype == np.float32
     loss, stats = backend.empty((count,)), backend.empty((count, 2))
     dx = backend.empty((count, C)) if want_x else None
     # The first chunk assigns: the gradient starts as zeros only where there is none.
     dw = (backend.empty if count else backend.zeros)((V, C)) if want_w else None
     chunk = chunk_rows(count, V)
-    workspace = backend.empty((min(chunk, count), V))
+    workspace = backend.empty((0 if quantised else min(chunk, count), V))
+    back = wd.dequantize() if quantised and want_x else wd
     for begin in range(0, count, chunk):
         end = min(begin + chunk, count)
         n, piece = end - begin, rows[begin:end]
-        logits = workspace[:n]
-        product(logits, piece, wd, n, V, C, b_transposed=True)
+        if quantised:
+            logits = linear(piece, wd)
+        else:
+            logits = workspace[:n]
+            product(logits, piece, wd, n, V, C, b_transposed=True)
         at = slice(begin, end)
         in_place = logits if recorded else None
         _C.cross_entropy_forward(loss[at], stats[at], in_place, logits, ids[at], ignore_index, scale)
         if dx is not None:
-            product(dx[at], logits, wd, n, C, V)
+            product(dx[at], logits, back, n, C, V)
         if dw is not None:
             product(dw, logits, piece, V, C, n, a_transposed=True, accumulate=begin > 0)
     y = np.array(_C.cross_entropy_sum(loss) * scale, np.float32)
@@ -108,12 +112,13 @@ def _dweight(weight: Any, dw: Array | None, dy: float) -> Array | None:
     return None
 
 
-def _weight(op: str, w: Any) -> Array:
+def _weight(op: str, w: Any) -> Any:
     if isinstance(w, QuantizedArray):
-        whole: Array = w.dequantize()
-        return whole
+        return w
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[{op}] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
-    if w.dtype != np.float32 and w.dtype != _BFLOAT16:
-        raise TypeError(f"[{op}] weight must be float32 or bfloat16, got {w.dtype}. Convert it with weight.astype('float32').")
+    if w.dtype not in STORAGE:
+        raise TypeError(
+            f"[{op}] weight must be float32, bfloat16 or float16, got {w.dtype}. Convert it with weight.astype('float32')."
+        )
     return np.ascontiguousarray(w)

@@ -170,5 +170,5 @@ def test_refuses():
         ops.linear_cross_entropy(x, w, np.array([0, 10, 0, 0]))
     with pytest.raises(ValueError, match=r"reduction must be one of mean, sum, got 'none'"):
         ops.linear_cross_entropy(x, w, np.zeros(4, np.int64), reduction="none")
-    with pytest.raises(TypeError, match=r"weight must be float32 or bfloat16, got float64"):
+    with pytest.raises(TypeError, match=r"weight must be float32, bfloat16 or float16, got float64"):
         ops.linear_cross_entropy(x, w.astype(np.float64), np.zeros(4, np.int64))
