@@ -97,12 +97,17 @@ def test_learns_and_logs(corpus, tmp_path):
     assert 0 < seen[-1].roof_share < 1
 
 
-def test_resume_is_exact(corpus, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_resume_is_exact(corpus, tmp_path, killed):
     whole, seen = run(corpus, tmp_path / "whole")
-    run(corpus, tmp_path / "half", stop=12)  # killed two steps after a checkpoint
+    run(corpus, tmp_path / "half", stop=12)  # leaving the loop saves
+    assert [p.name for p in checkpoints(tmp_path / "half")] == ["step-000010", "step-000012"]
+    if killed:  # the process died instead: the newest checkpoint is two steps old
+        shutil.rmtree(tmp_path / "half" / "step-000012")
     resumed, rest = run(corpus, tmp_path / "half", resume=True)
-    assert [s.step for s in rest] == list(range(11, 21))
-    assert [s.loss for s in rest] == [s.loss for s in seen[10:]]
+    first = 10 if killed else 12
+    assert [s.step for s in rest] == list(range(first + 1, 21))
+    assert [s.loss for s in rest] == [s.loss for s in seen[first:]]
     assert rest[-1].validation_loss == seen[-1].validation_loss
     same(whole, resumed)
     assert [r["loss"] for r in read_log(tmp_path / "half")] == [s.loss for s in seen]
