@@ -173,7 +173,9 @@ def config_from_gguf(module: ModuleType, arch: str, metadata: Mapping[str, Any],
         raise ValueError("metadata: " + "; ".join(wrong))
     if arch == "llama":
         values.setdefault("n_kv_head", values["n_head"])
-        if "head_dim" not in values and type(values["n_head"]) is int and values["n_head"] > 0:
+        if "head_dim" not in values:
+            if type(values["n_head"]) is not int or values["n_head"] < 1:
+                raise ValueError(f"metadata: {arch}.attention.head_count must be 1 or more, got {values['n_head']!r:.60}")
             values["head_dim"] = values["d_model"] // values["n_head"]
         for key in ("rope.dimension_count", "attention.value_length"):
             if _plain(keys.get(key, values["head_dim"])) != values["head_dim"]:

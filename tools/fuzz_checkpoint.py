@@ -1,4 +1,4 @@
-"""Mutated GGUF, safetensors, llama2.c and JSON files against the readers: each must load or raise FormatError.
+"""Mutated GGUF, safetensors, llama2.c and JSON files against the readers: each must load or raise FormatError or TokenizerError.
 
     python tools/fuzz_checkpoint.py --format gguf --count 2000
 
@@ -171,7 +171,51 @@ def llama2c_seeds() -> list[tuple[bytes, list[tuple[int, int]]]]:
     return [(raw, [(4 * i, 4) for i in range(7)])]
 
 
-SEEDS = {"gguf": gguf_seeds, "safetensors": safetensors_seeds, "json": json_seeds, "index": index_seeds, "llama2c": llama2c_seeds}
+MODELS = Path(__file__).parent.parent / "tests" / "data" / "models"
+FOLDERS = ("llama", "llama-tied", "gpt2")  # tiny checkpoints there
+
+
+def folder_seeds() -> list[tuple[bytes, list[tuple[int, int]]]]:
+    """The config.json of each folder, which stands beside its weights."""
+    return [((MODELS / name / "config.json").read_bytes(), []) for name in FOLDERS]
+
+
+def model_seeds() -> list[tuple[bytes, list[tuple[int, int]]]]:
+    """A llama model of one layer with its tokenizer, as llama.cpp names things."""
+    C, F, V, G = 32, 64, 40, 2
+    file = GGUFFile().value("general.architecture", STRING, text("llama"))
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": C, "feed_forward_length": F, "attention.head_count": 4,
+             "attention.head_count_kv": G, "rope.dimension_count": 8, "vocab_size": V}  # fmt: skip
+    for key, n in sizes.items():
+        file.value("llama." + key, U32, struct.pack("<I", n))
+    file.value("llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-5))
+    file.value("llama.rope.freq_base", F32, struct.pack("<f", 1e4))
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(V - 4)), "\u2581"]
+    file.value("tokenizer.ggml.model", STRING, text("llama"))
+    file.value("tokenizer.ggml.tokens", ARRAY, array(STRING, [text(t) for t in tokens]))
+    file.value("tokenizer.ggml.scores", ARRAY, array(F32, [struct.pack("<f", -i) for i in range(V)]))
+    file.value("tokenizer.ggml.token_type", ARRAY, array(I32, [struct.pack("<i", {0: 2, 1: 3, 2: 3}.get(i, 1)) for i in range(V)]))
+    file.value("tokenizer.ggml.bos_token_id", U32, struct.pack("<I", 1)).value(
+        "tokenizer.ggml.eos_token_id", U32, struct.pack("<I", 2)
+    )
+    file.value("tokenizer.chat_template", STRING, text("{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+    file.tensor("token_embd.weight", [C, V], "Q8_0").tensor("output_norm.weight", [C])
+    for name, dims in {"attn_q": [C, C], "attn_k": [C, 8 * G], "attn_v": [C, 8 * G], "attn_output": [C, C], "ffn_gate": [C, F],
+                       "ffn_up": [C, F], "ffn_down": [F, C]}.items():  # fmt: skip
+        file.tensor(f"blk.0.{name}.weight", dims, "Q4_0")
+    file.tensor("blk.0.attn_norm.weight", [C]).tensor("blk.0.ffn_norm.weight", [C])
+    return [(file.build(), file.fields)]
+
+
+SEEDS = {
+    "gguf": gguf_seeds,
+    "safetensors": safetensors_seeds,
+    "json": json_seeds,
+    "index": index_seeds,
+    "llama2c": llama2c_seeds,
+    "folder": folder_seeds,
+    "model": model_seeds,
+}
 
 
 FAULTS = [b"crash", b"hang", b"memory", b"error"]  # a reader with these faults, to see that each is caught
@@ -267,7 +311,9 @@ def case(kind: str, number: int) -> bytes:
         return FAULTS[number]
     rng = random.Random(f"{kind} {number}")
     seeds = SEEDS[kind]()
-    if kind in ("safetensors", "json", "index") and number % 2:
+    if kind == "folder":
+        seeds = [seeds[number // 2 % len(seeds)]]
+    if kind in ("safetensors", "json", "index", "folder") and number % 2:
         raw = rng.choice(seeds)[0]
         if kind != "safetensors":
             return mutate_json(rng, raw)
@@ -291,6 +337,8 @@ def read(kind: str, path: Path) -> None:
         tensors = checkpoint.read_safetensors(path)
     elif kind == "llama2c":
         _, tensors = checkpoint.read_llama2c(path)
+    elif kind in ("folder", "model"):
+        load(path.parent if kind == "folder" else path)
     elif kind == "index":
         tensors = checkpoint.read_safetensors(path.parent)
     else:
@@ -304,18 +352,41 @@ def read(kind: str, path: Path) -> None:
             tensor.tobytes()
 
 
+def load(path: Path) -> None:
+    """A whole model; where it loads, the logits of an id three times and a text there and back."""
+    import numpy as np
+
+    from fastlm.hub import load_folder_or_gguf
+
+    model, tokenizer = load_folder_or_gguf(path)
+    with np.errstate(all="ignore"):
+        model.logits(np.zeros((1, 3), np.int32))
+    if tokenizer is not None:
+        tokenizer.decode(tokenizer.encode("abc"))
+
+
 def worker(kind: str, first: int, count: int, progress: int, limited: bool) -> None:
     """Runs cases in this process; writes `number loaded refused` to the file descriptor before each, and stops at a wrong error."""
     from fastlm.checkpoint import FormatError
+    from fastlm.tokenizers import TokenizerError
 
     with tempfile.TemporaryDirectory() as folder:
-        name = {"safetensors": "x.safetensors", "index": "model.safetensors.index.json"}.get(kind, "x." + kind)
-        path = Path(folder) / name
+        names = {"index": "model.safetensors.index.json", "folder": "config.json", "model": "x.gguf"}
+        name = names.get(kind, "x." + kind)
+        paths = [Path(folder) / name]
+        if kind == "folder":  # two cases for each in turn
+            paths = [Path(folder) / model / name for model in FOLDERS]
+            for path, model in zip(paths, FOLDERS, strict=True):
+                path.parent.mkdir()
+                path.with_name("model.safetensors").symlink_to(MODELS / model / "model.safetensors")
         if kind == "index":
             for i, tensor in enumerate("ab"):
                 raw = json.dumps({tensor: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
                 (Path(folder) / f"model-0000{i + 1}-of-00002.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
-        for seed, _ in SEEDS.get(kind, list)():  # what is valid loads; and everything lazy is imported before the limit
+        for i, (seed, _) in enumerate(
+            SEEDS.get(kind, list)()
+        ):  # what is valid loads; and everything lazy is imported before the limit
+            path = paths[i % len(paths)]
             path.write_bytes(seed)
             read(kind, path)
             path.unlink()
@@ -325,13 +396,14 @@ def worker(kind: str, first: int, count: int, progress: int, limited: bool) -> N
         loaded = refused = 0
         for number in range(first, first + count):
             os.pwrite(progress, f"{number} {loaded} {refused}\n".encode().ljust(64), 0)
+            path = paths[number // 2 % len(paths)]
             path.write_bytes(case(kind, number))
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.alarm(60)
             try:
                 read(kind, path)
                 loaded += 1
-            except FormatError:
+            except (FormatError, TokenizerError):
                 refused += 1
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
