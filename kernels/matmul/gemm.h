@@ -17,13 +17,13 @@ namespace {
 // The register block: MR rows by NV vectors of accumulators, with NV vectors of B and one broadcast beside them. kFused: rows up to
 // which B goes from memory to the registers and into the product without being stored.
 #if defined(FASTLM_ISA_AVX512)
-constexpr int MR = 14, NV = 2, kFused = 12;
+constexpr int MR = 14, NV = 2, kFused = 12, kRegisters = 32;
 #elif defined(FASTLM_ISA_AVX2)
-constexpr int MR = 6, NV = 2, kFused = 4;
+constexpr int MR = 6, NV = 2, kFused = 4, kRegisters = 16;
 #elif defined(FASTLM_ISA_NEON)
-constexpr int MR = 8, NV = 2, kFused = 8;
+constexpr int MR = 8, NV = 2, kFused = 8, kRegisters = 32;
 #else
-constexpr int MR = 4, NV = 2, kFused = 4;
+constexpr int MR = 4, NV = 2, kFused = 4, kRegisters = 16;
 #endif
 constexpr int64_t NR = NV * W;
 constexpr int64_t kDepth = 512;        // of a packed panel of B: 64 KB in L2 at most

@@ -106,7 +106,7 @@ template <class T> struct Columns {
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
         for (int64_t n = 0; n < columns; n += W) {
             vf acc[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) acc[i] = zero();
             const float* x = a;
             int64_t k = 0;
@@ -115,7 +115,7 @@ template <class T> struct Columns {
                 tile(r, k, W, column + n, columns - n);
 #pragma GCC unroll 16
                 for (int t = 0; t < W; ++t)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int i = 0; i < M; ++i) acc[i] = fma(set(x[t * M + i]), r[t], acc[i]);
             }
             if (k < depth) {

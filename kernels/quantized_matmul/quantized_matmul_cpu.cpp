@@ -11,8 +11,11 @@ namespace {
 template <Quant Q> struct Packed {
     static constexpr bool kFuses = true;
     // Vectors of rows that walk together: enough chains of multiply-adds to hide their latency, few enough to stay in registers.
-    template <int M> static constexpr int kVectors = M <= 2 ? 4 : 2;
-    template <int M> static constexpr int64_t kColumns = kVectors<M> * W;
+    static constexpr int vectors(int rows) {
+        if (kRegisters == 16) return rows > 2 && (Layout<Q>::kBits == 5 || Layout<Q>::kBits == 6) ? 1 : 2;
+        return rows <= 2 ? 4 : 1;
+    }
+    template <int M> static constexpr int64_t kColumns = vectors(M) * W;
     const uint8_t* packed;
     int64_t K;
 
@@ -30,17 +33,17 @@ template <Quant Q> struct Packed {
 
     template <int M>
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
-        constexpr int S = kVectors<M>;
+        constexpr int S = vectors(M);
         Decoder<Q, S> decoder(packed, K, column);
         vf acc[M][S];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) acc[i][s] = zero();
         for (int64_t u = 0; u < depth / kUnit; ++u) {
             const float* x = a + u * kUnit * M;
             decoder.unit(u, [&](int k, int s, vf w) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int i = 0; i < M; ++i) acc[i][s] = fma(set(x[k * M + i]), w, acc[i][s]);
             });
         }
