@@ -79,6 +79,7 @@ class Row:
     threads: int
     rounds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> best seconds of each round
     work: tuple[float, float] | None = None  # operations, bytes
+    tokens: int | None = None  # of one call of a model
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -113,6 +114,7 @@ class Row:
             "system": platform.platform(),
             "isa": backend.isa(),
             "threads": self.threads,
+            "load": round(os.getloadavg()[0], 2),
             "versions": {"fastlm": __version__, "python": platform.python_version(), **versions},
             "op": self.op,
             "case": self.case,
@@ -121,6 +123,7 @@ class Row:
             "rounds_ms": {k: [round(t * 1e3, 6) for t in v] for k, v in self.rounds.items()},
             "ratio": {k: self.ratio(k) for k in self.rounds if k != "ours"},
             "work": self.work,
+            "tokens_per_second": {k: self.tokens / min(v) for k, v in self.rounds.items()} if self.tokens else None,
             "roof": self.roof,
             "share_of_roof": self.share,
             "problems": self.problems,
@@ -190,10 +193,17 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
                 present.append(who)
                 slow[who] = answer["seconds"]
             if answer.get("work"):
-                row.work = (answer["work"][0], answer["work"][1])
+                row.work, row.tokens = (answer["work"][0], answer["work"][1]), answer["tokens"]
         if "ours" not in present:
             return row
-        if "numpy" in present and not hasattr(module, "setup"):
+        if hasattr(module, "setup"):  # greedy ids: rounding may part them later, the first must agree
+            first = {
+                who: np.load(folder / f"{who}.npz")["0"].ravel()[:1] for who in present if who not in getattr(module, "RANDOM", ())
+            }
+            for who, ids in first.items():
+                if ids.dtype.kind in "iu" and ids.tolist() != first["ours"].tolist():
+                    row.problems[who] = f"its first token is {ids.tolist()}, ours {first['ours'].tolist()}"
+        elif "numpy" in present:
             wide = (folder / "numpy.npz").stat().st_size < 1 << 28 and slow["numpy"] < 10  # else float32 NumPy is the reference
             if wide:
                 contestants["numpy"].ask("exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz"))
@@ -201,7 +211,7 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
             check(row, folder, found, "exact" if wide and (folder / "exact.npz").exists() else "numpy")
     for _ in range(rounds):
         for who in tuple(present):
-            if slow[who] > 3.0:  # so slow that its first call is timing enough
+            if slow[who] > (30.0 if hasattr(module, "setup") else 3.0):  # so slow that its first call is timing enough
                 row.rounds.setdefault(who, []).append(slow[who])
                 continue
             time.sleep(0.02)  # the threads of the one before go to sleep
@@ -221,11 +231,12 @@ def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False
     threads = threads or backend.num_threads()
     contestants: dict[str, Contestant] = {}
     try:
-        contestants["ours"] = Contestant("ours", sys.executable, threads)
-        for who, (python, _) in peers.find().items():
-            contestants[who] = Contestant(who, python, threads)
+        pythons = {"ours": sys.executable} | {who: python for who, (python, _) in peers.find().items()}
         roof: dict[str, float] = {}
         for op in ops or operations():
+            for who, python in pythons.items():
+                if who not in contestants or contestants[who].process.poll() is not None:  # one that died starts anew
+                    contestants[who] = Contestant(who, python, threads)
             # A roof measured while something else ran is too low: measure often, keep the highest.
             roof = {k: max(v, roof.get(k, 0.0)) for k, v in contestants["ours"].ask("roof").get("roof", {}).items()}
             whole = worker.cases(op)
@@ -259,6 +270,8 @@ def line(row: Row, found: Sequence[str]) -> str:
     for peer in found:
         ratio = row.ratio(peer)
         text += f" {('-' if ratio is None else f'{ratio:.2f}x'):>14}"
+    if row.tokens and row.rounds:
+        text += "\n    tokens/s: " + ", ".join(f"{who} {row.tokens / min(times):,.0f}" for who, times in row.rounds.items())
     return text
 
 
@@ -275,6 +288,10 @@ def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | Non
     absent = [p for p in peers.PEERS if p not in found]
     if absent:
         print(f"not installed: {', '.join(absent)} (FASTLM_PEERS_PYTHON may name an interpreter that has them)")
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(
+            f"the machine is not quiet (load {load:.1f}): what computes beside this makes the figures worse, the peers' most of all"
+        )
     path = Path(output) if output else default_output()
     rows: list[Row] = []
     wrong = False

@@ -9,7 +9,7 @@ A benchmark file `bench_<op>.py` is as short as its operation lets it be:
     BACKWARD = True                               the backward pass is timed as well; or a function of the case that says whether
     torch(**inputs)                               the same with torch tensors; any other peer by its name
     ours(**inputs), numpy(**inputs)               where `fastlm.ops.<op>` or the oracle is not what should be timed
-    setup(case, who) -> callable                  for whole models: CASES is then in the file too
+    setup(case, who) -> callable                  for whole models: CASES is then in the file too, and `tokens(case)` of one call
 """
 
 from __future__ import annotations
@@ -233,8 +233,7 @@ def main() -> None:
     who = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not an answer
-    if who not in ("numpy",):
-        sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(ROOT))
     threads = int(os.environ["FASTLM_NUM_THREADS"])
     if who in ("torch", "transformers"):
         import torch
@@ -258,6 +257,7 @@ def main() -> None:
                         case = cases(command["op"])[command["index"]]
                         values = {"case": case} if hasattr(module, "setup") else inputs(command["op"], command["index"])
                         answer["work"] = [float(v) for v in module.work(command["backward"], **values)]
+                        answer["tokens"] = module.tokens(case) if hasattr(module, "tokens") else None
             elif command["do"] == "exact":
                 np.savez(command["result"], **arrays(plain(command["op"], command["index"], command["backward"], wide=True)()))
             elif command["do"] == "roof":

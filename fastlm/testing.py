@@ -55,7 +55,9 @@ def assert_close(got: Array, exact: Array, naive: Array, what: str) -> None:
     error = np.abs(got64 - want)
     allowed = 2 * np.max(np.abs(naive[~bad].astype(np.float64) - want)) + np.spacing(np.abs(want).astype(np.float32))
     worst = int(np.argmax(error - allowed))
-    assert np.all(error <= allowed), f"{what}: error {error[worst]:.3e} > {allowed[worst]:.3e} at {worst}, expected {want[worst]:.7g}"
+    assert np.all(error <= allowed), (
+        f"{what}: error {error[worst]:.3e} > {allowed[worst]:.3e} at {worst}, expected {want[worst]:.7g}"
+    )
 
 
 def check_forward(op: str, call: Callable[..., Any], case: Mapping[str, Any]) -> None:
