@@ -43,7 +43,7 @@ lint: dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/mypy
-	@PYTHONPATH=. $(BIN)/lint-imports
+	@PYTHONPATH=. $(BIN)/lint-imports --no-cache >build/imports.log || { cat build/imports.log; exit 1; }
 	@$(RUN) tools/check_weak_symbols.py $(BUILD)
 	@$(RUN) tools/stubs.py --check
 

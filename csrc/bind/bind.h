@@ -38,18 +38,31 @@ using NoGil = py::gil_scoped_release;
 // FASTLM_KERNELS(LayerNormKernels, layer_norm) declares the tables that the per-instruction-set files define and the function
 // layer_norm_kernels(), which returns the active one.
 #if defined(__x86_64__)
-#define FASTLM_EACH_TABLE(Type, name)                         \
-    namespace scalar { extern const Type name##_kernels; }    \
-    namespace avx2 { extern const Type name##_kernels; }      \
-    namespace avx512 { extern const Type name##_kernels; }
+#define FASTLM_EACH_TABLE(Type, name) \
+    namespace scalar {                \
+    extern const Type name##_kernels; \
+    }                                 \
+    namespace avx2 {                  \
+    extern const Type name##_kernels; \
+    }                                 \
+    namespace avx512 {                \
+    extern const Type name##_kernels; \
+    }
 #define FASTLM_TABLES(name) {&scalar::name##_kernels, &avx2::name##_kernels, &avx512::name##_kernels, nullptr}
 #elif defined(__aarch64__)
-#define FASTLM_EACH_TABLE(Type, name)                         \
-    namespace scalar { extern const Type name##_kernels; }    \
-    namespace neon { extern const Type name##_kernels; }
+#define FASTLM_EACH_TABLE(Type, name) \
+    namespace scalar {                \
+    extern const Type name##_kernels; \
+    }                                 \
+    namespace neon {                  \
+    extern const Type name##_kernels; \
+    }
 #define FASTLM_TABLES(name) {&scalar::name##_kernels, nullptr, nullptr, &neon::name##_kernels}
 #else
-#define FASTLM_EACH_TABLE(Type, name) namespace scalar { extern const Type name##_kernels; }
+#define FASTLM_EACH_TABLE(Type, name) \
+    namespace scalar {                \
+    extern const Type name##_kernels; \
+    }
 #define FASTLM_TABLES(name) {&scalar::name##_kernels, nullptr, nullptr, nullptr}
 #endif
 #define FASTLM_KERNELS(Type, name)                                        \

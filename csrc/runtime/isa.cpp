@@ -45,7 +45,8 @@ void set_isa(const std::string& name) {
     std::string known;
     for (int i = 0; i < kIsaCount; ++i) {
         if (name == isa_name(Isa(i))) {
-            if (!cpu_runs(Isa(i))) throw std::invalid_argument("FASTLM_ISA=" + name + ": this CPU (" + cpu_name() + ") cannot run it");
+            if (!cpu_runs(Isa(i)))
+                throw std::invalid_argument("FASTLM_ISA=" + name + ": this CPU (" + cpu_name() + ") cannot run it");
             active = Isa(i);
             return;
         }
@@ -55,10 +56,8 @@ void set_isa(const std::string& name) {
 }
 
 void choose_isa() {
-    if (const char* name = std::getenv("FASTLM_ISA"); name && *name)
-        set_isa(name);
-    else
-        active = available_isas().back();
+    if (const char* name = std::getenv("FASTLM_ISA"); name && *name) set_isa(name);
+    else active = available_isas().back();
 }
 
 std::string cpu_name() {

@@ -7,7 +7,7 @@ namespace fastlm {
 
 void* cached_allocate(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
 void cached_free(void* memory, size_t bytes);
-size_t cached_bytes();   // held for reuse now
-void release_cached();   // back to the system
+size_t cached_bytes();  // held for reuse now
+void release_cached();  // back to the system
 
 }  // namespace fastlm

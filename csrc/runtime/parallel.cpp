@@ -69,7 +69,8 @@ class Pool {
         epoch_.fetch_add(1, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all();
         region_.work();
-        // Close the gate and wait only for workers that are inside: one that wakes too late finds it closed and never touches region_.
+        // Close the gate and wait only for workers that are inside: one that wakes too late finds it closed and never touches
+        // region_.
         gate_.fetch_or(kClosed, std::memory_order_acq_rel);
         for (int spins = 0; gate_.load(std::memory_order_acquire) != kClosed; ++spins) {
             relax();
@@ -161,7 +162,8 @@ int default_num_threads() {
         char* end = nullptr;
         const long n = std::strtol(text, &end, 10);
         if (end == text || *end || n < 1 || n > 1024)
-            throw std::invalid_argument("FASTLM_NUM_THREADS must be a whole number from 1 to 1024, got \"" + std::string(text) + "\"");
+            throw std::invalid_argument("FASTLM_NUM_THREADS must be a whole number from 1 to 1024, got \"" + std::string(text) +
+                                        "\"");
         return int(n);
     }
     cpu_set_t set;

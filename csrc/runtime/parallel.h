@@ -9,12 +9,13 @@ namespace fastlm {
 
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end);
 
-// Cuts [0, n) at multiples of `grain` and calls `f` once for each piece, on any thread, in any order. The cuts depend on n and grain
-// alone, never on the number of threads, so that a result summed per piece and then in piece order has the same bits always.
+// Cuts [0, n) at multiples of `grain` and calls `f` once for each piece, on any thread, in any order. The cuts depend on n and
+// grain alone, never on the number of threads, so that a result summed per piece and then in piece order has the same bits always.
 // Called from inside a piece, or while another thread is using the pool, it runs the pieces one after the other.
 void parallel_run(int64_t n, int64_t grain, RangeFunction f, void* context);
 
-// This thread's scratch memory: at least `bytes`, 64-byte aligned, valid until the next call on the same thread. Grows, never shrinks.
+// This thread's scratch memory: at least `bytes`, 64-byte aligned, valid until the next call on the same thread. Grows, never
+// shrinks.
 void* scratch(size_t bytes);
 
 int num_threads();
