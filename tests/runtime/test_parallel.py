@@ -161,7 +161,7 @@ def run(code, **environment):
 
 @pytest.mark.parametrize("text", ["0", "-1", "abc", "2x", "1025", "1.5", "99999999999999999999"])
 def test_environment_refuses_threads(text):
-    done = run("import fastlm", FASTLM_NUM_THREADS=text)
+    done = run("from fastlm import ops", FASTLM_NUM_THREADS=text)
     assert done.returncode == 1
     assert f'FASTLM_NUM_THREADS must be a whole number from 1 to 1024, got "{text}"' in done.stderr.splitlines()[-1]
 
@@ -174,11 +174,11 @@ def test_environment_sets_threads_and_isa():
 
 
 def test_environment_refuses_isa():
-    done = run("import fastlm", FASTLM_ISA="sse9")
+    done = run("from fastlm import ops", FASTLM_ISA="sse9")
     assert done.returncode == 1
     assert 'FASTLM_ISA must be one of scalar, avx2, avx512, neon, got "sse9"' in done.stderr.splitlines()[-1]
     lacking = next(name for name in ("neon", "avx2", "avx512") if name not in _C.isas())
-    done = run("import fastlm", FASTLM_ISA=lacking)
+    done = run("from fastlm import ops", FASTLM_ISA=lacking)
     assert done.returncode == 1
     assert f"FASTLM_ISA={lacking}: this CPU ({_C.cpu_name()}) cannot run it" in done.stderr.splitlines()[-1]
     assert backend.isa() in _C.isas()
