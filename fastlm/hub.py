@@ -26,6 +26,7 @@ from fastlm.checkpoint import (
 from fastlm.models import ARCHITECTURES, module_of
 from fastlm.models.base import CausalLM, check_config
 from fastlm.models.convert import config_from_hf, config_to_hf, load_tensors, parameter_dtype, tensors_to_hf
+from fastlm.nn import rope_scaling
 from fastlm.tokenizers import Tokenizer
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -180,7 +181,7 @@ def config_from_gguf(module: ModuleType, arch: str, metadata: Mapping[str, Any],
         for key in ("rope.dimension_count", "attention.value_length"):
             if _plain(keys.get(key, values["head_dim"])) != values["head_dim"]:
                 raise ValueError(f"metadata: {arch}.{key} must be the head size {values['head_dim']}, got {keys[key]}")
-        values["rope_scaling"] = _gguf_scaling(scaling, tensors)
+        values["rope_scaling"] = _gguf_scaling(scaling, tensors, float(values.get("rope_base", 1e4)))
         values["attention_bias"] = "blk.0.attn_q.bias" in tensors
         values["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     return module.Config(**values)
@@ -193,9 +194,16 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _gguf_scaling(keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+def _gguf_scaling(keys: Mapping[str, Any], tensors: Mapping[str, Any], base: float) -> dict[str, Any] | None:
     factors = tensors.get("rope_freqs.weight")
     if isinstance(factors, np.ndarray):
+        dim = 2 * factors.size
+        for factor in (8.0, 32.0):  # LLaMA 3.1 and 3.2: by name, so that the model can be saved with a config.json
+            original = {"original_max_position_embeddings": 8192}
+            known = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | original
+            expected = rope_scaling(None, 1).frequencies(base, dim, 1) / rope_scaling(known, 1).frequencies(base, dim, 1)
+            if np.allclose(factors.reshape(-1), expected, rtol=1e-4):
+                return known
         return {"rope_type": "factors", "factors": tuple(float(f) for f in factors.reshape(-1))}
     kind = keys.get("rope.scaling.type", "linear" if "rope.scale_linear" in keys else "none")
     factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))

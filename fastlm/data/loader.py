@@ -17,7 +17,11 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Random windows of a token array. Batch number n depends on the seed and on n alone (Philox with the key (seed, n))."""
+    """Windows of a token array in random order, every one once an epoch: all text is seen as often, unlike with free sampling.
+
+    An epoch cuts the array from a random offset and visits the pieces in a random order; both follow from (seed, epoch) by Philox.
+    So batch number n depends on the seed and on n alone.
+    """
 
     def __init__(self, tokens: NDArray[Any], batch: int, context: int, seed: int = 0) -> None:
         if batch < 1 or context < 1:
@@ -25,12 +29,28 @@ class Loader:
         if len(tokens) <= context:
             raise ValueError(f"[loader] tokens must be more than the context of {context}, got {len(tokens)}.")
         self.tokens, self.size, self.context, self.seed = tokens, batch, context, seed
+        self.per_epoch = max(1, (len(tokens) - context) // context)
+        self._spare = min(context - 1, len(tokens) - 1 - self.per_epoch * context)
         self._window = np.arange(context + 1)
+        self._epoch = -1
+        self._starts = np.zeros(0, np.int64)
 
     def batch(self, number: int) -> Batch:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, number]))
-        starts = generator.integers(0, len(self.tokens) - self.context, self.size)
+        places = np.arange(number * self.size, (number + 1) * self.size)
+        starts = np.empty(self.size, np.int64)
+        epochs = places // self.per_epoch
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            inside = epochs == epoch
+            starts[inside] = self._of_epoch(epoch)[places[inside] - epoch * self.per_epoch]
         return _cut(self.tokens, starts, self._window)
+
+    def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            offset = generator.integers(0, self._spare + 1)
+            self._starts = generator.permutation(self.per_epoch) * self.context + offset
+            self._epoch = epoch
+        return self._starts
 
 
 def windows(tokens: NDArray[Any], batch: int, context: int, limit: int | None = None) -> Iterator[Batch]:

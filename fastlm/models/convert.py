@@ -24,7 +24,8 @@ IGNORED = frozenset((
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "output_past",
     "gradient_checkpointing", "unsloth_version", "transformers.js_config", "return_dict", "output_hidden_states",
-    "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder",
+    "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder", "finetuning_task",
+    "prefix", "do_sample", "max_length", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
 ))
 # fmt: on
 

@@ -113,7 +113,7 @@ HF_CONFIG = {
 }
 HF_VALUES: dict[str, dict[str, Any]] = {}
 HF_FIXED = {"hidden_act": "silu", "rope_interleaved": False}
-HF_IGNORED = ["attention_dropout", "pretraining_tp", "is_llama_config"]
+HF_IGNORED = ("attention_dropout", "pretraining_tp", "is_llama_config", "max_sequence_length")
 HF_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",

@@ -223,6 +223,21 @@ def test_quantised_gguf(kind, tmp_path):
     np.testing.assert_allclose(model.logits(ids), wide.logits(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_gguf_rope_factors():
+    """rope_freqs.weight of LLaMA 3.1 and 3.2 is recognised; other factors stay factors."""
+    from fastlm.nn.rope import Llama3Scaling, plain_frequencies
+
+    frequencies = Llama3Scaling(32.0, 1.0, 4.0, 8192).frequencies(5e5, 64, 1)
+    factors = plain_frequencies(5e5, 64) / frequencies
+    found = hub._gguf_scaling({}, {"rope_freqs.weight": factors}, 5e5)
+    assert found["rope_type"] == "llama3"
+    assert found["factor"] == 32.0
+    model = models.declare(models.LlamaConfig(rope_scaling=hub._gguf_scaling({}, {"rope_freqs.weight": factors * 2}, 5e5)))
+    np.testing.assert_allclose(model.blocks[0].attention.position.scaling.frequencies(5e5, 64, 1), frequencies / 2, rtol=1e-6)
+    assert hub._gguf_scaling({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}, 1e4) is None
+    assert hub._gguf_scaling({"rope.scale_linear": 4.0}, {}, 1e4) == {"rope_type": "linear", "factor": 4.0}
+
+
 def test_gguf_refuses(tmp_path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")

@@ -79,10 +79,25 @@ def test_loader():
     assert a.tokens.dtype == np.int32
     assert not np.array_equal(a.tokens, loader.batch(8).tokens)
     assert not np.array_equal(a.tokens, data.Loader(tokens, 4, 16, seed=4).batch(7).tokens)
-    starts = np.concatenate([data.Loader(tokens[:18], 8, 16).batch(n).tokens[:, 0] for n in range(20)])
-    assert set(starts.tolist()) == {0, 1}  # every window, and none beyond the end
+    for n in (17, 18, 32, 33, 50):  # small arrays: never beyond the end
+        for number in range(9):
+            batch = data.Loader(tokens[:n], 8, 16).batch(number)
+            np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
+            assert batch.targets.max() < n
     with pytest.raises(ValueError, match="more than the context of 16, got 16"):
         data.Loader(tokens[:16], 4, 16)
+
+
+def test_loader_visits_every_window_once_an_epoch():
+    loader = data.Loader(np.arange(1000, dtype=np.uint16), 7, 16, seed=3)
+    assert loader.per_epoch == 61
+    starts = np.concatenate([loader.batch(n).tokens[:, 0] for n in range(18)])
+    first, second = starts[:61], starts[61:122]
+    for epoch in (first, second):
+        assert len(set(epoch.tolist())) == 61
+        assert len(set((epoch % 16).tolist())) == 1
+    assert first.tolist() != second.tolist()
+    np.testing.assert_array_equal(loader.batch(2).tokens[:, 0], starts[14:21])  # back again
 
 
 def test_windows():
