@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kGroup = 16;        // rows side by side
 constexpr int64_t kUnit = 32;         // values of k in a unit
+constexpr int64_t kAhead = 2048;      // bytes of a group that are fetched into L2 before they are needed
 constexpr int64_t kRowMultiple = 64;  // rows are padded with zeros to a multiple of this: any register block may run over the end
 
 template <Quant Q> struct Layout {
@@ -127,6 +128,11 @@ template <Quant Q, int S> struct Decoder {
     // f(k of the unit, vector, weights) for all 32 k in order.
     template <class F> FASTLM_MEMBER void unit(int64_t u, const F& f) {
         scales(u);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s)
+            if (lane[s] == 0)
+#pragma GCC unroll 16
+                for (int64_t line = 0; line < L::kUnitBytes; line += 64) __builtin_prefetch(at[s] + kAhead + line, 0, 2);
         for (int t = 0; t < 4; ++t) {
             if (Q == Quant::Q6_K && t == 2) scales(u, 1);
             word(t);
