@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from fastlm.tokenizers.errors import TokenizerError, typed
 from fastlm.tokenizers.patterns import GPT2
 
+_LONGEST = 1024  # characters of a scored piece: cutting it in every way takes the square
 SPACE = "\u2581"  # what sentencepiece writes for a space
 
 
@@ -46,6 +47,11 @@ def scored_pieces(vocab: Mapping[str, int], scores: Mapping[str, float], unk: st
     bad = next((p for p, s in scores.items() if not math.isfinite(s)), None)
     if bad is not None:
         raise TokenizerError(f"[tokenizer] scores must be finite, got {scores[bad]} for the piece {bad!r}")
+    long = next((p for p in scores if len(p) > _LONGEST), None)
+    if long is not None:
+        raise TokenizerError(
+            f"[tokenizer] a piece may have {_LONGEST} characters at most, got one of {len(long)}: {long[:40]!r}..."
+        )
     merges: list[tuple[float, int, int, int, str, str]] = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):

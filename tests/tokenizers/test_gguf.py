@@ -183,6 +183,10 @@ def test_digits_are_split_as_the_file_says() -> None:
         ({"eos_token_id": "2"}, "tokenizer.ggml.eos_token_id must be a token id"),
         ({"model": "llama"}, "tokenizer.ggml.scores must be an array"),
         ({"model": "llama", "scores": [float("nan")] * 50257}, "scores must be finite"),
+        (
+            {"model": "llama", "scores": [0.0] * 50257, "tokens": ["x" * 1_000_000, *map(str, range(50256))]},
+            "1024 characters at most",
+        ),
         ({"model": "bert"}, r"must hold \[UNK\]"),
     ],
 )
