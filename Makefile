@@ -66,8 +66,9 @@ bench: dev
 	@$(RUN) -m fastlm bench $(OPS)
 
 wheel: $(READY)
+	@rm -rf dist
 	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
-	@ls -l dist/*.whl
+	@$(BIN)/python tools/check_wheel.py dist/*.whl
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis fastlm/_C*.so fastlm/kernels fastlm/benchmarks
