@@ -31,6 +31,8 @@ def chat(arguments: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": arguments.message})
         answer(lm, messages, arguments)
         return
+    if lm.tokenizer is None or lm.tokenizer.chat_template is None:
+        raise ValueError(f"{arguments.model} has no chat template: use fastlm generate")
     print(f"{lm!r}\nAn empty line ends the talk.")
     while True:
         try:
@@ -41,11 +43,21 @@ def chat(arguments: argparse.Namespace) -> None:
         if not message:
             return
         messages.append({"role": "user", "content": message})
+        shorten(lm, messages, arguments.max_tokens)
         try:
             messages.append({"role": "assistant", "content": answer(lm, messages, arguments)})
         except KeyboardInterrupt:  # only this answer ends
             messages.pop()
             print()
+
+
+def shorten(lm: LM, messages: list[dict[str, str]], max_tokens: int) -> None:
+    """Forgets the oldest question and answer as long as the talk and the next answer do not fit the model's context."""
+    assert lm.tokenizer is not None
+    first = 1 if messages[0]["role"] == "system" else 0
+    room = lm.model.config.context - max_tokens
+    while len(messages) - first > 2 and len(lm.tokenizer.encode(lm.tokenizer.chat(messages), special_tokens=False)) > room:
+        del messages[first : first + 2]
 
 
 def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:

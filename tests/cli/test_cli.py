@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastlm
-from fastlm import _C
+from fastlm import _C, models
 from fastlm.cli import main, parser
 
 TREE = Path(fastlm.__file__).parent.parent
@@ -157,6 +157,28 @@ def test_convert_llama2c(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
     assert main(["convert", str(source / "stories260K.bin"), str(target)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_chat(tmp_path, capsys, monkeypatch):
+    """One-shot and interactive; a talk longer than the context forgets its beginning."""
+    letters = "".join(chr(c) for c in range(32, 127)) + "\n"
+    tokenizer = fastlm.Tokenizer.characters(letters)
+    model = models.create(models.GPTConfig(tokenizer.vocab_size, context=64, d_model=32, n_layer=1, n_head=2))
+    fastlm.LM(model, tokenizer).save(tmp_path / "plain")
+    assert main(["chat", str(tmp_path / "plain"), "--message", "Hello"]) == 2
+    assert "chat template" in capsys.readouterr().err
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    fastlm.LM(model, tokenizer).save(tmp_path / "talking")
+    arguments = ["chat", str(tmp_path / "talking"), "--max-tokens", "8", "--temperature", "0", "--system", "Be brief."]
+    assert main([*arguments, "--message", "Hello"]) == 0
+    once = capsys.readouterr().out
+    assert len(once) > 1
+    lines = iter(["Hello", "Once more", "And again", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert once in out
+    assert next(lines, None) is None
 
 
 def test_demo_without_network_ends_well(tmp_path):
