@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin build=$PWD/build/asan package=$PWD/build/asan/fastlm-package
 mkdir -p "$package/fastlm"
 
-PATH="$bin:$PATH" cmake -S . -B "$build" -G Ninja -DFASTLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+PATH="$bin:$PATH" cmake -S . -B "$build" -G Ninja -DFASTLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
   $(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) -DCMAKE_MAKE_PROGRAM="$bin/ninja" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package/fastlm" -Dpybind11_DIR="$("$bin/pybind11-config" --cmakedir)" \
   -DPython_EXECUTABLE="$bin/python" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
