@@ -24,8 +24,8 @@ from fastlm.checkpoint import (
     write_safetensors,
 )
 from fastlm.models import ARCHITECTURES, module_of
-from fastlm.models.base import CausalLM, check_config
-from fastlm.models.convert import config_from_hf, config_to_hf, load_tensors, parameter_dtype, tensors_to_hf
+from fastlm.models.base import LanguageModel, check_config
+from fastlm.models.convert import config_from_hf, config_to_hf, load_hf, load_tensors, parameter_dtype, tensors_to_hf
 from fastlm.nn import rope_scaling
 from fastlm.tokenizers import Tokenizer
 
@@ -33,7 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]  # never code, never pickles
 
 
-def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> tuple[CausalLM, Tokenizer | None]:
+def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and tokenizer of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
 
     dtype None keeps bfloat16 and quantised matrices as they are and makes float16 float32; "float32" or "bfloat16" converts all.
@@ -74,7 +74,7 @@ def download(name: str) -> Path:
         ) from None
 
 
-def _load_folder(folder: Path, dtype: str | None) -> tuple[CausalLM, Tokenizer | None]:
+def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokenizer | None]:
     config_path = folder / "config.json"
     if not config_path.exists():
         found = sorted(folder.glob("*.gguf"))
@@ -91,28 +91,18 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[CausalLM, Tokenizer |
     tensors = dict(read_safetensors(folder))
     try:
         model = _declare(module, config_from_hf(module, raw), len(tensors))
-        _add_prefix(module, tensors)
-        load_tensors(model, tensors, module.HF_NAMES, module.HF_TRANSPOSED, module.HF_IGNORED_TENSORS, dtype)
+        load_hf(module, model, tensors, dtype)
     except (ValueError, TypeError) as error:
         raise FormatError(config_path, str(error)) from None
     return model, _folder_tokenizer(folder)
 
 
-def _declare(module: ModuleType, config: Any, count: int) -> CausalLM:
+def _declare(module: ModuleType, config: Any, count: int) -> LanguageModel:
     """The declared model, unless the config asks for more layers than the file has tensors: a hostile one would take all memory."""
     if check_config(config).n_layer > count:
         raise ValueError(f"the configuration has {config.n_layer} layers, the file only {count} tensors")
-    model: CausalLM = module.Model(config)
+    model: LanguageModel = module.Model(config)
     return model
-
-
-def _add_prefix(module: ModuleType, tensors: dict[str, Any]) -> None:
-    """Files of the bare model leave out the prefix: `h.0...` for `transformer.h.0...`."""
-    if any(name.startswith(module.HF_PREFIX) for name in tensors):
-        return
-    for name in list(tensors):
-        if not name.startswith("lm_head."):
-            tensors[module.HF_PREFIX + name] = tensors.pop(name)
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer | None:
@@ -135,11 +125,12 @@ _GGUF_IGNORED = frozenset(
 )
 
 
-def _load_gguf(path: Path, dtype: str | None) -> tuple[CausalLM, Tokenizer | None]:
+def _load_gguf(path: Path, dtype: str | None) -> tuple[LanguageModel, Tokenizer | None]:
     metadata, tensors = read_gguf(path)
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise FormatError(path, f"general.architecture must be one of {', '.join(ARCHITECTURES)}, got {arch!r:.60}")
+    known = [name for name, module in ARCHITECTURES.items() if hasattr(module, "GGUF_NAMES")]
+    if not isinstance(arch, str) or arch not in known:
+        raise FormatError(path, f"general.architecture must be one of {', '.join(known)}, got {arch!r:.60}")
     module = ARCHITECTURES[arch]
     tensors = dict(tensors)
     try:
@@ -238,7 +229,7 @@ def _unpermute(tensors: dict[str, Any], config: Any) -> None:
 # Saving
 
 
-def save(model: CausalLM, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> None:
+def save(model: LanguageModel, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> None:
     """Writes a Hugging Face folder, which transformers loads: config.json, model.safetensors and the tokenizer's files.
 
     Atomic: the folder is written beside its place and renamed, so a reader sees the old one or the new one. A folder that is there
@@ -258,7 +249,7 @@ def save(model: CausalLM, tokenizer: Tokenizer | None, folder: str | os.PathLike
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_files(model: CausalLM, tokenizer: Tokenizer | None, folder: Path) -> None:
+def write_files(model: LanguageModel, tokenizer: Tokenizer | None, folder: Path) -> None:
     """What `save` writes, into a folder that is there."""
     module = module_of(model)
     raw = config_to_hf(module, model.config) | {"torch_dtype": parameter_dtype(model.named_parameters())}

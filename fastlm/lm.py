@@ -10,10 +10,12 @@ import numpy as np
 
 from fastlm import evaluate, generate, hub
 from fastlm.backend import Array
+from fastlm.models.base import CausalLM, LanguageModel
+from fastlm.models.encoder import Encoder
+from fastlm.models.encoder_decoder import EncoderDecoder
 
 if TYPE_CHECKING:
     from fastlm.generate import Output
-    from fastlm.models.base import CausalLM
     from fastlm.tokenizers import Tokenizer
 
 
@@ -51,9 +53,16 @@ def load(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> LM:
 class LM:
     """A language model: `model`, over ids, and `tokenizer`, or None where the folder has none; then only ids go in."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+
+    @property
+    def causal(self) -> CausalLM:
+        """The model, which must be a causal one: ValueError for others."""
+        if not isinstance(self.model, CausalLM):
+            raise ValueError(f"[lm] {type(self.model).__name__} is not a causal model: it does not continue text")
+        return self.model
 
     # Text
 
@@ -93,7 +102,7 @@ class LM:
     def perplexity(self, text: str | Sequence[int], context: int | None = None, stride: int | None = None) -> float:
         """exp of the mean negative log-likelihood of the text's tokens (or of ids). Windows of `context` tokens, default the model's,
         begin every `stride`, default half of it; see fastlm.evaluate."""
-        return evaluate.perplexity(self.model, self._ids(text), context, stride)
+        return evaluate.perplexity(self.causal, self._ids(text), context, stride)
 
     # Ids
 
@@ -111,13 +120,39 @@ class LM:
         found = [output.ids for output in outputs]
         return found if batch else found[0]
 
-    def logits(self, ids: str | Sequence[int] | Sequence[Sequence[int]] | Array) -> Array:
-        """float32 (T, V) for ids (T,) or a text, (B, T, V) for ids (B, T)."""
-        array = np.asarray(self._ids(ids) if isinstance(ids, str) else ids)
-        if array.ndim not in (1, 2) or array.size == 0:
-            raise ValueError(f"[logits] ids must be (T,) or (B, T) with T at least 1, got {array.shape}")
-        out = self.model.logits(array if array.ndim == 2 else array[None])
-        return out if array.ndim == 2 else out[0]
+    def logits(self, ids: Any, decoder_ids: Any = None, *, mask: Any = None, segments: Any = None) -> Array:
+        """float32 logits. ids: (T,), (B, T), or a text.
+
+        A causal model: (T, V) or (B, T, V). An encoder: those of its head, with mask (1 a token, 0 padding) and segments in the shape
+        of ids. An encoder-decoder model: ids is the source, decoder_ids (T,) or (B, T) the decoder's inputs as given, nothing shifted;
+        mask is of the source.
+        """
+        batch, one = _batch("ids", self._ids(ids))
+        mask, segments = _like(one, mask), _like(one, segments)
+        model = self.model
+        if isinstance(model, EncoderDecoder):
+            if decoder_ids is None or segments is not None:
+                raise ValueError("[logits] an encoder-decoder model takes ids, decoder_ids and mask")
+            out = model.logits(batch, _like(one, decoder_ids), mask)
+        elif decoder_ids is not None:
+            raise ValueError(f"[logits] decoder_ids must be None: {type(model).__name__} has no decoder beside an encoder")
+        elif isinstance(model, Encoder):
+            out = model.logits(batch, mask, segments)
+        elif mask is None and segments is None:
+            out = self.causal.logits(batch)
+        else:
+            raise ValueError(
+                f"[logits] mask and segments must be None: {type(model).__name__} is causal, padding on the right needs none"
+            )
+        return out[0] if one else out
+
+    def hidden(self, ids: Any, *, mask: Any = None, segments: Any = None) -> Array:
+        """An encoder's states after the last layer: float32 (T, C) for ids (T,) or a text, (B, T, C) for ids (B, T)."""
+        if not isinstance(self.model, Encoder):
+            raise ValueError(f"[hidden] the model must be an encoder, got {type(self.model).__name__}")
+        batch, one = _batch("ids", self._ids(ids))
+        out = self.model.states(batch, _like(one, mask), _like(one, segments))
+        return out[0] if one else out
 
     # Files
 
@@ -161,9 +196,9 @@ class LM:
     ) -> list[Output]:
         beams, seed, rest = _split(options)
         if beams == 1:
-            return generate.generate(self.model, prompts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
+            return generate.generate(self.causal, prompts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
         settings = generate.BeamSettings(beams=beams, max_tokens=max_tokens, **rest)
-        return [generate.beam_search(self.model, p, settings, beam_stop(p) if beam_stop else None) for p in prompts]
+        return [generate.beam_search(self.causal, p, settings, beam_stop(p) if beam_stop else None) for p in prompts]
 
     def _complete(self, prompts: list[list[int]], max_tokens: int, options: Options) -> list[str]:
         tokenizer, given, stops = self._prepare(options)
@@ -190,7 +225,7 @@ class LM:
         if beams != 1:
             raise ValueError("[stream] beams must be 1: the best of several beams is known only at the end; use generate")
         text = Text(tokenizer, prompt, stops, given["eos"])
-        for _, id in generate.steps(self.model, [prompt], generate.Settings(max_tokens=max_tokens, **rest), seed):
+        for _, id in generate.steps(self.causal, [prompt], generate.Settings(max_tokens=max_tokens, **rest), seed):
             piece = text.put(id)
             if piece:
                 yield piece
@@ -206,6 +241,18 @@ class LM:
         given["eos"] = generate.ids_of("eos", given.get("eos", tokenizer.end_ids))
         stops: Any = given.pop("stop", None)
         return tokenizer, given, stop_strings(stops)
+
+
+def _batch(name: str, ids: Any) -> tuple[Array, bool]:
+    """ids as (B, T), and whether they were one sequence, (T,)."""
+    array = np.asarray(ids)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(f"[logits] {name} must be (T,) or (B, T) with T at least 1, got {array.shape}")
+    return (array[None], True) if array.ndim == 1 else (array, False)
+
+
+def _like(one: bool, x: Any) -> Any:
+    return np.asarray(x)[None] if one and x is not None else x
 
 
 def _split(options: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]]:

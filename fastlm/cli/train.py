@@ -66,11 +66,11 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
     else:
         tokenizer, corpus = Tokenizer.from_folder(out / "tokenizer"), open_corpus(out / "tokens")
     lm = LM(create(config(arguments, tokenizer.vocab_size), arguments.seed), tokenizer)
-    guess = describe(lm.model, corpus, arguments)
+    guess = describe(lm.causal, corpus, arguments)
 
     finished = True
     steps = train(
-        lm.model, corpus, steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
+        lm.causal, corpus, steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
         weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
         eval_every=arguments.eval_every if len(corpus.validation) > arguments.context else 0, save_every=arguments.save_every,
         eval_batches=20, resume=text is None, tokenizer=tokenizer,
@@ -137,7 +137,7 @@ def report(lm: LM, corpus: Corpus, arguments: argparse.Namespace, guess: float, 
     out = Path(arguments.out)
     print(f"\ntrained in {clock(seconds)}")
     if len(corpus.validation) > arguments.context:
-        held = evaluate(lm.model, corpus.validation, arguments.batch, arguments.context)
+        held = evaluate(lm.causal, corpus.validation, arguments.batch, arguments.context)
         print(
             f"held-out   loss {held:.4f} (by frequency {guess:.4f}), perplexity {math.exp(held):.2f} a token, over the whole held-out text"
         )

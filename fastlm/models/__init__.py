@@ -1,43 +1,74 @@
-"""The models, one file each; `ARCHITECTURES` finds one by Hugging Face's model_type or GGUF's architecture."""
+"""The models, one file each: every module here that has an HF_TYPE. `ARCHITECTURES` finds one by Hugging Face's model_type or
+GGUF's architecture, `PRESETS` a published configuration by its name."""
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from fastlm.models import gpt, llama
-from fastlm.models.base import CausalLM
+from fastlm.models.base import CausalLM, LanguageModel
+from fastlm.models.encoder import Encoder
+from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.llama import Llama, LlamaConfig
 from fastlm.nn import initialise
 
-ARCHITECTURES: dict[str, ModuleType] = {gpt.HF_TYPE: gpt, llama.HF_TYPE: llama}
-PRESETS: dict[str, Any] = {**gpt.PRESETS, **llama.PRESETS}
+_found = (import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+ARCHITECTURES: dict[str, ModuleType] = {module.HF_TYPE: module for module in _found if hasattr(module, "HF_TYPE")}
+PRESETS: dict[str, Any] = {name: config for module in ARCHITECTURES.values() for name, config in module.PRESETS.items()}
 
 
 def module_of(config_or_model: Any) -> ModuleType:
     """The model file that a config or a model comes from."""
     for module in ARCHITECTURES.values():
-        if isinstance(config_or_model, (module.Config, module.Model)):
+        if type(config_or_model) in (module.Config, module.Model):
             return module
     raise TypeError(f"[models] expected a config or a model of {', '.join(ARCHITECTURES)}, got {type(config_or_model).__name__}.")
 
 
-def declare(config: Any) -> CausalLM:
+def preset(name: str, **changes: Any) -> Any:
+    """The Config of a published model by its name, with fields changed: preset("gpt2", n_layer=2)."""
+    if name not in PRESETS:
+        raise ValueError(f"[models] preset must be one of {', '.join(PRESETS)}, got {name!r}.")
+    fields = [field.name for field in dataclasses.fields(PRESETS[name])]
+    if unknown := [key for key in changes if key not in fields]:
+        raise ValueError(f"[models] {name} has no {', '.join(unknown)}; its fields are {', '.join(fields)}.")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def declare(config: Any) -> Any:
     """The model of a config or of a preset's name, with declared shapes and no weights: for counting and loading."""
     if isinstance(config, str):
-        if config not in PRESETS:
-            raise ValueError(f"[models] preset must be one of {', '.join(PRESETS)}, got {config!r}.")
-        config = PRESETS[config]
-    model: CausalLM = module_of(config).Model(config)
-    return model
+        config = preset(config)
+    return module_of(config).Model(config)
 
 
-def create(config: Any, seed: int = 0) -> CausalLM:
+def create(config: Any, seed: int = 0) -> Any:
     """A new model with random weights, ready to train: GPT-2's scheme, std 0.02, and 0.02 / sqrt(2 L) into the residual stream."""
     model = declare(config)
     initialise(model, seed)
     return model
 
 
-__all__ = ["ARCHITECTURES", "GPT", "PRESETS", "CausalLM", "GPTConfig", "Llama", "LlamaConfig", "create", "declare", "module_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "GPT",
+    "PRESETS",
+    "CausalLM",
+    "Encoder",
+    "EncoderDecoder",
+    "GPTConfig",
+    "LanguageModel",
+    "Llama",
+    "LlamaConfig",
+    "create",
+    "declare",
+    "gpt",
+    "llama",
+    "module_of",
+    "preset",
+]

@@ -1,4 +1,7 @@
-"""What every causal language model is: a config, hidden states, a head. The wiring is in the model's own file."""
+"""What every model is, and what every causal one is: a config, hidden states, a head. The wiring is in the model's own file.
+
+The other two kinds are in encoder.py and encoder_decoder.py.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,15 @@ def check_config(config: C) -> C:
     return config
 
 
-class CausalLM(Module):
-    """A model over token ids. A subclass sets `config`, `token_embedding` and `head` (None: tied), and defines `hidden`."""
+class LanguageModel(Module):
+    """A model over token ids. Its kind is CausalLM, Encoder or EncoderDecoder."""
 
     config: Any
+
+
+class CausalLM(LanguageModel):
+    """A model of the next token. A subclass sets `config`, `token_embedding` and `head` (None: tied), and defines `hidden`."""
+
     token_embedding: Embedding
     head: Linear | None
 
@@ -66,7 +74,7 @@ class CausalLM(Module):
     def loss(self, ids: Any, targets: Any, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy of the next token, a scalar. ids and targets (B, T); the logits are never held as a whole."""
         x = self._run(ids, None)
-        targets = _ids("targets", targets, x.shape[:-1])
+        targets = as_ids("targets", targets, x.shape[:-1])
         flat = ops.reshape(x, (-1, x.shape[-1]))
         loss: Tensor = ops.linear_cross_entropy(flat, self._head_weight(), targets.reshape(-1), ignore_index)
         return loss
@@ -81,7 +89,7 @@ class CausalLM(Module):
             return out
 
     def _run(self, ids: Any, cache: Cache | None) -> Any:
-        ids = _ids("ids", ids)
+        ids = as_ids("ids", ids)
         context = Context(ids.shape[0], ids.shape[1], cache)
         x = self.hidden(ids, context)
         context.finish()
@@ -95,7 +103,7 @@ class CausalLM(Module):
         return logits
 
 
-def _ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
+def as_ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
     """ids as (B, T) int32, with at least one token a sequence."""
     array = np.asarray(ids)
     if array.dtype.kind not in "iu":
@@ -107,14 +115,16 @@ def _ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
     return array if array.dtype == np.int32 else array.astype(np.int32)
 
 
-def names(table: Mapping[str, str], model: CausalLM) -> dict[str, str]:
-    """Their name of every parameter of the model: `blocks.3.mlp.up.weight` -> `transformer.h.3.mlp.c_fc.weight`."""
+def names(table: Mapping[str, str], model: LanguageModel) -> dict[str, str]:
+    """Their name of every parameter of the model: `blocks.3.mlp.up.weight` -> `transformer.h.3.mlp.c_fc.weight`.
+
+    A key of the table is a part, `blocks.{}.mlp.up`, whose parameters keep their own names, or a parameter by its full name.
+    """
     found = {}
     for ours in model.named_parameters():
-        part, _, kind = ours.rpartition(".")
-        layer = re.search(r"\.(\d+)\.", part)
-        if layer is None:
-            found[ours] = f"{table[part]}.{kind}"
-        else:
-            found[ours] = f"{table[part.replace(layer[0], '.{}.', 1)].format(layer[1])}.{kind}"
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", ours)
+        whole = re.sub(r"(?<=\.)\d+(?=\.)", "{}", ours)
+        part, _, kind = whole.rpartition(".")
+        theirs = table[whole] if whole in table else f"{table[part]}.{kind}"
+        found[ours] = theirs.format(*numbers)
     return found

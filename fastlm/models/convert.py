@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -12,7 +13,7 @@ import numpy as np
 
 from fastlm.backend import Array
 from fastlm.checkpoint import QuantizedArray
-from fastlm.models.base import CausalLM, names
+from fastlm.models.base import LanguageModel, names
 from fastlm.nn import Declared
 from fastlm.tensor import Tensor
 
@@ -39,6 +40,7 @@ def config_from_hf(module: ModuleType, raw: Mapping[str, Any]) -> Any:
     if hasattr(module, "hf_defaults"):
         raw = module.hf_defaults(raw)
     known = set(module.HF_CONFIG) | set(module.HF_FIXED) | set(module.HF_IGNORED) | IGNORED
+    kinds = {field.name for field in dataclasses.fields(module.Config)}
     wrong = [f"unknown key {k!r} = {v!r:.60}" for k, v in raw.items() if k not in known and not k.startswith("_")]
     wrong += [f"{k!r} must be {v!r}, got {raw[k]!r:.60}" for k, v in module.HF_FIXED.items() if raw.get(k, v) != v]
     values: dict[str, Any] = {}
@@ -53,14 +55,30 @@ def config_from_hf(module: ModuleType, raw: Mapping[str, Any]) -> Any:
             values[ours] = table[value]
         else:
             wrong.append(f"{theirs!r} must be one of {', '.join(table)}, got {value!r:.60}")
+    if "head" in kinds:
+        head = _head(module, raw)
+        if head is not None and head not in module.HF_CLASS:
+            wrong.append(head)
+        values["head"] = head
+    if "labels" in kinds and raw.get("id2label"):
+        found = {int(k): str(v) for k, v in raw["id2label"].items()}
+        values["labels"] = tuple(found.get(i, f"LABEL_{i}") for i in range(len(found)))
     if wrong:
         raise ValueError(f"config.json of model_type {module.HF_TYPE!r}: " + "; ".join(wrong))
     return module.Config(**values)
 
 
+def _head(module: ModuleType, raw: Mapping[str, Any]) -> str | None:
+    """The head's name that `architectures` asks for, None for the bare model; what is wrong if it is none of them."""
+    asked = raw.get("architectures") or [module.HF_CLASS[None]]
+    found = [head for head, theirs in module.HF_CLASS.items() if theirs == asked[0]]
+    return found[0] if found else f"'architectures' must be one of {', '.join(module.HF_CLASS.values())}, got {asked!r:.60}"
+
+
 def config_to_hf(module: ModuleType, config: Any) -> dict[str, Any]:
     """The model's Config as a config.json that transformers reads."""
-    raw: dict[str, Any] = {"architectures": [module.HF_CLASS], "model_type": module.HF_TYPE}
+    theirs_class = module.HF_CLASS if isinstance(module.HF_CLASS, str) else module.HF_CLASS[config.head]
+    raw: dict[str, Any] = {"architectures": [theirs_class], "model_type": module.HF_TYPE}
     for theirs, ours in module.HF_CONFIG.items():
         value = getattr(config, ours)
         if ours in module.HF_VALUES:
@@ -71,22 +89,55 @@ def config_to_hf(module: ModuleType, config: Any) -> dict[str, Any]:
     scaling = raw.get("rope_scaling")
     if scaling and scaling.get("rope_type") == "factors":
         raise ValueError("[save] the RoPE factors of this GGUF file have no form in config.json; set config.rope_scaling first.")
-    return raw | {k: v for k, v in module.HF_FIXED.items() if k in ("hidden_act", "scale_attn_weights")}
+    if hasattr(config, "labels"):
+        raw["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        raw["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    return raw | {k: v for k, v in module.HF_FIXED.items() if v not in (False, None)}
+
+
+def table_of(module: ModuleType, config: Any) -> dict[str, str]:
+    """HF_NAMES, with the names of the head that the config asks for."""
+    heads = getattr(module, "HF_HEADS", {})
+    return {**module.HF_NAMES, **heads.get(getattr(config, "head", None), {})}
+
+
+def load_hf(module: ModuleType, model: LanguageModel, tensors: Mapping[str, Any], dtype: str | None = None) -> None:
+    """Puts the tensors of a Hugging Face folder into a declared model: renamed, read and tied as the model's file says."""
+    table = table_of(module, model.config)
+    tensors = dict(tensors)
+    for pattern, name in getattr(module, "HF_RENAMED", ()):
+        tensors = {re.sub(pattern, name, k): v for k, v in tensors.items()}
+    _add_prefix(module, table, tensors)
+    if hasattr(module, "hf_read"):
+        tensors = module.hf_read(tensors, model.config)
+    load_tensors(model, tensors, table, module.HF_TRANSPOSED, module.HF_IGNORED_TENSORS, dtype, tied=getattr(module, "HF_TIED", {}))
+
+
+def _add_prefix(module: ModuleType, table: Mapping[str, str], tensors: dict[str, Any]) -> None:
+    """Files of the bare model leave out the prefix: `h.0...` for `transformer.h.0...`."""
+    if any(name.startswith(module.HF_PREFIX) for name in tensors):
+        return
+    heads = [v + "." for v in table.values() if not v.startswith(module.HF_PREFIX)]
+    for name in list(tensors):
+        if not any(name.startswith(head) for head in heads):
+            tensors[module.HF_PREFIX + name] = tensors.pop(name)
 
 
 def load_tensors(
-    model: CausalLM,
+    model: LanguageModel,
     tensors: Mapping[str, Any],
     table: Mapping[str, str],
     transposed: Iterable[str] = (),
     ignored: Iterable[str] = (),
     dtype: str | None = None,
+    *,
+    tied: Mapping[str, str] = {},
 ) -> None:
     """Puts a file's tensors into a declared model. ValueError lists every one that is missing, extra or misshapen, all at once.
 
     dtype None: float32, bfloat16 and quantised matrices stay as they are, float16 and float64 become float32; "float32" and
     "bfloat16" convert every matrix. Vectors (norms, biases) are float32 always. Arrays are used where they lie: a mapped file stays
-    mapped.
+    mapped. tied: names that a file may hold a second time, with the same bytes, and the names that they repeat.
     """
     parameters = model.named_parameters()
     theirs = names(table, model)
@@ -109,7 +160,7 @@ def load_tensors(
         if (
             name not in expected_names
             and not any(p.fullmatch(name) for p in patterns)
-            and not _harmless(name, tensor, tensors, table, model)
+            and not _harmless(name, tensor, tensors, tied, model)
         ):
             wrong["extra"].append(name)
     if any(wrong.values()):
@@ -138,11 +189,11 @@ def _converted(array: Any, dtype: str | None) -> Any:
     return array if array.dtype == target else array.astype(target)
 
 
-def _harmless(name: str, tensor: Any, tensors: Mapping[str, Any], table: Mapping[str, str], model: CausalLM) -> bool:
-    """A tied head that is there a second time with the same bytes, or zero biases of a model that has none."""
-    if model.head is None and name == f"{table['head']}.weight":
-        embedding = tensors.get(f"{table['token_embedding']}.weight")
-        return isinstance(tensor, np.ndarray) and isinstance(embedding, np.ndarray) and np.array_equal(tensor, embedding)
+def _harmless(name: str, tensor: Any, tensors: Mapping[str, Any], tied: Mapping[str, str], model: LanguageModel) -> bool:
+    """A tied tensor that is there a second time with the same bytes, or zero biases of a model that has none."""
+    if name in tied:
+        original = tensors.get(tied[name])
+        return isinstance(tensor, np.ndarray) and isinstance(original, np.ndarray) and np.array_equal(tensor, original)
     if getattr(model.config, "bias", True) or not name.endswith(".bias") or name[:-5] + ".weight" not in tensors:
         return False
     return isinstance(tensor, np.ndarray) and not np.any(tensor)
@@ -153,7 +204,7 @@ def _listed(kind: str, items: list[str], limit: int = 12) -> str:
     return f"{len(items)} {kind}: {', '.join(items[:limit])}{more}"
 
 
-def tensors_to_hf(module: ModuleType, model: CausalLM) -> dict[str, Array]:
+def tensors_to_hf(module: ModuleType, model: LanguageModel) -> dict[str, Array]:
     """The model's weights under Hugging Face's names. Quantised weights are dequantised to float32.
 
     Norms and biases beside bfloat16 matrices are written as bfloat16 where that loses nothing, so that such a file comes back byte
@@ -162,7 +213,7 @@ def tensors_to_hf(module: ModuleType, model: CausalLM) -> dict[str, Array]:
     parameters = model.named_parameters()
     half = any(p.ndim > 1 and p.dtype == BFLOAT16 for p in parameters.values())
     out: dict[str, Array] = {}
-    for ours, name in names(module.HF_NAMES, model).items():
+    for ours, name in names(table_of(module, model.config), model).items():
         array = parameters[ours].data
         if isinstance(array, Declared):
             raise ValueError(f"[save] {ours} has no value yet: load or initialise the model first.")
@@ -173,8 +224,10 @@ def tensors_to_hf(module: ModuleType, model: CausalLM) -> dict[str, Array]:
         if ours.endswith(tuple(module.HF_TRANSPOSED)):
             array = array.T
         out[name] = np.ascontiguousarray(array)
-    if hasattr(module, "hf_zero_biases"):
-        out |= module.hf_zero_biases(model)
+    if hasattr(module, "hf_write"):
+        out = module.hf_write(out, model)
+    if isinstance(module.HF_CLASS, dict) and model.config.head is None:
+        out = {name.removeprefix(module.HF_PREFIX): array for name, array in out.items()}
     return out
 
 

@@ -124,17 +124,18 @@ HF_NAMES = {
 HF_TRANSPOSED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")  # Conv1D: (in, out)
 HF_IGNORED_TENSORS = (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask
 HF_PREFIX = "transformer."  # left out in files of the bare model
+HF_TIED = {"lm_head.weight": "transformer.wte.weight"}
 
 
-def hf_zero_biases(model: GPT) -> dict[str, Array]:
-    """Zeros for the biases that transformers' GPT-2 has and a model with `bias=False` has not."""
+def hf_write(tensors: dict[str, Array], model: GPT) -> dict[str, Array]:
+    """With zeros for the biases that transformers' GPT-2 has and a model with `bias=False` has not."""
     if model.config.bias:
-        return {}
+        return tensors
     zeros = {}
     for ours, theirs in names(HF_NAMES, model).items():
         if ours.startswith(("blocks.", "final_norm.")):
             zeros[theirs.removesuffix("weight") + "bias"] = np.zeros(model.named_parameters()[ours].shape[0], np.float32)
-    return zeros
+    return tensors | zeros
 
 
 GGUF_CONFIG = {

@@ -131,6 +131,7 @@ HF_NAMES = {
 HF_TRANSPOSED: tuple[str, ...] = ()
 HF_IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 HF_PREFIX = "model."
+HF_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:

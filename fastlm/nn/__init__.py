@@ -1,27 +1,34 @@
 """Parts of models. They take numbers and objects, never a config; the wiring is in fastlm/models."""
 
-from fastlm.nn.attention import Attention, FusedAttention
+from fastlm.nn.attention import CAUSAL, EVERYTHING, Attention, CrossAttention, FusedAttention, Sees
 from fastlm.nn.cache import Cache, Context
 from fastlm.nn.linear import Embedding, Linear
+from fastlm.nn.memory import Memory, Padding
 from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.module import Declared, Module, count_parameters, initialise, parameter
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.rope import Rope, rope_scaling
 
 __all__ = [
+    "CAUSAL",
+    "EVERYTHING",
     "MLP",
     "Attention",
     "Cache",
     "Context",
+    "CrossAttention",
     "Declared",
     "Embedding",
     "FusedAttention",
     "GatedMLP",
     "LayerNorm",
     "Linear",
+    "Memory",
     "Module",
+    "Padding",
     "RMSNorm",
     "Rope",
+    "Sees",
     "count_parameters",
     "initialise",
     "parameter",

@@ -1,7 +1,8 @@
-"""Self-attention with grouped key/value heads, rotary positions and a cache."""
+"""Attention: to the sequence itself or to another, with grouped key/value heads, positions, biases and caches."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fastlm import ops
@@ -12,10 +13,25 @@ from fastlm.nn.rope import Rope
 from fastlm.tensor import data, recording
 
 
+@dataclass(frozen=True)
+class Sees:
+    """The keys that a query sees: those up to itself (causal) or all, and only the last `window` of these."""
+
+    causal: bool
+    window: int | None = None
+
+
+CAUSAL, EVERYTHING = Sees(causal=True), Sees(causal=False)
+
+
 class Attention(Module):
-    """Causal multi-head attention. Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
+    """Multi-head attention. Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
 
     x (B, T, C) -> (B, T, C), + residual. Query head h reads key/value head h // (H / G). `head_dim` need not be C / H.
+
+    position: turns queries and keys by their positions (Rope). sees: CAUSAL, EVERYTHING, or Sees(causal, window). scale: of the
+    scores, default 1 / sqrt(head_dim). q_norm, k_norm: modules over (B, T, H, D), before the positions. out_bias: default `bias`.
+    What is hidden and added besides is said by the call's Context (padding, masks, shared position biases) and by `bias`.
     """
 
     def __init__(
@@ -27,6 +43,13 @@ class Attention(Module):
         bias: bool = False,
         position: Rope | None = None,
         out_std: float = 0.02,
+        *,
+        sees: Sees = CAUSAL,
+        scale: float | None = None,
+        out_bias: bool | None = None,
+        q_norm: Module | None = None,
+        k_norm: Module | None = None,
+        std: float = 0.02,
     ) -> None:
         self.n_head, self.n_kv_head = n_head, n_kv_head or n_head
         self.head_dim = head_dim or d_model // n_head
@@ -34,43 +57,84 @@ class Attention(Module):
             raise ValueError(f"[attention] n_head must be a multiple of n_kv_head, got {n_head} and {self.n_kv_head}.")
         if head_dim is None and d_model % n_head:
             raise ValueError(f"[attention] d_model must be a multiple of n_head, got {d_model} and {n_head}.")
-        self.position = position
-        self.declare(d_model, bias)
-        self.out = Linear(n_head * self.head_dim, d_model, bias, std=out_std)
+        self.position, self.sees, self.scale = position, sees, scale
+        self.declare(d_model, bias, std)
+        self.out = Linear(n_head * self.head_dim, d_model, bias if out_bias is None else out_bias, std=out_std)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
-    def declare(self, d_model: int, bias: bool) -> None:
-        self.q = Linear(d_model, self.n_head * self.head_dim, bias)
-        self.k = Linear(d_model, self.n_kv_head * self.head_dim, bias)
-        self.v = Linear(d_model, self.n_kv_head * self.head_dim, bias)
+    def declare(self, d_model: int, bias: bool, std: float) -> None:
+        """The parameters of the projections."""
+        self.q = Linear(d_model, self.n_head * self.head_dim, bias, std)
+        self.k = Linear(d_model, self.n_kv_head * self.head_dim, bias, std)
+        self.v = Linear(d_model, self.n_kv_head * self.head_dim, bias, std)
 
     def project(self, x: Any) -> tuple[Any, Any, Any]:
         """x (B, T, C) -> q (B, T, H D), k and v (B, T, G D)."""
         return self.q(x), self.k(x), self.v(x)
 
-    def __call__(self, x: Any, context: Context, layer: int, residual: Any = None) -> Any:
-        B, T, _ = x.shape
+    def heads(self, x: Any, count: int, norm: Module | None = None) -> Any:
+        """(B, T, count D) -> (B, T, count, D), normalised."""
+        x = _reshape(x, (*x.shape[:2], count, self.head_dim))
+        return x if norm is None else norm(x)
+
+    def joined(self, y: Any, residual: Any) -> Any:
+        """The heads' outputs (B, T, H, D) through the output projection."""
+        return self.out(_reshape(y, (*y.shape[:2], self.n_head * self.head_dim)), residual=residual)
+
+    def __call__(self, x: Any, context: Context, layer: int, residual: Any = None, bias: Any = None) -> Any:
+        """bias: (1 or B, 1 or H, T, S) float32, added to this layer's scores, with its gradient: a relative position bias."""
         q, k, v = self.project(x)
-        q = _reshape(q, (B, T, self.n_head, self.head_dim))
-        k = _reshape(k, (B, T, self.n_kv_head, self.head_dim))
-        v = _reshape(v, (B, T, self.n_kv_head, self.head_dim))
+        q = self.heads(q, self.n_head, self.q_norm)
+        k = self.heads(k, self.n_kv_head, self.k_norm)
+        v = self.heads(v, self.n_kv_head)
         if self.position is not None:
             q, k = self.position(q, k, context)
         if context.cache is not None:
             k, v = context.append(layer, data(k), data(v))
-        y = ops.attention(q, k, v, causal=True, lengths=context.lengths)
-        return self.out(_reshape(y, (B, T, self.n_head * self.head_dim)), residual=residual)
+        y = ops.attention(
+            q,
+            k,
+            v,
+            self.sees.causal,
+            scale=self.scale,
+            bias=_sum(bias, context.bias),
+            lengths=context.lengths,
+            window=self.sees.window,
+        )
+        return self.joined(y, residual)
 
 
 class FusedAttention(Attention):
     """Attention whose query, key and value matrices are one, stacked in that order: GPT-2."""
 
-    def declare(self, d_model: int, bias: bool) -> None:
+    def declare(self, d_model: int, bias: bool, std: float) -> None:
         self.sizes = (self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim)
-        self.qkv = Linear(d_model, sum(self.sizes), bias)
+        self.qkv = Linear(d_model, sum(self.sizes), bias, std)
 
     def project(self, x: Any) -> tuple[Any, Any, Any]:
         q, k, v = ops.split(self.qkv(x), self.sizes)
         return q, k, v
+
+
+class CrossAttention(Attention):
+    """Attention to another sequence, `context.memory`: its keys and values are computed at first use and kept there."""
+
+    def keys_values(self, states: Any) -> tuple[Any, Any]:
+        """states (B, S, C) -> k and v (B, S, G, D)."""
+        return self.heads(self.k(states), self.n_kv_head, self.k_norm), self.heads(self.v(states), self.n_kv_head)
+
+    def __call__(self, x: Any, context: Context, layer: int, residual: Any = None, bias: Any = None) -> Any:
+        memory = context.memory
+        assert memory is not None
+        q = self.heads(self.q(x), self.n_head, self.q_norm)
+        k, v = memory.keys_values(layer, self.keys_values)
+        hidden = memory.padding.bias(x.shape[1])
+        y = ops.attention(q, k, v, False, scale=self.scale, bias=_sum(bias, hidden), lengths=memory.padding.lengths)
+        return self.joined(y, residual)
+
+
+def _sum(bias: Any, shared: Any) -> Any:
+    return shared if bias is None else bias if shared is None else ops.add_broadcast(bias, shared)
 
 
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from fastlm import backend
+from fastlm import backend, ops
 from fastlm.backend import Array
+from fastlm.nn.memory import Memory, Padding
 
 
 class Cache:
     """Keys and values of every layer, (B, capacity, G, D) float32, allocated once, and `lengths` (B,) int32: what is filled.
 
     A model that is called with a cache appends T positions to every sequence and advances the lengths. To drop positions, lower
-    the lengths: `cache.lengths[:] = n`. The capacity does not grow.
+    the lengths: `cache.lengths[:] = n`. The capacity does not grow. `memory`: what a decoder's cross-attention reads, if it has one.
     """
+
+    memory: Memory | None = None
 
     def __init__(self, n_layer: int, batch: int, capacity: int, n_kv_head: int, head_dim: int) -> None:
         shape = (batch, capacity, n_kv_head, head_dim)
@@ -41,6 +45,7 @@ class Cache:
         view.keys = [k[b : b + 1] for k in self.keys]
         view.values = [v[b : b + 1] for v in self.values]
         view.lengths = self.lengths[b : b + 1]
+        view.memory = None if self.memory is None else self.memory.row(b)
         return view
 
     def select(self, rows: Sequence[int] | Array) -> Cache:
@@ -52,6 +57,8 @@ class Cache:
         same = len(index) == self.batch
         if same and np.array_equal(index, np.arange(self.batch)):
             return self
+        if self.memory is not None:
+            self.memory = self.memory.select(index)
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 kept = array[index, :used]  # a copy
@@ -67,20 +74,41 @@ class Cache:
 
 
 class Context:
-    """Positions of one call, and its cache.
+    """What all layers of one call share: positions, padding, segments, the cache, the memory.
 
     `start`: where the new positions begin if all sequences are equally long, else None; `end`: the longest length after the call;
     `positions`: None for 0 .. T-1 with no cache, else (B, T) int32; `lengths`: (B,) after the call where they differ, else None.
+    `bias`: added to the scores of every layer's self-attention, None or (1 or B, 1 or H, T, S), an array or a Tensor: what a mask
+    hides, and what a model adds that shares its position bias between layers (`add_bias`). `segments`: (B, T) int32 or None.
+    `memory`: what cross-attention reads.
+
+    A mask (see Padding) is for models that see everything; a causal model needs none for padding on the right.
     """
 
-    __slots__ = ("cache", "end", "lengths", "positions", "start", "time")
+    __slots__ = ("bias", "cache", "end", "lengths", "memory", "positions", "segments", "start", "time")
 
-    def __init__(self, batch: int, time: int, cache: Cache | None = None) -> None:
-        self.cache, self.time = cache, time
+    def __init__(
+        self,
+        batch: int,
+        time: int,
+        cache: Cache | None = None,
+        *,
+        mask: Any = None,
+        segments: Array | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.cache, self.time, self.segments = cache, time, segments
+        self.memory = cache.memory if memory is None and cache is not None else memory
+        self.bias: Any = None
         self.start: int | None = 0
         self.end = time
         self.positions: Array | None = None
         self.lengths: Array | None = None
+        if mask is not None:
+            if cache is not None:
+                raise ValueError("[mask] mask must be None with a cache: the cache's lengths say what is there.")
+            padding = Padding(mask, (batch, time))
+            self.lengths, self.bias = padding.lengths, padding.bias(time)
         if cache is None:
             return
         if cache.batch != batch:
@@ -99,6 +127,10 @@ class Context:
             self.start = None
             self.lengths = before + np.int32(time)
             self.positions = before[:, None] + np.arange(time, dtype=np.int32)
+
+    def add_bias(self, bias: Any) -> None:
+        """Adds (1 or B, 1 or H, T, S) to the scores of every layer's self-attention, with its gradient."""
+        self.bias = bias if self.bias is None else ops.add_broadcast(bias, self.bias)
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""

@@ -1,6 +1,6 @@
 """Fused operations on NumPy arrays and Tensors: each checks its arguments, allocates, calls the kernel, knows its gradient."""
 
-from fastlm.ops.activation import activation
+from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
@@ -13,13 +13,14 @@ from fastlm.ops.matmul import matmul
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
-from fastlm.ops.shape import add, reshape, scale, split
+from fastlm.ops.shape import add, add_broadcast, reshape, scale, split
 
 __all__ = [
     "activation",
     "adamw",
     "adamw_step",
     "add",
+    "add_broadcast",
     "add_layer_norm",
     "add_rms_norm",
     "argmax",
@@ -40,5 +41,6 @@ __all__ = [
     "sample",
     "scale",
     "split",
+    "tanh",
     "top_k",
 ]

@@ -35,3 +35,12 @@ def activation(x: Any, kind: str) -> Any:
         return (dx,)
 
     return record(y, (x,), backward)
+
+
+def tanh(x: Any) -> Any:
+    """tanh(x), elementwise, by NumPy: a pooler's, over one row a sequence. float32 of any shape; a Tensor where x is one."""
+    xd = check.any_array("tanh", "x", data(x), np.float32)
+    y = np.tanh(xd, out=backend.empty(xd.shape))
+    if not recording(x):
+        return wrap(y, x)
+    return record(y, (x,), lambda dy: (dy * (1 - y * y),))

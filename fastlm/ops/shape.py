@@ -1,4 +1,4 @@
-"""The operations between the kernels: reshape, split, add, scale.
+"""The operations between the kernels: reshape, split, add, add_broadcast, scale.
 
 They are NumPy on purpose. A reshape or a split moves no data, so a kernel has nothing to do; the sums and products that cost
 time are fused into the kernels around them (`linear` adds bias and residual, `add_layer_norm` adds before it normalises).
@@ -114,6 +114,36 @@ def add(x: Any, y: Any) -> Any:
         return dy if needs_grad(x) else None, dyd
 
     return record(out, (x, y), backward)
+
+
+def add_broadcast(x: Any, y: Any) -> Any:
+    """x + y by NumPy's rules of broadcasting: a bias (1, H, T, S) and one (B, 1, T, S). float32; sums of -inf are allowed.
+
+    Returns an array, or a Tensor where an input is one. Raises TypeError for a dtype, ValueError for shapes that do not broadcast.
+    """
+    xd = check.any_array("add_broadcast", "x", data(x), np.float32)
+    yd = check.any_array("add_broadcast", "y", data(y), np.float32)
+    try:
+        out = np.add(xd, yd)
+    except ValueError:
+        raise ValueError(f"[add_broadcast] y must broadcast with x, {xd.shape}, got {yd.shape}.") from None
+    if not recording(x, y):
+        return wrap(out, x, y)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        return _summed_to(dy, xd.shape) if needs_grad(x) else None, _summed_to(dy, yd.shape) if needs_grad(y) else None
+
+    return record(out, (x, y), backward)
+
+
+def _summed_to(dy: Array, shape: tuple[int, ...]) -> Array:
+    """dy summed over the axes along which `shape` was repeated."""
+    if dy.shape == shape:
+        return dy
+    lead = dy.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and dy.shape[lead + i] != 1)
+    total: Array = dy.sum(axis=axes, keepdims=False).reshape(shape)
+    return total
 
 
 def scale(x: Any, factor: float) -> Any:
