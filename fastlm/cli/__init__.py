@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positive, default=12, help="sequences in a step")
     p.add_argument("--accumulate", type=_positive, default=1, help="batches in a step")
     p.add_argument("--steps", type=_positive, default=2000, help="optimizer steps")
-    p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    p.add_argument("--lr", type=float, help="highest learning rate (default: by width, 2e-3 at 128)")
     p.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
     p.add_argument("--weight-decay", type=float, default=0.1, help="pull of the matrices towards zero")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 does not clip")

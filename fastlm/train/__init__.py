@@ -9,7 +9,7 @@ from typing import Any
 from fastlm.train.checkpoint import checkpoints
 from fastlm.train.loop import Step, evaluate, flops_per_token, read_log, train
 from fastlm.train.optimizer import AdamW
-from fastlm.train.schedule import warmup_cosine
+from fastlm.train.schedule import default_lr, warmup_cosine
 
 
 class _Callable(ModuleType):
@@ -21,4 +21,4 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["AdamW", "Step", "checkpoints", "evaluate", "flops_per_token", "read_log", "train", "warmup_cosine"]
+__all__ = ["AdamW", "Step", "checkpoints", "default_lr", "evaluate", "flops_per_token", "read_log", "train", "warmup_cosine"]

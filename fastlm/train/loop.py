@@ -22,7 +22,7 @@ from fastlm.models.base import CausalLM
 from fastlm.tensor import no_grad
 from fastlm.train import checkpoint
 from fastlm.train.optimizer import AdamW
-from fastlm.train.schedule import warmup_cosine
+from fastlm.train.schedule import default_lr, warmup_cosine
 
 Data = Corpus | Array | str | os.PathLike[str] | Callable[[int], Batch]
 
@@ -60,7 +60,7 @@ def train(
     steps: int,
     batch: int = 12,
     context: int | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
     min_lr: float | None = None,
     warmup: int = 100,
     weight_decay: float = 0.1,
@@ -76,7 +76,9 @@ def train(
     resume: bool = False,
     tokenizer: Any = None,
 ) -> Generator[Step, None, None]:
-    """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine (min_lr: lr / 10), clipping by norm.
+    """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine, clipping by norm.
+
+    lr: the highest rate (default: by width, see default_lr); min_lr: the last (lr / 10).
 
     data: a Corpus or its folder, a token array, or a function from a batch's number to a Batch. batch sequences of `context`
     tokens (default: the model's) make a forward pass; `accumulate` of these make an update. eval_every: how often the loss over
@@ -93,8 +95,9 @@ def train(
             raise ValueError(f"[train] {name} must be an integer of at least {low}, got {value!r}.")
     if not 0 < context <= model.config.context:
         raise ValueError(f"[train] context must be from 1 to the model's {model.config.context}, got {context}.")
-    if not lr > 0 or (clip is not None and not clip > 0):
-        raise ValueError(f"[train] lr and clip must be positive, got {lr} and {clip}.")
+    peak = default_lr(model.config.d_model) if lr is None else lr
+    if not peak > 0 or (clip is not None and not clip > 0):
+        raise ValueError(f"[train] lr and clip must be positive, got {peak} and {clip}.")
     if (resume or save_every) and out is None:
         raise ValueError("[train] out must be a folder where save_every or resume is given.")
     source, held_out = _sources(data, batch, context, seed, model.config.vocab_size)
@@ -113,7 +116,7 @@ def train(
         log = None if folder is None else Log(folder, first)
         for n in range(first, steps):
             start = time.perf_counter()
-            rate = warmup_cosine(n, steps, lr, lr / 10 if min_lr is None else min_lr, warmup)
+            rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
             loss, norm = _update(model, optimizer, source, n, accumulate, rate, clip)
             seconds = time.perf_counter() - start
             validation = None

@@ -13,7 +13,7 @@ import pytest
 from fastlm import backend, data, hub, models
 from fastlm.checkpoint import read_json
 from fastlm.models.base import names
-from fastlm.train import AdamW, checkpoints, evaluate, read_log, train, warmup_cosine
+from fastlm.train import AdamW, checkpoints, default_lr, evaluate, read_log, train, warmup_cosine
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SETTINGS = json.loads((MODELS / "training.json").read_text())
@@ -179,6 +179,7 @@ def test_decay_spares_vectors():
 
 
 def test_schedule():
+    assert [round(default_lr(width), 5) for width in (128, 384, 768)] == [0.002, 0.00096, 0.00061]
     rates = [warmup_cosine(n, 100, 1.0, 0.1, 10) for n in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0
