@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -25,12 +26,29 @@ from fastlm.checkpoint import (
 )
 from fastlm.models import ARCHITECTURES, module_of
 from fastlm.models.base import LanguageModel, check_config
-from fastlm.models.convert import config_from_hf, config_to_hf, load_hf, load_tensors, parameter_dtype, tensors_to_hf
+from fastlm.models.convert import (
+    config_from_hf,
+    config_to_hf,
+    guess_architecture,
+    load_hf,
+    load_tensors,
+    parameter_dtype,
+    tensors_to_hf,
+)
+from fastlm.models.encoder import Encoder, Pooling
 from fastlm.nn import rope_scaling
 from fastlm.tokenizers import Tokenizer
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]  # never code, never pickles
+_PATTERNS = [
+    "*.json",
+    "1_Pooling/config.json",
+    "vocab.txt",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+]  # never code, never pickles
 
 
 def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> tuple[LanguageModel, Tokenizer | None]:
@@ -84,17 +102,73 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
             f"[load] {folder} has no config.json" + (f", and {len(found)} .gguf files: name one" if found else "")
         )
     raw = read_json(config_path)
-    kind = raw.get("model_type")
+    tensors = dict(read_safetensors(folder))
+    kind = raw.get("model_type", _guess_type(tensors))
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise FormatError(config_path, f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r:.60}")
     module = ARCHITECTURES[kind]
-    tensors = dict(read_safetensors(folder))
     try:
+        if not raw.get("architectures") and (guessed := guess_architecture(module, tensors)):
+            raw = raw | {"architectures": [guessed]}
         model = _declare(module, config_from_hf(module, raw), len(tensors))
         load_hf(module, model, tensors, dtype)
     except (ValueError, TypeError) as error:
         raise FormatError(config_path, str(error)) from None
+    if isinstance(model, Encoder):
+        model.pooling = _read_pooling(folder)
     return model, _folder_tokenizer(folder)
+
+
+def _guess_type(tensors: Mapping[str, Any]) -> str | None:
+    """The model_type of older files that leave it out, by the prefix of their tensors."""
+    found = [kind for kind, module in ARCHITECTURES.items() if any(name.startswith(module.HF_PREFIX) for name in tensors)]
+    return found[0] if len(found) == 1 else None
+
+
+# How sentence-transformers pools
+
+
+def _read_pooling(folder: Path) -> Pooling:
+    """What modules.json and the folders that it names say; the mean where there is none."""
+    if not (folder / "modules.json").exists():
+        return Pooling()
+    path = folder / "1_Pooling" / "config.json"
+    modules: Any
+    try:
+        modules = json.loads((folder / "modules.json").read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(folder / "modules.json", f"not JSON that is read: {error}") from None
+    if not isinstance(modules, list):
+        raise FormatError(folder / "modules.json", f"expected a list of modules, got {type(modules).__name__}")
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or not path.exists():
+        raise FormatError(folder / "modules.json", f"expected Transformer, Pooling and perhaps Normalize, got {', '.join(kinds)}")
+    modes = [
+        key.removeprefix("pooling_mode_") for key, on in read_json(path).items() if key.startswith("pooling_mode_") and on is True
+    ]
+    if modes not in (["mean_tokens"], ["cls_token"]):
+        raise FormatError(path, f"the pooling mode must be mean_tokens or cls_token, got {', '.join(modes)}")
+    sizes = folder / "sentence_bert_config.json"
+    longest = read_json(sizes).get("max_seq_length") if sizes.exists() else None
+    if longest is not None and (type(longest) is not int or longest < 2):
+        raise FormatError(sizes, f"max_seq_length must be an integer of at least 2, got {longest!r:.60}")
+    return Pooling(modes[0].partition("_")[0], "Normalize" in kinds, longest)
+
+
+def _write_pooling(pooling: Pooling, width: int, folder: Path) -> None:
+    if pooling == Pooling():
+        return
+    kinds = ["Transformer", "Pooling"] + ["Normalize"] * pooling.normalise
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf-8")
+    (folder / "1_Pooling").mkdir()
+    modes = {f"pooling_mode_{mode}": mode.startswith(pooling.mode) for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width} | modes)
+    if pooling.max_tokens is not None:
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling.max_tokens, "do_lower_case": False})
 
 
 def _declare(module: ModuleType, config: Any, count: int) -> LanguageModel:
@@ -106,7 +180,7 @@ def _declare(module: ModuleType, config: Any, count: int) -> LanguageModel:
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer | None:
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
         return None
     return Tokenizer.from_folder(folder)
 
@@ -263,12 +337,14 @@ def write_files(model: LanguageModel, tokenizer: Tokenizer | None, folder: Path)
             )
     write_json(folder / "config.json", raw)
     write_safetensors(folder, tensors_to_hf(module, model))
+    if isinstance(model, Encoder):
+        _write_pooling(model.pooling, model.config.d_model, folder)
 
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Renames a finished folder into place after everything in it has reached the disk."""
     staging.chmod(0o755)  # mkdtemp makes it private
-    for path in staging.iterdir():
+    for path in (p for p in staging.rglob("*") if p.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sync_folder(staging)

@@ -104,6 +104,40 @@ class LM:
         begin every `stride`, default half of it; see fastlm.evaluate."""
         return evaluate.perplexity(self.causal, self._ids(text), context, stride)
 
+    # Encoders
+
+    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = 2048) -> Array:
+        """One vector for each text, or each list of ids: (N, C) float32; (C,) for one text.
+
+        The mean over the tokens or the first token's state, of length 1 or not, as the checkpoint's sentence-transformers files say
+        (`model.pooling`); the plain mean where there are none. Longer texts are cut to the longest that these files or the model
+        allow. Texts of like length share a batch of about `batch_tokens` tokens; a text has the same vector alone and in company.
+        """
+        if not isinstance(self.model, Encoder):
+            raise ValueError(f"[embed] the model must be an encoder, got {type(self.model).__name__}")
+        if isinstance(texts, str):
+            one: Array = self.embed([texts], batch_tokens)[0]
+            return one
+        given: list[Any] = list(texts)
+        if all(isinstance(text, str) for text in given):
+            ids = self._need_tokenizer().encode_batch(given)
+        else:
+            ids = [[int(i) for i in text] for text in given]
+        bad = next((i for i, row in enumerate(ids) if not row), None)
+        if bad is not None:
+            raise ValueError(f"[embed] every text must have a token, got none in number {bad}")
+        pooling, longest = self.model.pooling, self.model.max_tokens
+        longest = min(longest, pooling.max_tokens or longest)
+        ids = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in ids]  # keeps [SEP]
+        out = np.empty((len(ids), self.model.config.d_model), np.float32)
+        for rows in _buckets([len(row) for row in ids], batch_tokens):
+            lengths = np.array([len(ids[i]) for i in rows])
+            mask = np.arange(lengths.max()) < lengths[:, None]
+            padded = np.full(mask.shape, self.model.pad, np.int32)
+            padded[mask] = np.concatenate([ids[i] for i in rows])
+            out[rows] = pooling(self.model.states(padded, mask), lengths)
+        return out
+
     # Ids
 
     @overload
@@ -249,6 +283,15 @@ def _batch(name: str, ids: Any) -> tuple[Array, bool]:
     if array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"[logits] {name} must be (T,) or (B, T) with T at least 1, got {array.shape}")
     return (array[None], True) if array.ndim == 1 else (array, False)
+
+
+def _buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts, longest first, in groups whose padded size is at most batch_tokens, or one text."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = max(1, batch_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
 
 
 def _like(one: bool, x: Any) -> Any:

@@ -19,6 +19,7 @@ from fastlm.nn import Cache, Context, Embedding, Linear, Module
 from fastlm.tensor import Tensor, data, no_grad
 
 C = TypeVar("C")
+Id = int  # a field of a Config that is a token id: 0 is allowed
 _LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000}
 _LARGEST = 1 << 31
 
@@ -32,11 +33,13 @@ def check_config(config: C) -> C:
         limit = _LIMITS.get(field.name, _LARGEST)
         if kind.startswith("int") and not (type(value) is int and 1 <= value <= limit):
             raise ValueError(f"[config] {field.name} must be an integer from 1 to {limit}, got {value!r:.60}.")
+        if kind == "Id" and not (type(value) is int and 0 <= value <= limit):
+            raise ValueError(f"[config] {field.name} must be an integer from 0 to {limit}, got {value!r:.60}.")
         if kind == "float" and not (type(value) in (int, float) and math.isfinite(value) and value > 0):
             raise ValueError(f"[config] {field.name} must be a positive number, got {value!r:.60}.")
         if kind == "bool" and type(value) is not bool:
             raise ValueError(f"[config] {field.name} must be true or false, got {value!r:.60}.")
-        if kind == "str" and type(value) is not str:
+        if kind.startswith("str") and type(value) is not str:
             raise ValueError(f"[config] {field.name} must be a string, got {value!r:.60}.")
         if kind.startswith("Mapping") and not isinstance(value, Mapping):
             raise ValueError(f"[config] {field.name} must be a mapping, got {value!r:.60}.")

@@ -25,7 +25,8 @@ IGNORED = frozenset((
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "output_past",
     "gradient_checkpointing", "unsloth_version", "transformers.js_config", "return_dict", "output_hidden_states",
-    "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder", "finetuning_task",
+    "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "is_encoder_decoder",
+    "finetuning_task",
     "prefix", "do_sample", "max_length", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
 ))
 # fmt: on
@@ -60,6 +61,8 @@ def config_from_hf(module: ModuleType, raw: Mapping[str, Any]) -> Any:
         if head is not None and head not in module.HF_CLASS:
             wrong.append(head)
         values["head"] = head
+    if "labels" in kinds and not raw.get("id2label") and type(raw.get("num_labels")) is int:
+        values["labels"] = tuple(f"LABEL_{i}" for i in range(raw["num_labels"]))
     if "labels" in kinds and raw.get("id2label"):
         found = {int(k): str(v) for k, v in raw["id2label"].items()}
         values["labels"] = tuple(found.get(i, f"LABEL_{i}") for i in range(len(found)))
@@ -104,13 +107,36 @@ def table_of(module: ModuleType, config: Any) -> dict[str, str]:
 def load_hf(module: ModuleType, model: LanguageModel, tensors: Mapping[str, Any], dtype: str | None = None) -> None:
     """Puts the tensors of a Hugging Face folder into a declared model: renamed, read and tied as the model's file says."""
     table = table_of(module, model.config)
-    tensors = dict(tensors)
-    for pattern, name in getattr(module, "HF_RENAMED", ()):
-        tensors = {re.sub(pattern, name, k): v for k, v in tensors.items()}
+    tensors = _renamed(module, tensors)
     _add_prefix(module, table, tensors)
     if hasattr(module, "hf_read"):
         tensors = module.hf_read(tensors, model.config)
     load_tensors(model, tensors, table, module.HF_TRANSPOSED, module.HF_IGNORED_TENSORS, dtype, tied=getattr(module, "HF_TIED", {}))
+
+
+def _renamed(module: ModuleType, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Under today's names: older ones replaced, and a tied tensor that is there by its second name alone."""
+    found = dict(tensors)
+    for pattern, name in getattr(module, "HF_RENAMED", ()):
+        found = {re.sub(pattern, name, k): v for k, v in found.items()}
+    for name, original in getattr(module, "HF_TIED", {}).items():
+        if name in found and original not in found:
+            found[original] = found.pop(name)
+    return found
+
+
+def guess_architecture(module: ModuleType, tensors: Mapping[str, Any]) -> str | None:
+    """The class in a config.json that leaves out `architectures`: by the one head whose every part is there."""
+    if isinstance(module.HF_CLASS, str):
+        return None
+    parts = {name for tensor in _renamed(module, tensors) for name in (tensor, tensor.rpartition(".")[0])}
+    fits = [head for head, table in module.HF_HEADS.items() if parts.issuperset(table.values())]
+    most = max((len(module.HF_HEADS[head]) for head in fits), default=0)
+    best = [head for head in fits if len(module.HF_HEADS[head]) == most]
+    if len(best) > 1:
+        raise ValueError(f"config.json must have 'architectures': the weights fit {', '.join(module.HF_CLASS[h] for h in best)}")
+    guessed: str = module.HF_CLASS[best[0] if best else None]
+    return guessed
 
 
 def _add_prefix(module: ModuleType, table: Mapping[str, str], tensors: dict[str, Any]) -> None:
@@ -157,11 +183,9 @@ def load_tensors(
     patterns = [re.compile(p) for p in ignored]
     expected_names = set(theirs.values())
     for name, tensor in tensors.items():
-        if (
-            name not in expected_names
-            and not any(p.fullmatch(name) for p in patterns)
-            and not _harmless(name, tensor, tensors, tied, model)
-        ):
+        if name in expected_names or _harmless(name, tensor, tensors, tied, model):
+            continue
+        if name in tied or not any(p.fullmatch(name) for p in patterns):
             wrong["extra"].append(name)
     if any(wrong.values()):
         raise ValueError("the weights do not fit the configuration: " + "; ".join(_listed(k, v) for k, v in wrong.items() if v))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import LanguageModel, as_ids
 from fastlm.nn import Context, Embedding, Module
@@ -23,25 +27,62 @@ class Head(Module):
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """How a sequence becomes one vector: the mean over its tokens ("mean") or its first token ("cls"), and whether to length 1.
+
+    max_tokens: what is longer is cut, as sentence-transformers does; None: the model's context.
+    """
+
+    mode: str = "mean"
+    normalise: bool = False
+    max_tokens: int | None = None
+
+    def __call__(self, x: Array, lengths: Array) -> Array:
+        """x (B, T, C), of which lengths (B,) positions are there -> (B, C) float32."""
+        pooled = x[:, 0].copy() if self.mode == "cls" else np.stack([row[:n].mean(0) for row, n in zip(x, lengths, strict=True)])
+        if self.normalise:
+            pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+        return pooled
+
+
 class Encoder(LanguageModel):
-    """A bidirectional model. A subclass sets `config`, `token_embedding`, `pooler`, `head`, and defines `hidden`.
+    """A bidirectional model. A subclass sets `config`, `embeddings` (its `tokens`), `pooler`, `head`, and defines `hidden`.
 
     ids: (B, T), or (B, K, T) for K choices of each example. mask: (B, T), 1 where there is a token, 0 where there is padding, or
     (B, T, T), one for each query; None: all are there. segments: (B, T), the number of each token's segment; None: all 0.
     """
 
-    token_embedding: Embedding
+    embeddings: Any
     pooler: Module | None
     head: Head | None
+    pooling = Pooling()
+
+    @property
+    def token_embedding(self) -> Embedding:
+        """What heads share."""
+        tokens: Embedding = self.embeddings.tokens
+        return tokens
+
+    @property
+    def pad(self) -> int:
+        """The id that fills a batch up. Only RoBERTa looks at it; elsewhere the mask says all."""
+        return int(getattr(self.config, "pad", 0))
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence."""
+        return int(self.config.context)
 
     def hidden(self, ids: Array, context: Context) -> Any:
         """ids (B, T) int32 -> (B, T, C), after the last layer."""
         raise NotImplementedError(f"{type(self).__name__} defines no hidden")
 
     def __call__(self, ids: Any, mask: Any = None, segments: Any = None) -> Tensor:
-        """The head's logits, recorded."""
+        """The head's logits, recorded. For ids (B, K, T): the K scores of each example, (B, K)."""
         logits: Tensor = self._need_head()(self, self.run(ids, mask, segments))
-        return logits
+        lead = np.shape(ids)[:-1]
+        return ops.reshape(logits, lead) if len(lead) == 2 else logits
 
     def loss(self, ids: Any, targets: Any, mask: Any = None, segments: Any = None) -> Tensor:
         """The head's loss, a scalar; targets as the head says."""
@@ -61,6 +102,7 @@ class Encoder(LanguageModel):
 
     def run(self, ids: Any, mask: Any = None, segments: Any = None) -> Any:
         """The hidden states, recorded."""
+        ids, mask, segments = (_flat(x) for x in (ids, mask, segments)) if np.ndim(ids) == 3 else (ids, mask, segments)
         ids = as_ids("ids", ids)
         if segments is not None:
             segments = as_ids("segments", segments, ids.shape)
@@ -72,3 +114,8 @@ class Encoder(LanguageModel):
                 f"[model] this {type(self).__name__} has no head: it gives hidden states (states), no logits and no loss."
             )
         return self.head
+
+
+def _flat(x: Any) -> Any:
+    """(B, K, T) -> (B K, T)."""
+    return x if x is None else np.reshape(x, (-1, np.shape(x)[-1]))

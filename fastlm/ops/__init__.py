@@ -10,6 +10,7 @@ from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.matmul import matmul
+from fastlm.ops.regression import binary_cross_entropy, mean_squared_error
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attention",
+    "binary_cross_entropy",
     "cross_entropy",
     "embedding",
     "gated",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "matmul",
+    "mean_squared_error",
     "reshape",
     "rms_norm",
     "rope",

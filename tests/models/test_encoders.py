@@ -1,0 +1,226 @@
+"""Encoders of every family and head against transformers: logits, losses, first gradients, files. See tests/data/make_encoders.py."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlm import hub, models, ops
+from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
+from fastlm.models import convert
+from fastlm.models.base import names
+from fastlm.nn import count_parameters
+from fastlm.tensor import no_grad
+
+DATA = Path(__file__).parents[1] / "data" / "encoders"
+GOLDEN = np.load(DATA / "golden.npz")
+NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir() and path.name != "bert.start")
+HEADED = [name for name in NAMES if not name.endswith(".bare")]
+COUNTS = {
+    ("bert-base-uncased", None): 109_482_240,
+    ("bert-base-uncased", "masked_lm"): 109_514_298,
+    ("bert-large-uncased", None): 335_141_888,
+    ("roberta-base", "masked_lm"): 124_697_433,
+    ("roberta-large", "masked_lm"): 355_412_057,
+    ("distilbert-base-uncased", None): 66_362_880,
+    ("distilbert-base-uncased", "masked_lm"): 66_985_530,
+    ("albert-base-v2", None): 11_683_584,
+    ("electra-small", None): 13_483_008,
+    ("all-minilm-l6-v2", None): 22_713_216,
+}
+
+
+def close(got, want):
+    """The bar for float32 against the reference in float64: 1e-5 x max(1, |value|)."""
+    assert got.shape == want.shape
+    error = np.abs(got - want) / np.maximum(1, np.abs(want))
+    assert error.max() <= 1e-5, error.max()
+
+
+def digest(gradient):
+    signs = np.random.default_rng(gradient.size).integers(0, 2, (16, gradient.size)) * 2.0 - 1.0
+    return np.array([np.linalg.norm(gradient), *(signs @ gradient.reshape(-1).astype(np.float64))])
+
+
+def inputs(name):
+    return [GOLDEN.get(f"{name}.{k}") for k in ("ids", "mask", "segments")]
+
+
+def wanted(name):
+    targets = GOLDEN[f"{name}.targets"]
+    return (targets, GOLDEN[f"{name}.sentences"]) if f"{name}.sentences" in GOLDEN else targets
+
+
+def load(name):
+    return hub.load_folder_or_gguf(DATA / name)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".bare")])
+def test_hidden_states(name):
+    model, (ids, mask, segments) = load(name), inputs(name)
+    x = model.states(ids, mask, segments)
+    close(x, GOLDEN[f"{name}.hidden"])
+    if f"{name}.pooled" in GOLDEN:
+        close(model.pooler(x).data, GOLDEN[f"{name}.pooled"])
+    with pytest.raises(ValueError, match="has no head"):
+        model.logits(ids)
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_logits(name):
+    model, (ids, mask, segments) = load(name), inputs(name)
+    close(model.logits(ids, mask, segments), GOLDEN[f"{name}.logits"])
+    if f"{name}.sentence_logits" in GOLDEN:
+        with no_grad():
+            close(model.head.sentence_logits(model, model.run(ids, mask, segments)).data, GOLDEN[f"{name}.sentence_logits"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra"])
+def test_padding_on_the_left(family):
+    name = f"{family}.masked_lm"
+    ids, mask, segments = (None if x is None else x[:, ::-1] for x in inputs(name))
+    close(load(name).logits(ids, mask, segments), GOLDEN[f"{name}.left.logits"])
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_loss_and_first_gradients(name):
+    model, (ids, mask, segments) = load(name).train(), inputs(name)
+    loss = model.loss(ids, wanted(name), mask, segments)
+    assert loss.item() == pytest.approx(float(GOLDEN[f"{name}.loss"]), rel=1e-6)
+    loss.backward()
+    theirs = names(convert.table_of(models.module_of(model), model.config), model)
+    for ours, p in model.named_parameters().items():
+        if f"{name}.gradient.{theirs[ours]}" in GOLDEN:
+            want = GOLDEN[f"{name}.gradient.{theirs[ours]}"]
+            norm, error = np.linalg.norm(want), np.linalg.norm(p.grad - want)
+        else:
+            want = GOLDEN[f"{name}.digest.{theirs[ours]}"]
+            norm, error = want[0], np.sqrt(np.square(digest(p.grad) - want)[1:].mean())
+        # A constant added to all scores of a query, or to all logits, changes nothing: such gradients are zero but for rounding.
+        assert error <= (1e-5 * norm if norm > 1e-12 else 1e-6), (ours, norm, error)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_gives_back_the_bytes(name, tmp_path):
+    model = load(name)
+    hub.save(model, None, tmp_path / "out")
+    before, after = read_safetensors(DATA / name), read_safetensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    again, _ = hub.load_folder_or_gguf(tmp_path / "out")
+    assert again.config == model.config
+    hub.save(again, None, tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_loads_what_is_saved(name, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model, (ids, mask, segments) = load(name), inputs(name)
+    hub.save(model, None, tmp_path / "out")
+    kind = getattr(transformers, read_json(DATA / name / "config.json")["architectures"][0])
+    theirs, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    given = {"input_ids": ids, "attention_mask": mask} | ({} if segments is None else {"token_type_ids": segments})
+    with torch.no_grad():
+        got = theirs.eval()(**{k: torch.tensor(v.astype(np.int64)) for k, v in given.items()})
+    if "last_hidden_state" in got:
+        np.testing.assert_allclose(model.states(ids, mask, segments), got["last_hidden_state"], rtol=1e-5, atol=1e-5)
+    elif "start_logits" in got:
+        np.testing.assert_allclose(
+            model.logits(ids, mask)[..., 0], got["start_logits"], rtol=1e-5, atol=1e-5
+        ) if segments is None else None
+    else:
+        want = got.get("prediction_logits", got.get("logits"))
+        np.testing.assert_allclose(model.logits(ids, mask, segments), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("preset", "head"), COUNTS)
+def test_counts(preset, head):
+    assert count_parameters(models.declare(models.preset(preset, head=head))) == COUNTS[preset, head]
+
+
+def test_bits_alone_and_in_a_padded_batch():
+    model, (ids, mask, segments) = load("bert.masked_lm"), inputs("bert.masked_lm")
+    whole = model.logits(ids, mask, segments)
+    n = int(mask[1].sum())
+    np.testing.assert_array_equal(whole[1, :n], model.logits(ids[1:2, :n], None, segments[1:2, :n])[0])
+
+
+def test_ignored_positions_cost_and_change_nothing():
+    model, (ids, mask, segments) = load("bert.masked_lm"), inputs("bert.masked_lm")
+    targets = wanted("bert.masked_lm")
+    want = ops.cross_entropy(model.logits(ids, mask, segments), targets.astype(np.int32))
+    assert model.loss(ids, targets, mask, segments).item() == pytest.approx(float(want), rel=1e-6)
+    with pytest.raises(ValueError, match="-100 everywhere"):
+        model.loss(ids, np.full(ids.shape, -100), mask, segments)
+
+
+def test_older_files(tmp_path):
+    """gamma and beta, a position buffer, a tied decoder that is written out, no model_type and no architectures."""
+    name = "bert.pretraining"
+    tensors = dict(read_safetensors(DATA / name))
+    raw = read_json(DATA / name / "config.json")
+    for key in list(tensors):
+        if "LayerNorm" in key:
+            tensors[key.replace("weight", "gamma").replace("bias", "beta")] = tensors.pop(key)
+    tensors["bert.embeddings.position_ids"] = np.arange(17, dtype=np.int64)[None]
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["cls.predictions.decoder.bias"] = tensors.pop("cls.predictions.bias")
+    del raw["model_type"], raw["architectures"]
+    write_json(tmp_path / "config.json", raw)
+    write_safetensors(tmp_path, tensors)
+    model, _ = hub.load_folder_or_gguf(tmp_path)
+    assert model.config.head == "pretraining"
+    np.testing.assert_array_equal(model.logits(*inputs(name)), load(name).logits(*inputs(name)))
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"] * 2
+    write_safetensors(tmp_path, tensors)
+    with pytest.raises(FormatError, match=r"1 extra: cls\.predictions\.decoder\.weight"):
+        hub.load_folder_or_gguf(tmp_path)
+
+
+def test_a_head_takes_what_it_needs_of_a_pretrained_file(tmp_path):
+    """A masked LM from a file with pooler and next-sentence head, as Google's are; a bare model from the same."""
+    shutil.copytree(DATA / "bert.pretraining", tmp_path / "m")
+    raw = read_json(tmp_path / "m" / "config.json")
+    for kind, head in (("BertForMaskedLM", "masked_lm"), ("BertModel", None)):
+        write_json(tmp_path / "m" / "config.json", raw | {"architectures": [kind]})
+        model, _ = hub.load_folder_or_gguf(tmp_path / "m")
+        assert model.config.head == head
+    write_json(tmp_path / "m" / "config.json", raw | {"architectures": ["BertForSequenceClassification"]})
+    with pytest.raises(FormatError, match=r"2 missing: classifier\.weight, classifier\.bias"):
+        hub.load_folder_or_gguf(tmp_path / "m")
+    write_json(tmp_path / "m" / "config.json", raw | {"architectures": ["BertLMHeadModel"]})
+    with pytest.raises(FormatError, match="'architectures' must be one of BertModel"):
+        hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_labels_survive(tmp_path):
+    config = models.bert.BertConfig(
+        vocab_size=9, context=8, d_model=8, n_layer=1, n_head=2, d_ff=8, head="token_classification", labels=("O", "B", "I")
+    )
+    hub.save(models.create(config), None, tmp_path / "m")
+    assert read_json(tmp_path / "m" / "config.json")["id2label"] == {"0": "O", "1": "B", "2": "I"}
+    assert hub.load_folder_or_gguf(tmp_path / "m")[0].config == config
+
+
+def test_refuses():
+    model, (ids, mask, segments) = load("bert.masked_lm"), inputs("bert.masked_lm")
+    with pytest.raises(ValueError, match=r"mask must be \(B, S\) or"):
+        model.logits(ids, mask[:, :3])
+    with pytest.raises(ValueError, match=r"segments must be \(B, T\) = \(3, 11\)"):
+        model.logits(ids, mask, segments[:2])
+    with pytest.raises(ValueError, match="ids must end within 17 positions"):
+        model.logits(np.zeros((1, 18), int))
+    with pytest.raises(ValueError, match=r"targets must have the shape \(3, 11\), got \(3, 4\)"):
+        model.loss(ids, np.zeros((3, 4), int))
+    with pytest.raises(ValueError, match="segments must be None"):
+        load("distilbert.masked_lm").logits(ids, mask, np.zeros((3, 11), int))
+    with pytest.raises(ValueError, match="head must be None or one of masked_lm"):
+        models.declare(models.preset("bert-base-uncased", head="chat"))
+    with pytest.raises(ValueError, match="has no layers; its fields are vocab_size"):
+        models.preset("bert-base-uncased", layers=3)
