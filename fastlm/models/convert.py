@@ -108,7 +108,6 @@ def load_hf(module: ModuleType, model: LanguageModel, tensors: Mapping[str, Any]
     """Puts the tensors of a Hugging Face folder into a declared model: renamed, read and tied as the model's file says."""
     table = table_of(module, model.config)
     tensors = _renamed(module, tensors)
-    _add_prefix(module, table, tensors)
     if hasattr(module, "hf_read"):
         tensors = module.hf_read(tensors, model.config)
     load_tensors(model, tensors, table, module.HF_TRANSPOSED, module.HF_IGNORED_TENSORS, dtype, tied=getattr(module, "HF_TIED", {}))
@@ -119,6 +118,7 @@ def _renamed(module: ModuleType, tensors: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(tensors)
     for pattern, name in getattr(module, "HF_RENAMED", ()):
         found = {re.sub(pattern, name, k): v for k, v in found.items()}
+    _add_prefix(module, found)
     for name, original in getattr(module, "HF_TIED", {}).items():
         if name in found and original not in found:
             found[original] = found.pop(name)
@@ -139,13 +139,14 @@ def guess_architecture(module: ModuleType, tensors: Mapping[str, Any]) -> str | 
     return guessed
 
 
-def _add_prefix(module: ModuleType, table: Mapping[str, str], tensors: dict[str, Any]) -> None:
+def _add_prefix(module: ModuleType, tensors: dict[str, Any]) -> None:
     """Files of the bare model leave out the prefix: `h.0...` for `transformer.h.0...`."""
     if any(name.startswith(module.HF_PREFIX) for name in tensors):
         return
-    heads = [v + "." for v in table.values() if not v.startswith(module.HF_PREFIX)]
+    tables = [module.HF_NAMES, *getattr(module, "HF_HEADS", {}).values()]
+    heads = {theirs + "." for table in tables for theirs in table.values() if not theirs.startswith(module.HF_PREFIX)}
     for name in list(tensors):
-        if not any(name.startswith(head) for head in heads):
+        if not any(f"{name}.".startswith(head) for head in heads):
             tensors[module.HF_PREFIX + name] = tensors.pop(name)
 
 

@@ -14,6 +14,7 @@ from fastlm.models import convert
 from fastlm.models.base import names
 from fastlm.nn import count_parameters
 from fastlm.tensor import no_grad
+from fastlm.train import AdamW
 
 DATA = Path(__file__).parents[1] / "data" / "encoders"
 GOLDEN = np.load(DATA / "golden.npz")
@@ -101,6 +102,21 @@ def test_loss_and_first_gradients(name):
             norm, error = want[0], np.sqrt(np.square(digest(p.grad) - want)[1:].mean())
         # A constant added to all scores of a query, or to all logits, changes nothing: such gradients are zero but for rounding.
         assert error <= (1e-5 * norm if norm > 1e-12 else 1e-6), (ours, norm, error)
+
+
+def test_losses_of_100_steps():
+    """Masked tokens and next sentence with AdamW, against float64."""
+    curve, model = np.load(DATA / "curve.npz"), load("bert.start").train()
+    optimizer, losses = AdamW(model, (0.9, 0.99), 1e-8, 0.0), []
+    for step in range(100):
+        model.zero_grad()
+        targets = curve["targets"][step].astype(np.int32), curve["sentences"][step]
+        loss = model.loss(curve["ids"][step], targets, None, curve["segments"][step])
+        loss.backward()
+        optimizer.update(2e-3, None)
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, curve["losses"], rtol=0, atol=1e-5)
+    assert curve["losses"][-1] < curve["losses"][0] - 1
 
 
 @pytest.mark.parametrize("name", NAMES)
