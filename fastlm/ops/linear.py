@@ -59,7 +59,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     def backward(dy: Array) -> Sequence[Array | None]:
         dz = backend.empty(shape) if kind else dy
         target = leaf(bias)
-        dbias = target.grad_buffer() if target else backend.zeros((N,)) if needs_grad(bias) else None
+        dbias = target.grad_buffer() if target is not None else backend.zeros((N,)) if needs_grad(bias) else None
         if kind or dbias is not None:
             partial = backend.empty((-(-M // _C.linear_rows), N)) if dbias is not None else None
             _C.linear_backward(dz if kind else None, dbias, partial, dy.reshape(M, N), z, kind)
@@ -72,7 +72,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
             dw = owner.grad_buffer() if owner else backend.zeros((N, K))
             product(dw, dz, xd, N, K, M, a_transposed=True, accumulate=True)
             dw = None if owner else dw
-        return dx, dw, None if target else dbias, dy if needs_grad(residual) else None
+        return dx, dw, None if target is not None else dbias, dy if needs_grad(residual) else None
 
     return record(y, (x, weight, bias, residual), backward)
 

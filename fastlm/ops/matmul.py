@@ -47,9 +47,9 @@ def matmul(a: Any, b: Any) -> Any:
             product(da, dc, bd, M, K, N, batch=batch, b_transposed=True)
         if needs_grad(b):
             target = leaf(b)
-            total = target.grad_buffer() if target else backend.zeros(bd.shape)
+            total = target.grad_buffer() if target is not None else backend.zeros(bd.shape)
             product(total, ad, dc, K, N, M, batch=batch, a_transposed=True, accumulate=True)
-            db = None if target else total
+            db = None if target is not None else total
         return da, db
 
     return record(c, (a, b), backward)
