@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
 
 
 _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_WIDTH = 16  # attention sums in another order over fewer queries; padding to as many, a text has the same bits alone
 _BEAMS = {"length_penalty", "early_stopping"}
 
 
@@ -132,7 +133,7 @@ class LM:
         out = np.empty((len(ids), self.model.config.d_model), np.float32)
         for rows in _buckets([len(row) for row in ids], batch_tokens):
             lengths = np.array([len(ids[i]) for i in rows])
-            mask = np.arange(lengths.max()) < lengths[:, None]
+            mask = np.arange(max(lengths.max(), _WIDTH)) < lengths[:, None]
             padded = np.full(mask.shape, self.model.pad, np.int32)
             padded[mask] = np.concatenate([ids[i] for i in rows])
             out[rows] = pooling(self.model.states(padded, mask), lengths)
