@@ -45,8 +45,8 @@ def attention(
         raise ValueError(f"[attention] q must be (B, T, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
     if kd.shape != (B, S, G, D):
         check.shape("attention", "k", kd, "(B, S, G, D)", (B, S, G, D), f"q is {qd.shape}.")
-    if vd.shape[:3] != (B, S, G):
-        check.shape("attention", "v", vd, "(B, S, G, E)", (B, S, G, E), f"k is {kd.shape}.")
+    if vd.shape[:3] != (B, S, G) or E == 0:
+        check.shape("attention", "v", vd, "(B, S, G, E)", (B, S, G, E or D), f"k is {kd.shape}.")
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
     ld = None if lengths is None else _lengths(lengths, B, S)

@@ -6,40 +6,40 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-struct Workspace {
-    float *qt, *dyt, *dqt;     // (D, kRows) with its sign, (E, kRows), (D, kRows)
-    float *q, *dy;             // (kRows, D) times scale and (kRows, E), widths rounded up to vectors
-    float *weights, *dscores;  // (kKeys, kRows)
-    float *k, *v;              // (kKeys, D), (kKeys, E)
-    float* sum;                // (kKeys, max of the rounded widths)
+// The state of one tile of rows.
+struct State {
+    Tile t;
+    float *qt, *dyt, *dqt;  // (D, kRows) with its sign, (E, kRows), (D, kRows)
+    float *q, *dy;          // (kRows, D) times scale and (kRows, E), widths rounded up to vectors
     alignas(64) float delta[kRows], maximum[kRows], inverse[kRows];
 };
 
-// Lays the workspace out from `memory` on, and returns how many floats it takes (null: only that).
-int64_t workspace(Workspace& w, const AttentionInputs& p, float* memory) {
+// What the tiles of a piece share, for one tile of keys.
+struct Workspace {
+    float *weights, *dscores;  // (kKeys, kRows)
+    float *k, *v;              // (kKeys, D), (kKeys, E)
+    float *dk, *dv;            // the same, widths rounded up to vectors
+    State* states;
+};
+
+// Lays everything out from `memory` on, and returns how many floats it takes (null: only that).
+int64_t workspace(Workspace& w, int64_t tiles, const AttentionInputs& p, float* memory) {
     int64_t used = 0;
     auto take = [&](int64_t n) {
         float* mine = memory ? memory + used : nullptr;
         used += (n + 15) / 16 * 16;
         return mine;
     };
-    w.qt = take(p.D * kRows), w.dyt = take(p.E * kRows), w.dqt = take(p.D * kRows);
-    w.q = take(kRows * round_up(p.D)), w.dy = take(kRows * round_up(p.E));
+    const int64_t D = round_up(p.D), E = round_up(p.E);
     w.weights = take(kKeys * kRows), w.dscores = take(kKeys * kRows);
     w.k = take(kKeys * p.D), w.v = take(kKeys * p.E);
-    w.sum = take(kKeys * round_up(most(p.D, p.E)));
+    w.dk = take(kKeys * D), w.dv = take(kKeys * E);
+    for (int64_t i = 0; i < tiles; ++i) {
+        State& s = w.states[i];
+        s.qt = take(p.D * kRows), s.dyt = take(p.E * kRows), s.dqt = take(p.D * kRows);
+        s.q = take(kRows * D), s.dy = take(kRows * E);
+    }
     return used;
-}
-
-// out[j] += sum over the span's rows of a[j][row] x[row]: `width` floats a row, `stride` apart.
-void add_product(float* out, int64_t stride, const float* a, const float* x, const Span& s, int64_t width, float* buffer) {
-    const int64_t vectors = (width + W - 1) / W, rows = (s.v1 - s.v0) * W;
-    const float* from = x + s.v0 * W * vectors * W;
-    if (width % W == 0) return product<false, To::Add>(out, stride, a + s.v0 * W, kRows, from, width, s.n, vectors, rows);
-    product<false, To::Set>(buffer, vectors * W, a + s.v0 * W, kRows, from, vectors * W, s.n, vectors, rows);
-    for (int64_t j = 0; j < s.n; ++j)
-        for (int64_t c = 0; c < width; c += W)
-            store_n(out + j * stride + c, load_n(out + j * stride + c, width - c) + load(buffer + j * vectors * W + c), width - c);
 }
 
 // dbias[row's head][row's time][j] += dscores, rows in order.
@@ -58,22 +58,25 @@ void add_dbias(const AttentionBackward& p, const Tile& t, const Span& s, const f
         }
 }
 
-void add_tile(Workspace& w, const Tile& t, const AttentionBackward& p, int64_t j0, int64_t n) {
+// One tile of keys from j0 on and one of rows. k: (n, D), values: (n, E).
+void add_tile(const Workspace& w, const State& state, const AttentionBackward& p, const float* k, const float* values, int64_t j0,
+              int64_t n) {
     const AttentionInputs& in = p.in;
-    const float* k = pack_rows(w.k, in.k + t.b * in.k_batch + j0 * in.k_time + t.g * in.D, in.k_time, n, in.D);
-    const float* values = pack_rows(w.v, in.v + t.b * in.v_batch + j0 * in.v_time + t.g * in.E, in.v_time, n, in.E);
+    const Tile& t = state.t;
     const vf unit = set(units(in).unit);
+    const int64_t D = round_up(in.D), E = round_up(in.E);
     Span list[4];
     const int64_t count = spans(t, j0, n, list);
     for (int64_t i = 0; i < count; ++i) {
         const Span& s = list[i];
-        const int64_t at = (s.j - j0) * kRows;
-        score(w.weights, t, in, s, j0, w.qt, k, in.D);
-        dot(w.dscores + at + s.v0 * W, values + (s.j - j0) * in.E, in.E, w.dyt + s.v0 * W, s.n, s.v1 - s.v0, in.E);
+        const int64_t j = s.j - j0, lane = s.v0 * W, vectors = s.v1 - s.v0, rows = vectors * W;
+        float *weights = w.weights + j * kRows, *dscores = w.dscores + j * kRows;
+        score(w.weights, t, in, s, j0, state.qt, k, in.D);
+        dot(dscores + lane, values + j * in.E, in.E, state.dyt + lane, s.n, vectors, in.E);
         for (int64_t v = s.v0; v < s.v1; ++v) {
-            const vf maximum = load(w.maximum + v * W), inverse = load(w.inverse + v * W), delta = load(w.delta + v * W);
-            for (int64_t j = 0; j < s.n; ++j) {
-                float *weight = w.weights + at + j * kRows + v * W, *dscore = w.dscores + at + j * kRows + v * W;
+            const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W), delta = load(state.delta + v * W);
+            for (int64_t u = 0; u < s.n; ++u) {
+                float *weight = weights + u * kRows + v * W, *dscore = dscores + u * kRows + v * W;
                 const vf e = exp2_negative((load(weight) - maximum) * unit) * inverse;
                 vf d = e * (load(dscore) - delta);
                 if (s.masked) d = select(eq(e, zero()), zero(), d);  // what is hidden may hold inf or nan
@@ -81,12 +84,10 @@ void add_tile(Workspace& w, const Tile& t, const AttentionBackward& p, int64_t j
                 store(dscore, d);
             }
         }
-        const int64_t token = (t.b * in.S + s.j) * in.G + t.g;
-        add_product(p.dv + token * in.E, in.G * in.E, w.weights + at, w.dy, s, in.E, w.sum);
-        add_product(p.dk + token * in.D, in.G * in.D, w.dscores + at, w.q, s, in.D, w.sum);
-        product<true, To::Add>(w.dqt + s.v0 * W, kRows, k + (s.j - j0) * in.D, in.D, w.dscores + at + s.v0 * W, kRows, in.D,
-                               s.v1 - s.v0, s.n);
-        if (p.dbias) add_dbias(p, t, s, w.dscores + at);
+        product<false, To::Add>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, rows);
+        product<false, To::Add>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, rows);
+        product<true, To::Add>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, s.n);
+        if (p.dbias) add_dbias(p, t, s, dscores);
     }
 }
 
@@ -94,57 +95,98 @@ void copy_row(float* out, const float* x, int64_t n, float factor) {
     for (int64_t c = 0; c < n; c += W) store(out + c, load_n(x + c, n - c) * set(factor));
 }
 
-// All that rows [first, first + rows) of (b, g) give to the keys [begin, end), and these to them.
-void backward_tile(const AttentionBackward& p, Workspace& w, float* dq, int64_t b, int64_t g, int64_t first, int64_t rows,
+// out's rows += x's, `width` floats each.
+void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < width; c += W) {
+            float* at = out + i * stride + c;
+            store_n(at, load_n(at, width - c) + load(x + i * round_up(width) + c), width - c);
+        }
+}
+
+FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) { return (t.b * p.T + t.time[r]) * p.H + t.head[r]; }
+
+void open_state(State& s, const AttentionBackward& p) {
+    const AttentionInputs& in = p.in;
+    const Tile& t = s.t;
+    auto q = [&](int64_t r) { return in.q + t.b * in.q_batch + t.time[r] * in.q_time + t.head[r] * in.D; };
+    auto dy = [&](int64_t r) { return p.dy + row_at(in, t, r) * in.E; };
+    pack_transposed(s.qt, t, in.D, units(in).sign, q);
+    pack_transposed(s.dyt, t, in.E, 1.0f, dy);
+    const int64_t D = round_up(in.D), E = round_up(in.E);
+    for (int64_t r = 0; r < t.vectors * W; ++r) {
+        if (r >= t.rows) {  // a weight of zero, and a row of zeros: adds nothing
+            for (int64_t c = 0; c < D; ++c) s.q[r * D + c] = 0.0f;
+            for (int64_t c = 0; c < E; ++c) s.dy[r * E + c] = 0.0f;
+            s.maximum[r] = 0.0f, s.inverse[r] = 0.0f;
+            continue;
+        }
+        copy_row(s.q + r * D, q(r), in.D, float(in.scale));
+        copy_row(s.dy + r * E, dy(r), in.E, 1.0f);
+        const float* stats = p.stats + 2 * ((t.b * in.H + t.head[r]) * in.T + t.time[r]);
+        s.inverse[r] = stats[1];
+        s.maximum[r] = stats[1] == 0.0f ? 0.0f : stats[0];
+    }
+    for (int64_t v = 0; v < t.vectors; ++v) {
+        // dy . y by the same chains over e as dy . v: a row that sees one key has y = v, and a gradient of exactly zero.
+        vf sum = zero(), part = zero();
+        for (int64_t e = 0; e < in.E; e += W) {
+            vf a[W];
+            for (int64_t i = 0; i < W; ++i) {
+                const int64_t r = v * W + i;
+                a[i] = r < t.rows ? load_n(p.y + row_at(in, t, r) * in.E + e, in.E - e) : zero();
+            }
+            transpose(a);
+            for (int64_t i = 0; i < least(W, in.E - e); ++i) part = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part);
+            if ((e + W) % chain(in.E) != 0 && e + W < in.E) continue;
+            sum = sum + part;
+            part = zero();
+        }
+        store(s.delta + v * W, sum);
+    }
+}
+
+void close_state(const State& s, const AttentionInputs& p, float* dq) {
+    const vf factor = set(float(p.scale));
+    for (int64_t v = 0; v < s.t.vectors; ++v)
+        for (int64_t c = 0; c < p.D; c += W) {
+            vf a[W];
+            for (int64_t i = 0; i < W; ++i) a[i] = c + i < p.D ? load(s.dqt + (c + i) * kRows + v * W) * factor : zero();
+            transpose(a);
+            for (int64_t i = 0; i < least(W, s.t.rows - v * W); ++i)
+                store_n(dq + row_at(p, s.t, v * W + i) * p.D + c, a[i], p.D - c);
+        }
+}
+
+// All that `tiles` tiles of rows from `first` on give to the keys [begin, end) of (b, g), and these to them.
+void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, int64_t b, int64_t g, int64_t first, int64_t tiles,
                    int64_t begin, int64_t end) {
     const AttentionInputs& in = p.in;
-    Tile t;
-    open_tile(t, in, b, g, first, rows);
-    const float* q = in.q + b * in.q_batch;
-    auto row = [&](int64_t r, int64_t width) { return ((b * in.T + t.time[r]) * in.H + t.head[r]) * width; };
-    const int64_t low = most(begin, t.low_min / kKeys * kKeys), high = least(end, t.high_max);
-    for (int64_t i = 0; i < in.D * kRows; ++i) w.dqt[i] = 0.0f;
-    if (low < high) {
-        pack_transposed(w.qt, t, in.D, units(in).sign, [&](int64_t r) { return q + t.time[r] * in.q_time + t.head[r] * in.D; });
-        pack_transposed(w.dyt, t, in.E, 1.0f, [&](int64_t r) { return p.dy + row(r, in.E); });
-        const int64_t D = round_up(in.D), E = round_up(in.E);
-        for (int64_t r = 0; r < t.vectors * W; ++r) {
-            if (r >= rows) {  // a weight of zero, and a row of zeros: adds nothing
-                for (int64_t c = 0; c < D; ++c) w.q[r * D + c] = 0.0f;
-                for (int64_t c = 0; c < E; ++c) w.dy[r * E + c] = 0.0f;
-                w.maximum[r] = 0.0f, w.inverse[r] = 0.0f;
-                continue;
-            }
-            copy_row(w.q + r * D, q + t.time[r] * in.q_time + t.head[r] * in.D, in.D, float(in.scale));
-            copy_row(w.dy + r * E, p.dy + row(r, in.E), in.E, 1.0f);
-            const float* stats = p.stats + 2 * ((b * in.H + t.head[r]) * in.T + t.time[r]);
-            w.inverse[r] = stats[1];
-            w.maximum[r] = stats[1] == 0.0f ? 0.0f : stats[0];
-        }
-        for (int64_t v = 0; v < t.vectors; ++v) {
-            // dy . y by the same chains over e as dy . v: a row that sees one key has y = v, and a gradient of exactly zero.
-            vf sum = zero(), part = zero();
-            for (int64_t e = 0; e < in.E; e += W) {
-                vf a[W];
-                for (int64_t i = 0; i < W; ++i) a[i] = v * W + i < rows ? load_n(p.y + row(v * W + i, in.E) + e, in.E - e) : zero();
-                transpose(a);
-                for (int64_t i = 0; i < least(W, in.E - e); ++i) part = fma(a[i], load(w.dyt + (e + i) * kRows + v * W), part);
-                if ((e + W) % chain(in.E) != 0 && e + W < in.E) continue;
-                sum = sum + part;
-                part = zero();
-            }
-            store(w.delta + v * W, sum);
-        }
-        for (int64_t j = low; j < high; j += kKeys) add_tile(w, t, p, j, least(kKeys, high - j));
+    const int64_t R = in.T * (in.H / in.G), D = round_up(in.D), E = round_up(in.E);
+    int64_t low = end, high = begin;
+    for (int64_t i = 0; i < tiles; ++i) {
+        State& s = w.states[i];
+        open_tile(s.t, in, b, g, first + i * kRows, least(kRows, R - first - i * kRows));
+        for (int64_t c = 0; c < in.D; ++c)
+            for (int64_t v = 0; v < s.t.vectors; ++v) store(s.dqt + c * kRows + v * W, zero());
+        if (most(begin, s.t.low_min) < least(end, s.t.high_max)) open_state(s, p);
+        low = least(low, s.t.low_min), high = most(high, s.t.high_max);
     }
-    const vf factor = set(float(in.scale));
-    for (int64_t v = 0; v < t.vectors; ++v)
-        for (int64_t c = 0; c < in.D; c += W) {
-            vf a[W];
-            for (int64_t i = 0; i < W; ++i) a[i] = c + i < in.D ? load(w.dqt + (c + i) * kRows + v * W) * factor : zero();
-            transpose(a);
-            for (int64_t i = 0; i < least(W, rows - v * W); ++i) store_n(dq + row(v * W + i, in.D) + c, a[i], in.D - c);
+    high = least(end, high);
+    for (int64_t j = most(begin, low / kKeys * kKeys); j < high; j += kKeys) {
+        const int64_t n = least(kKeys, high - j), token = (b * in.S + j) * in.G + g;
+        const float* k = pack_rows(w.k, in.k + b * in.k_batch + j * in.k_time + g * in.D, in.k_time, n, in.D);
+        const float* v = pack_rows(w.v, in.v + b * in.v_batch + j * in.v_time + g * in.E, in.v_time, n, in.E);
+        std::memset(w.dk, 0, size_t(n * D) * sizeof(float));
+        std::memset(w.dv, 0, size_t(n * E) * sizeof(float));
+        for (int64_t i = 0; i < tiles; ++i) {
+            const Tile& t = w.states[i].t;
+            if (j < t.high_max && j + n > t.low_min) add_tile(w, w.states[i], p, k, v, j, least(n, t.high_max - j));
         }
+        add_rows(p.dk + token * in.D, in.G * in.D, w.dk, n, in.D);
+        add_rows(p.dv + token * in.E, in.G * in.E, w.dv, n, in.E);
+    }
+    for (int64_t i = 0; i < tiles; ++i) close_state(w.states[i], in, dq);
 }
 
 // A piece owns (b, g) and a range of keys: it alone writes their dk, dv, and its own share of dq, so nothing is computed twice and
@@ -154,10 +196,14 @@ void backward(const AttentionBackward& p) {
     const int64_t R = in.T * (in.H / in.G), dq_size = in.B * in.T * in.H * in.D;
     const bool over_b = p.dbias && p.dbias_batch == 0, over_g = p.dbias && p.dbias_head == 0;
     const int64_t nb = over_b ? 1 : in.B, ng = over_g ? 1 : in.G;
+    const int64_t width = in.D + in.E;  // the tiles of a piece should stay in the second-level cache: 1280 bytes a unit of width each
+    const int64_t tiles = least((R + kRows - 1) / kRows, width <= 128 ? kTogether : width <= 256 ? 2 : 1);
     const int64_t cost = most(1, R * least(p.chunk, in.S) * (in.D + in.E));
     parallel_for(nb * ng * p.chunks, most(1, 200000 / cost), [&](int64_t from, int64_t to) {
+        State states[kTogether];
         Workspace w;
-        workspace(w, in, static_cast<float*>(scratch(size_t(workspace(w, in, nullptr)) * sizeof(float))));
+        w.states = states;
+        workspace(w, tiles, in, static_cast<float*>(scratch(size_t(workspace(w, tiles, in, nullptr)) * sizeof(float))));
         for (int64_t piece = from; piece < to; ++piece) {
             const int64_t c = piece % p.chunks, g0 = piece / p.chunks % ng, b0 = piece / p.chunks / ng;
             const int64_t begin = c * p.chunk, end = least(in.S, begin + p.chunk);
@@ -169,7 +215,8 @@ void backward(const AttentionBackward& p) {
                         std::memset(p.dk + token * in.D, 0, size_t(in.D) * sizeof(float));
                         std::memset(p.dv + token * in.E, 0, size_t(in.E) * sizeof(float));
                     }
-                    for (int64_t r = 0; r < R; r += kRows) backward_tile(p, w, dq, b, g, r, least(kRows, R - r), begin, end);
+                    for (int64_t r = 0; r < R; r += tiles * kRows)
+                        backward_rows(p, w, dq, b, g, r, least(tiles, (R - r + kRows - 1) / kRows), begin, end);
                 }
         }
     });

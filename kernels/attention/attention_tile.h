@@ -59,76 +59,81 @@ FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64
 // What a product does with c: c = sum; c continued, fma by fma; c += sum.
 enum class To { Set, Chain, Add };
 
-// The sum over k of a[i][k] b[k][x], NI rows by NV vectors, one chain of fma over k for each element. Transposed: a[k][i].
+// The sum over k of a[i][k] b[k][x], NI rows by NV vectors, in chains of `step` fma each, added in order. Transposed: a[k][i].
 template <int NI, int NV, bool Transposed, To Mode>
 static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
-                                                    int64_t K) {
-    vf acc[NI][NV];
+                                                    int64_t K, int64_t step) {
+    for (int64_t begin = 0; begin < K; begin += step) {
+        const int64_t end = least(K, begin + step);
+        vf acc[NI][NV];
 #pragma GCC unroll 8
-    for (int i = 0; i < NI; ++i)
+        for (int i = 0; i < NI; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[i][v] = Mode == To::Chain ? load(c + i * ldc + v * W) : zero();
-    for (int64_t k = 0; k < K; ++k) {
-        vf x[NV];
+            for (int v = 0; v < NV; ++v) acc[i][v] = Mode == To::Chain ? load(c + i * ldc + v * W) : zero();
+        for (int64_t k = begin; k < end; ++k) {
+            vf x[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
+            for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
 #pragma GCC unroll 8
-        for (int i = 0; i < NI; ++i) {
-            const vf y = set(Transposed ? a[k * lda + i] : a[i * lda + k]);
+            for (int i = 0; i < NI; ++i) {
+                const vf y = set(Transposed ? a[k * lda + i] : a[i * lda + k]);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+                for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+            }
         }
+        if (Mode == To::Add || (Mode == To::Set && begin > 0)) {
+#pragma GCC unroll 8
+            for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) acc[i][v] = load(c + i * ldc + v * W) + acc[i][v];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            float* at = c + i * ldc + v * W;
-            store(at, Mode == To::Add ? load(at) + acc[i][v] : acc[i][v]);
-        }
 }
 
 template <int NV, bool Transposed, To Mode>
-static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K) {
+static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K,
+                            int64_t step) {
     int64_t i = 0;
     for (; i + kBlockRows <= M; i += kBlockRows)
-        product_block<kBlockRows, NV, Transposed, Mode>(c + i * ldc, ldc, Transposed ? a + i : a + i * lda, lda, b, ldb, K);
+        product_block<kBlockRows, NV, Transposed, Mode>(c + i * ldc, ldc, Transposed ? a + i : a + i * lda, lda, b, ldb, K, step);
     c += i * ldc;
     a += Transposed ? i : i * lda;
     switch (M - i) {
-        case 5: return product_block<5, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
-        case 4: return product_block<4, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
-        case 3: return product_block<3, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
-        case 2: return product_block<2, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
-        case 1: return product_block<1, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K);
+        case 5: return product_block<5, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
+        case 4: return product_block<4, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
+        case 3: return product_block<3, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
+        case 2: return product_block<2, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
+        case 1: return product_block<1, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
         default: return;
     }
 }
 
 // The product over M rows, `vectors` vectors of columns.
 template <bool Transposed, To Mode> static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
-                                                        int64_t ldb, int64_t M, int64_t vectors, int64_t K) {
+                                                        int64_t ldb, int64_t M, int64_t vectors,
+                    int64_t K, int64_t step) {
     while (vectors > 0) {
         const int64_t n = least(vectors, kBlockVectors);
-        if (n == 1) product_columns<1, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
-        if (n == 2) product_columns<2, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+        if (n == 1) product_columns<1, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
+        if (n == 2) product_columns<2, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
         if constexpr (kBlockVectors > 2) {
-            if (n == 3) product_columns<3, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
-            if (n == 4) product_columns<4, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K);
+            if (n == 3) product_columns<3, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
+            if (n == 4) product_columns<4, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
         }
         c += n * W, b += n * W, vectors -= n;
     }
 }
 
-// Dot products over D, or E, are summed in short chains: long ones would round worse than NumPy's sum over lanes. The portable
-// rung, which does not fuse, needs them shorter.
-FASTLM_INLINE int64_t chain(int64_t K) { return kFused || K > 64 ? 16 : 4; }
+// Dot products over D, or E, are summed in short chains: long ones would round worse than NumPy's sum over lanes. The portable rung,
+// which does not fuse, needs them shorter.
+FASTLM_INLINE int64_t chain(int64_t K) { return kFused ? (K > 32 ? 32 : 16) : (K > 64 ? 16 : 4); }
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
-    const int64_t step = chain(K);
-    product<false, To::Set>(c, kRows, a, lda, b, kRows, M, vectors, least(K, step));
-    for (int64_t k = step; k < K; k += step)
-        product<false, To::Add>(c, kRows, a + k, lda, b + k * kRows, kRows, M, vectors, least(step, K - k));
+    product<false, To::Set>(c, kRows, a, lda, b, kRows, M, vectors, K, chain(K));
 }
 
 // Rows [first, first + rows) of group g of sequence b; row r is query t = r / (H / G), head g H / G + r % (H / G).
@@ -237,6 +242,9 @@ static const float* pack_rows(float* out, const float* x, int64_t stride, int64_
     }
     return out;
 }
+
+// How many tiles of rows one piece takes through the keys together: K and V come from memory once for all of them.
+constexpr int64_t kTogether = 4;
 
 }  // namespace
 }  // namespace FASTLM_ISA
