@@ -29,11 +29,13 @@ FASTLM_INLINE vf exp(vf x) {
     return select(is_nan(x), x, y);
 }
 
-// 2^x for x <= 0, 1 ulp or so; 0 below -126.5 (no subnormal results), nan stays nan.
-FASTLM_INLINE vf exp2_negative(vf x) {
-    const vf clamped = max(set(-127.0f), x);        // this order of operands keeps nan
-    const vf shifted = clamped + set(12583039.0f);  // 1.5 * 2^23 + 127: the low bits now hold round(x) + 127
-    const vf r = clamped - (shifted - set(12583039.0f));
+// 2^(x unit) for x <= 0 and unit > 0; low: -127 / unit, finite. 1 ulp or so of the product as it is, not rounded: the reduced
+// argument comes from one fma. 0 below 2^-126.5 (no subnormal results), nan stays nan.
+FASTLM_INLINE vf exp2_negative(vf x, vf unit, vf low) {
+    const vf clamped = max(low, x);  // this order of operands keeps nan
+    const vf magic = set(12583039.0f);
+    const vf shifted = fma(clamped, unit, magic);  // 1.5 * 2^23 + 127: the low bits now hold round(x unit) + 127
+    const vf r = fma(clamped, unit, magic - shifted);
     vf p = set(1.535329636e-4f);  // minimax fit of 2^r on [-1/2, 1/2], exactly 1 at 0
     p = fma(p, r, set(1.339895229e-3f));
     p = fma(p, r, set(9.618438120e-3f));

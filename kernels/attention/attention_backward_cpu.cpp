@@ -10,7 +10,7 @@ namespace {
 struct State {
     Tile t;
     float *qt, *dyt, *dqt;  // (D, kRows) with its sign, (E, kRows), (D, kRows)
-    float *q, *dy;          // (kRows, D) times scale and (kRows, E), widths rounded up to vectors
+    float *q, *dy;          // (kRows, D), (kRows, E), widths rounded up to vectors
     alignas(64) float delta[kRows], maximum[kRows], inverse[kRows];
 };
 
@@ -63,7 +63,7 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
               int64_t n) {
     const AttentionInputs& in = p.in;
     const Tile& t = state.t;
-    const vf unit = set(units(in).unit);
+    const vf unit = set(units(in).unit), lowest = set(units(in).low);
     const int64_t D = round_up(in.D), E = round_up(in.E);
     Span list[4];
     const int64_t count = spans(t, j0, n, list);
@@ -77,7 +77,7 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
             const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W), delta = load(state.delta + v * W);
             for (int64_t u = 0; u < s.n; ++u) {
                 float *weight = weights + u * kRows + v * W, *dscore = dscores + u * kRows + v * W;
-                const vf e = exp2_negative((load(weight) - maximum) * unit) * inverse;
+                const vf e = exp2_negative(load(weight) - maximum, unit, lowest) * inverse;
                 vf d = e * (load(dscore) - delta);
                 if (s.masked) d = select(eq(e, zero()), zero(), d);  // what is hidden may hold inf or nan
                 store(weight, e);
@@ -91,16 +91,16 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
     }
 }
 
-void copy_row(float* out, const float* x, int64_t n, float factor) {
-    for (int64_t c = 0; c < n; c += W) store(out + c, load_n(x + c, n - c) * set(factor));
+void copy_row(float* out, const float* x, int64_t n) {
+    for (int64_t c = 0; c < n; c += W) store(out + c, load_n(x + c, n - c));
 }
 
-// out's rows += x's, `width` floats each.
-void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t width) {
+// out's rows += factor times x's, `width` floats each.
+void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t width, float factor) {
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < width; c += W) {
             float* at = out + i * stride + c;
-            store_n(at, load_n(at, width - c) + load(x + i * round_up(width) + c), width - c);
+            store_n(at, fma(load(x + i * round_up(width) + c), set(factor), load_n(at, width - c)), width - c);
         }
 }
 
@@ -121,8 +121,8 @@ void open_state(State& s, const AttentionBackward& p) {
             s.maximum[r] = 0.0f, s.inverse[r] = 0.0f;
             continue;
         }
-        copy_row(s.q + r * D, q(r), in.D, float(in.scale));
-        copy_row(s.dy + r * E, dy(r), in.E, 1.0f);
+        copy_row(s.q + r * D, q(r), in.D);
+        copy_row(s.dy + r * E, dy(r), in.E);
         const float* stats = p.stats + 2 * ((t.b * in.H + t.head[r]) * in.T + t.time[r]);
         s.inverse[r] = stats[1];
         s.maximum[r] = stats[1] == 0.0f ? 0.0f : stats[0];
@@ -137,10 +137,12 @@ void open_state(State& s, const AttentionBackward& p) {
                 a[i] = r < t.rows ? load_n(p.y + row_at(in, t, r) * in.E + e, in.E - e) : zero();
             }
             transpose(a);
-            for (int64_t i = 0; i < least(W, in.E - e); ++i) part = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part);
-            if ((e + W) % chain(in.E) != 0 && e + W < in.E) continue;
-            sum = sum + part;
-            part = zero();
+            for (int64_t i = 0; i < least(W, in.E - e); ++i) {
+                part = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part);
+                if ((e + i + 1) % chain(in.E) != 0 && e + i + 1 < in.E) continue;
+                sum = sum + part;
+                part = zero();
+            }
         }
         store(s.delta + v * W, sum);
     }
@@ -183,8 +185,8 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
             const Tile& t = w.states[i].t;
             if (j < t.high_max && j + n > t.low_min) add_tile(w, w.states[i], p, k, v, j, least(n, t.high_max - j));
         }
-        add_rows(p.dk + token * in.D, in.G * in.D, w.dk, n, in.D);
-        add_rows(p.dv + token * in.E, in.G * in.E, w.dv, n, in.E);
+        add_rows(p.dk + token * in.D, in.G * in.D, w.dk, n, in.D, float(in.scale));
+        add_rows(p.dv + token * in.E, in.G * in.E, w.dv, n, in.E, 1.0f);
     }
     for (int64_t i = 0; i < tiles; ++i) close_state(w.states[i], in, dq);
 }

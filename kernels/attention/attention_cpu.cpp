@@ -14,7 +14,7 @@ struct State {
 // One key tile, k: (n, D), values: (n, E): the online softmax of FlashAttention, rows in lanes. scores: (kKeys, kRows).
 void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n) {
     const Tile& t = state.t;
-    const vf unit = set(units(p).unit);
+    const vf unit = set(units(p).unit), lowest = set(units(p).low);
     Span list[4];
     const int64_t count = spans(t, j0, n, list);
     for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, p.D);
@@ -32,14 +32,14 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
         }
         const vf largest = max(max(m[0], m[1]), max(m[2], m[3]));
         const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);  // nothing seen yet: 2^(-inf - 0) = 0, not nan
-        const vf shrink = exp2_negative((before - base) * unit);
+        const vf shrink = exp2_negative(before - base, unit, lowest);
         vf total = load(state.sum + v * W) * shrink;
         for (int64_t i = 0; i < count; ++i) {
             const Span& s = list[i];
             if (v < s.v0 || v >= s.v1) continue;
             float* x = scores + (s.j - j0) * kRows + v * W;
             for (int64_t j = 0; j < s.n; ++j) {
-                const vf e = exp2_negative((load(x + j * kRows) - base) * unit);
+                const vf e = exp2_negative(load(x + j * kRows) - base, unit, lowest);
                 store(x + j * kRows, e);
                 total = total + e;
             }

@@ -126,6 +126,22 @@ template <int NR> static void mix(float* o, int64_t ldo, const float* p, const f
     for (; e < E; e += W) mix_block<NR, 1>(o + e, ldo, p, v + e, stride, n, E - e);
 }
 
+// The same for one row and one vector of at most `width` elements, in four chains: one would wait for itself at every key.
+// phase: of the first key, so that a key's chain does not depend on where the range begins.
+static void mix_narrow(float* o, const float* p, const float* v, int64_t stride, int64_t n, int64_t width, int64_t phase) {
+    vf acc[4] = {zero(), zero(), zero(), zero()};
+    int64_t j = 0;
+    for (; j < n && (j + phase) % 4 != 0; ++j) {
+        vf& to = acc[(j + phase) % 4];
+        to = fma(set(p[j]), load_n(v + j * stride, width), to);
+    }
+    for (; j + 4 <= n; j += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[i] = fma(set(p[j + i]), load_n(v + (j + i) * stride, width), acc[i]);
+    for (int i = 0; j < n; ++i, ++j) acc[i] = fma(set(p[j]), load_n(v + j * stride, width), acc[i]);
+    store_n(o, (acc[0] + acc[1]) + (acc[2] + acc[3]), width);
+}
+
 // Keys [first, end) of one chunk. out: (n, E + 2): for each row the sum of 2^((score - maximum) unit) v, then maximum and sum of
 // weights.
 static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
@@ -161,7 +177,7 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
         const float maximum = reduce_max(top), base = maximum == -INFINITY ? 0.0f : maximum;
         vf sum = zero();
         for (int64_t j = 0; j < keys; j += W) {
-            const vf e = exp2_negative((load(s + j) - set(base)) * set(u.unit));
+            const vf e = exp2_negative(load(s + j) - set(base), set(u.unit), set(u.low));
             store(s + j, e);
             sum = sum + e;
         }
@@ -173,6 +189,8 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
     int64_t r = 0;
     for (; r + 4 <= n; r += 4) mix<4>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
     for (; r + 2 <= n; r += 2) mix<2>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
+    if (p.E <= W)
+        for (; r < n; ++r) mix_narrow(out + r * ldo, weights + r * kChunk, v, p.v_time, end - first, p.E, first);
     for (; r < n; ++r) mix<1>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
 }
 
@@ -180,7 +198,7 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
 static void merge_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h, const float* part, int64_t step, int64_t chunks) {
     const AttentionInputs& in = p.in;
     float* y = p.y + ((b * in.T + t) * in.H + h) * in.E;
-    const float unit = units(in).unit;
+    const Units u = units(in);
     float maximum = -INFINITY, sum = 0.0f;
     for (int64_t c = 0; c < chunks; ++c) {
         const float m = part[c * step + in.E];
@@ -191,7 +209,7 @@ static void merge_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h
     for (int64_t c = 0; c < chunks; ++c) {
         const float* x = part + c * step;
         if (x[in.E] == -INFINITY && x[in.E + 1] == 0.0f) continue;  // nothing seen: the values may never have been written
-        const vf weight = exp2_negative(set((x[in.E] - base) * unit));
+        const vf weight = exp2_negative(set(x[in.E] - base), set(u.unit), set(u.low));
         float w[W];
         store(w, weight);
         sum = sum + x[in.E + 1] * w[0];

@@ -24,12 +24,14 @@ struct Units {
     float sign;   // goes into q, exactly
     float scale;  // > 0: what multiplies a dot product where there is a bias
     float unit;   // > 0
+    float low;    // -127 / unit: weights of lower scores are zero
 };
 
 FASTLM_INLINE Units units(const AttentionInputs& p) {
     constexpr double kLog2E = 1.4426950408889634;
-    const double size = p.scale == 0 ? 1 : std::abs(p.scale);
-    return {p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f, float(size), float(p.bias ? kLog2E : size * kLog2E)};
+    const double size = p.scale == 0 ? 1 : std::abs(p.scale) < 1e-30 ? 1e-30 : std::abs(p.scale);
+    const double unit = p.bias ? kLog2E : size * kLog2E;
+    return {p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f, float(size), float(unit), float(-127.0 / unit)};
 }
 
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
@@ -130,9 +132,59 @@ template <bool Transposed, To Mode> static void product(float* c, int64_t ldc, c
 
 // Dot products over D, or E, are summed in short chains: long ones would round worse than NumPy's sum over lanes. The portable rung,
 // which does not fuse, needs them shorter.
-FASTLM_INLINE int64_t chain(int64_t K) { return kFused ? (K > 32 ? 32 : 16) : (K > 64 ? 16 : 4); }
+FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : kBlockVectors == 4 || K <= 32 ? 8 : 16; }
+
+// With 32 registers half of them hold the chains and half their sums.
+template <int NI, int NV>
+static __attribute__((noinline)) void dot_block(float* c, const float* a, int64_t lda, const float* b, int64_t K) {
+    constexpr int64_t kStep = 8;
+    vf acc[NI][NV], sum[NI][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[i][v] = zero();
+    for (int64_t begin = 0; begin < K; begin += kStep) {
+        const int64_t end = least(K, begin + kStep);
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+        for (int64_t k = begin; k < end; ++k) {
+            vf x[NV];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) x[v] = load(b + k * kRows + v * W);
+#pragma GCC unroll 8
+            for (int i = 0; i < NI; ++i) {
+                const vf y = set(a[i * lda + k]);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[i][v] = sum[i][v] + acc[i][v];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) store(c + i * kRows + v * W, sum[i][v]);
+}
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
+    if constexpr (kBlockVectors == 4) {
+        for (; vectors >= 4; vectors -= 4, c += 4 * W, b += 4 * W) {
+            int64_t i = 0;
+            for (; i + 3 <= M; i += 3) dot_block<3, 4>(c + i * kRows, a + i * lda, lda, b, K);
+            for (; i < M; ++i) dot_block<1, 4>(c + i * kRows, a + i * lda, lda, b, K);
+        }
+        for (; vectors >= 2; vectors -= 2, c += 2 * W, b += 2 * W) {
+            int64_t i = 0;
+            for (; i + 6 <= M; i += 6) dot_block<6, 2>(c + i * kRows, a + i * lda, lda, b, K);
+            for (; i + 2 <= M; i += 2) dot_block<2, 2>(c + i * kRows, a + i * lda, lda, b, K);
+            for (; i < M; ++i) dot_block<1, 2>(c + i * kRows, a + i * lda, lda, b, K);
+        }
+    }
     product<false, To::Set>(c, kRows, a, lda, b, kRows, M, vectors, K, chain(K));
 }
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from fastlm import ops
-from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
+from fastlm import _C, ops
+from fastlm.tensor import Tensor
+from fastlm.testing import assert_close, case_id, cases, check_backward, check_forward, check_oracle, oracle, widen
 
 CASES = pytest.mark.parametrize("case", cases("attention"), ids=case_id)
 
@@ -11,6 +13,12 @@ CASES = pytest.mark.parametrize("case", cases("attention"), ids=case_id)
 @CASES
 def test_forward(isa, case):
     check_forward("attention", ops.attention, case)
+
+
+@CASES
+def test_forward_recorded(isa, case):
+    """With a gradient to come, few queries go through the tiles too."""
+    check_forward("attention", lambda **x: ops.attention(**{**x, "q": Tensor(x["q"], requires_grad=True)}).numpy(), case)
 
 
 @CASES
@@ -22,3 +30,245 @@ def test_backward(isa, case):
 @pytest.mark.parametrize("case", [c for c in cases("attention") if "hidden" not in c], ids=case_id)
 def test_oracle(case):
     check_oracle("attention", case)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
+
+
+def gradients(q, k, v, *args, **kwargs):
+    """Output and gradients of q, k, v and, where given, bias."""
+    tensors = [Tensor(x, requires_grad=True) for x in (q, k, v)]
+    if kwargs.get("bias") is not None:
+        kwargs["bias"] = Tensor(kwargs["bias"], requires_grad=True)
+        tensors.append(kwargs["bias"])
+    y = ops.attention(*tensors[:3], *args, **kwargs)
+    y.backward(random(*y.shape, seed=9))
+    return y.numpy(), *(t.grad for t in tensors)
+
+
+@pytest.mark.parametrize("bias", [None, (3, 4), (1, 4), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("T", [1, 3, 150])
+def test_threads(isa, threads, T, bias):
+    """The same bits on any number of threads, in the output and in every gradient."""
+    q, k, v = random(3, T, 4, 24), random(3, 330, 2, 24), random(3, 330, 2, 24, seed=1)
+    kwargs = {"bias": None if bias is None else random(*bias, T, 330), "lengths": np.array([330, 200, 170], np.int32)}
+    results = []
+    for n in (1, 2, 3):
+        _C.set_num_threads(n)
+        results.append((ops.attention(q, k, v, True, **kwargs), *gradients(q, k, v, True, **kwargs)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("T", [1, 2, 70])
+@pytest.mark.parametrize("window", [None, 50])
+def test_batch(isa, T, window):
+    """A sequence alone gives the bits that it gives among others."""
+    q, k, v = random(5, T, 6, 40), random(5, 520, 3, 40), random(5, 520, 3, 40, seed=1)
+    n = np.array([520, 100, 70, 300, 257], np.int32)
+    y = ops.attention(q, k, v, True, lengths=n, window=window)
+    together = gradients(q, k, v, True, lengths=n, window=window)
+    for b in range(5):
+        one = slice(b, b + 1)
+        np.testing.assert_array_equal(ops.attention(q[one], k[one], v[one], True, lengths=n[one], window=window), y[one])
+        np.testing.assert_array_equal(gradients(q[one], k[one], v[one], True, lengths=n[one], window=window)[0], together[0][one])
+
+
+def test_rows(isa):
+    """A query gives the same bits whatever stands before and after it, and whether the cache is longer than it needs."""
+    q, k, v = random(1, 200, 2, 32), random(1, 200, 2, 32), random(1, 200, 2, 32, seed=1)
+    y = ops.attention(q, k, v, True)
+    for begin, end in ((100, 200), (37, 140), (150, 170)):
+        np.testing.assert_array_equal(ops.attention(q[:, begin:end], k[:, :end], v[:, :end], True), y[:, begin:end])
+        n = np.array([end], np.int32)
+        np.testing.assert_array_equal(ops.attention(q[:, begin:end], k, v, True, lengths=n), y[:, begin:end])
+    for t in (3, 50, 199):  # the decoding path too
+        alone = ops.attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], True)
+        np.testing.assert_array_equal(ops.attention(q[:, t - 1 : t + 1], k[:, : t + 1], v[:, : t + 1], True)[:, 1:], alone)
+
+
+@pytest.mark.parametrize("share", [1, 2, 5])
+def test_decode_equals_full(isa, share):
+    """Query by query against the whole at once, within the tolerance of the oracle."""
+    T, G, D = 70, 2, 33
+    x = {"q": random(2, T, G * share, D), "k": random(2, T, G, D), "v": random(2, T, G, D, seed=1), "causal": True}
+    ref = oracle("attention")
+    exact, naive = ref.forward(**widen(x)), ref.forward(**x)
+    steps = [ops.attention(x["q"][:, t : t + 1], x["k"][:, : t + 1], x["v"][:, : t + 1], True) for t in range(T)]
+    assert_close(np.concatenate(steps, axis=1), exact, naive, "decoding")
+    assert_close(ops.attention(**x), exact, naive, "tiles")
+
+
+def test_views(isa):
+    """Pieces of a fused projection and slices of a cache give the bits of their contiguous copies."""
+    B, T, H, G, D = 2, 70, 4, 2, 20
+    fused = random(B, T, (H + 2 * G) * D)
+    q, k, v = (_piece(fused, a, b, D) for a, b in ((0, 4), (4, 6), (6, 8)))
+    assert not q.flags.c_contiguous
+    assert np.shares_memory(q, fused)
+    for a, b in zip(gradients(q, k, v, True), gradients(q.copy(), k.copy(), v.copy(), True), strict=True):
+        np.testing.assert_array_equal(a, b)
+    cache = random(2, B, 400, G, D)
+    for last in (1, T):
+        y = ops.attention(q[:, :last], cache[0][:, :300], cache[1][:, :300], True)
+        copies = [x.copy() for x in (q[:, :last], cache[0][:, :300], cache[1][:, :300])]
+        np.testing.assert_array_equal(y, ops.attention(*copies, True))
+        np.testing.assert_array_equal(ops.attention(q[:, :last], *(c[:, :300] for c in cache), True), y)
+    heads_first = q.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3)  # a layout that the kernel does not walk
+    np.testing.assert_array_equal(ops.attention(heads_first, k, v), ops.attention(q.copy(), k, v))
+    bias = random(1, H, 2 * T, T + 5)
+    np.testing.assert_array_equal(
+        ops.attention(q, k, v, bias=bias[:, :, T:, 5:]), ops.attention(q, k, v, bias=bias[:, :, T:, 5:].copy())
+    )
+
+
+def _piece(fused, begin, end, D):
+    B, T, _ = fused.shape
+    x = fused[:, :, begin * D : end * D]
+    return np.lib.stride_tricks.as_strided(x, (B, T, end - begin, D), (*x.strides[:2], D * 4, 4))
+
+
+@pytest.mark.parametrize("T", [1, 5, 80])
+def test_beyond_lengths(isa, T):
+    """Keys and values at lengths[b] and beyond are never read: they may hold anything."""
+    q, k, v = random(2, T, 4, 16), random(2, 300, 2, 16), random(2, 300, 2, 16, seed=1)
+    n = np.array([290, 83], np.int32)
+    clean = (ops.attention(q, k, v, True, lengths=n), *gradients(q, k, v, True, lengths=n))
+    for b in range(2):
+        k[b, n[b] :] = v[b, n[b] :] = np.nan
+    for a, b in zip(clean, (ops.attention(q, k, v, True, lengths=n), *gradients(q, k, v, True, lengths=n)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not clean[2][1, n[1] :].any()
+    assert not clean[4][1, n[1] :].any()
+
+
+@pytest.mark.parametrize("T", [2, 80])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(isa, T, bad):
+    """A value that is not finite reaches the queries that see it, and no other."""
+    q, k, v = random(1, T, 2, 16), random(1, 100, 2, 16), random(1, 100, 2, 16, seed=1)
+    clean = ops.attention(q, k, v, True)
+    at = 99 if T == 2 else 60
+    first = at - (100 - T)  # the first query that sees it
+    v[0, at, 1, 3] = bad
+    y = ops.attention(q, k, v, True)
+    assert not np.isfinite(y[0, first:, 1, 3]).any()
+    np.testing.assert_allclose(y[0, :first], clean[0, :first], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(y[0, :, 0], clean[0, :, 0])
+    v[0, at, 1, 3] = 0.0
+    k[0, at, 1, 3] = np.nan
+    y = ops.attention(q, k, v, True)
+    assert np.isnan(y[0, first:, 1]).all()
+    np.testing.assert_allclose(y[0, :first], clean[0, :first], rtol=1e-6, atol=1e-6)
+    k[0, at, 1, 3] = 0.0
+    q[0, T - 1, 0, 0] = np.nan
+    y = ops.attention(q, k, v, True)
+    assert np.isnan(y[0, T - 1, 0]).all()
+    assert np.isfinite(y[0, : T - 1]).all()
+    assert np.isfinite(y[0, T - 1, 1]).all()
+
+
+@pytest.mark.parametrize("T", [1, 4, 70])
+def test_sees_nothing(isa, T):
+    """Zeros and zero gradients: no keys, no position, a bias of -inf throughout."""
+    q, k, v = random(2, T, 2, 16), random(2, 90, 2, 16), random(2, 90, 2, 16, seed=1)
+    results = gradients(q, k, v, lengths=np.array([0, 90], np.int32))
+    assert all(not x[0].any() for x in results)
+    assert results[0][1].any()
+    bias = random(1, 2, T, 90)
+    bias[:, 0, T - 1] = -np.inf
+    y, dq, _, _, dbias = gradients(q, k, v, bias=bias)
+    assert not y[:, T - 1, 0].any()
+    assert not dq[:, T - 1, 0].any()
+    assert not dbias[:, 0, T - 1].any()
+    assert np.isfinite(dbias).all()
+    assert np.isfinite(dq).all()
+    assert y[:, :, 1].all()
+    short = ops.attention(q, k, v, True, lengths=np.array([T - 1, 90], np.int32))
+    assert not short[0, 0].any()
+    assert short[1].all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("T", [1, 40])
+def test_scale(isa, scale, biased, T):
+    x = {"q": random(6, T, 4, 16), "k": random(6, 50, 4, 16), "v": random(6, 50, 4, 16, seed=1), "scale": scale}
+    x["bias"] = random(6, 4, T, 50) if biased else None
+    ref = oracle("attention")
+    assert_close(ops.attention(**x), ref.forward(**widen(x)), ref.forward(**x), "scale")
+    tensors = {n: Tensor(a, requires_grad=True) if isinstance(a, np.ndarray) else a for n, a in x.items()}
+    y = ops.attention(**tensors)
+    dy = random(*y.shape, seed=3)
+    y.backward(dy)
+    exact, naive = ref.backward(dy.astype(np.float64), **widen(x)), ref.backward(dy, **x)
+    for name in exact:
+        assert_close(tensors[name].grad, exact[name], naive[name], name)
+
+
+def test_large_scores(isa):
+    """Scores in the thousands: the largest takes all, nothing overflows."""
+    for T in (1, 33):
+        q, k, v = 100 * random(1, T, 2, 64), 100 * random(1, 70, 2, 64), random(1, 70, 2, 64, seed=1)
+        best = np.einsum("bthd,bshd->bths", q.astype(np.float64), k.astype(np.float64)).argmax(-1)
+        want = np.stack([v[0, best[0, :, h], h] for h in range(2)], axis=1)[None]
+        np.testing.assert_allclose(ops.attention(q, k, v), want, rtol=1e-6)
+
+
+def test_memory_of_the_backward_pass():
+    """A long sequence goes through where its score matrix (4 GiB) would not be worth holding."""
+    q, k, v = random(1, 16, 1, 8), random(1, 1 << 20, 1, 8), random(1, 1 << 20, 1, 8, seed=1)
+    y, dq, _, dv = gradients(q, k, v)
+    assert np.isfinite(y).all()
+    assert np.isfinite(dq).all()
+    np.testing.assert_allclose(dv.sum(axis=1), random(*y.shape, seed=9).sum(axis=1), rtol=1e-3, atol=1e-3)
+
+
+def test_lengths_are_taken_at_the_call():
+    """A cache advances its lengths in place between forward and backward."""
+    q, k, v = random(1, 20, 2, 8), random(1, 40, 2, 8), random(1, 40, 2, 8, seed=1)
+    n = np.array([30], np.int32)
+    want = gradients(q, k, v, True, lengths=n.copy())
+    tensors = [Tensor(x, requires_grad=True) for x in (q, k, v)]
+    y = ops.attention(*tensors, True, lengths=n)
+    n[0] = 40
+    y.backward(random(*y.shape, seed=9))
+    for t, w in zip(tensors, want[1:], strict=True):
+        np.testing.assert_array_equal(t.grad, w)
+
+
+def test_refuses():
+    q, k, v = random(2, 5, 6, 16), random(2, 7, 3, 16), random(2, 7, 3, 8)
+    attention = ops.attention
+    with pytest.raises(ValueError, match=r"\[attention\] k must be \(B, S, G, D\) = \(2, 7, 3, 16\), got \(2, 7, 3, 12\)"):
+        attention(q, k[..., :12].copy(), v)
+    with pytest.raises(ValueError, match=r"\[attention\] v must be \(B, S, G, E\) = \(2, 7, 3, 8\), got \(2, 6, 3, 8\)"):
+        attention(q, k, v[:, :6])
+    with pytest.raises(ValueError, match=r"H a multiple of k's 3 heads, got \(2, 5, 5, 16\)"):
+        attention(q[:, :, :5], k, v)
+    with pytest.raises(ValueError, match=r"\[attention\] q must have 4 axes, got shape \(5, 6, 16\)"):
+        attention(q[0], k, v)
+    with pytest.raises(TypeError, match=r"\[attention\] v must be float32, got float64"):
+        attention(q, k, v.astype(np.float64))
+    with pytest.raises(TypeError, match=r"\[attention\] q must be a NumPy array or a Tensor, got list"):
+        attention(q.tolist(), k, v)
+    with pytest.raises(ValueError, match=r"\[attention\] bias must be \(1 or B, 1 or H, T, S\) with .* got \(1, 2, 5, 7\)"):
+        attention(q, k, v, bias=random(1, 2, 5, 7))
+    with pytest.raises(ValueError, match=r"\[attention\] bias must be .* got \(1, 6, 1, 7\)"):
+        attention(q, k, v, bias=random(1, 6, 1, 7))
+    with pytest.raises(TypeError, match=r"\[attention\] bias must be float32, got bool"):
+        attention(q, k, v, bias=np.ones((1, 1, 5, 7), bool))
+    with pytest.raises(TypeError, match=r"\[attention\] lengths must be int32, got int64"):
+        attention(q, k, v, lengths=np.array([5, 7]))
+    with pytest.raises(ValueError, match=r"\[attention\] lengths must be \(B,\) = \(2,\), got \(3,\)"):
+        attention(q, k, v, lengths=np.array([5, 7, 7], np.int32))
+    for wrong in ([5, 8], [-1, 7]):
+        with pytest.raises(ValueError, match=r"\[attention\] lengths must be from 0 to S = 7, got"):
+            attention(q, k, v, lengths=np.array(wrong, np.int32))
+    for wrong_window in (0, -3, 2.5, True):
+        with pytest.raises(ValueError, match=r"\[attention\] window must be a whole number of keys, at least 1, or None, got"):
+            attention(q, k, v, True, window=wrong_window)
+    with pytest.raises(ValueError, match=r"\[attention\] scale must be"):
+        attention(q, k, v, scale=float("nan"))
