@@ -74,7 +74,8 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
         score(w.weights, t, in, s, j0, state.qt, k, in.D);
         dot(dscores + lane, values + j * in.E, in.E, state.dyt + lane, s.n, vectors, in.E);
         for (int64_t v = s.v0; v < s.v1; ++v) {
-            const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W), delta = load(state.delta + v * W);
+            const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W),
+                     delta = load(state.delta + v * W);
             for (int64_t u = 0; u < s.n; ++u) {
                 float *weight = weights + u * kRows + v * W, *dscore = dscores + u * kRows + v * W;
                 const vf e = exp2_negative(load(weight) - maximum, unit, lowest) * inverse;
@@ -84,9 +85,9 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
                 store(dscore, d);
             }
         }
-        product<false, To::Add>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, rows);
-        product<false, To::Add>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, rows);
-        product<true, To::Add>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, s.n);
+        product<false, true>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, kChain);
+        product<false, true>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, kChain);
+        product<true, true>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, kChain);
         if (p.dbias) add_dbias(p, t, s, dscores);
     }
 }
@@ -104,7 +105,9 @@ void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t wid
         }
 }
 
-FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) { return (t.b * p.T + t.time[r]) * p.H + t.head[r]; }
+FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) {
+    return (t.b * p.T + t.time[r]) * p.H + t.head[r];
+}
 
 void open_state(State& s, const AttentionBackward& p) {
     const AttentionInputs& in = p.in;
@@ -198,7 +201,8 @@ void backward(const AttentionBackward& p) {
     const int64_t R = in.T * (in.H / in.G), dq_size = in.B * in.T * in.H * in.D;
     const bool over_b = p.dbias && p.dbias_batch == 0, over_g = p.dbias && p.dbias_head == 0;
     const int64_t nb = over_b ? 1 : in.B, ng = over_g ? 1 : in.G;
-    const int64_t width = in.D + in.E;  // the tiles of a piece should stay in the second-level cache: 1280 bytes a unit of width each
+    const int64_t width =
+        in.D + in.E;  // the tiles of a piece should stay in the second-level cache: 1280 bytes a unit of width each
     const int64_t tiles = least((R + kRows - 1) / kRows, width <= 128 ? kTogether : width <= 256 ? 2 : 1);
     const int64_t cost = most(1, R * least(p.chunk, in.S) * (in.D + in.E));
     parallel_for(nb * ng * p.chunks, most(1, 200000 / cost), [&](int64_t from, int64_t to) {

@@ -51,8 +51,8 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
     }
     for (int64_t i = 0; i < count; ++i) {
         const Span& s = list[i];
-        product<true, To::Chain>(state.ot + s.v0 * W, kRows, values + (s.j - j0) * p.E, p.E, scores + (s.j - j0) * kRows + s.v0 * W,
-                                 kRows, p.E, s.v1 - s.v0, s.n, s.n);
+        product<true, true>(state.ot + s.v0 * W, kRows, values + (s.j - j0) * p.E, p.E, scores + (s.j - j0) * kRows + s.v0 * W,
+                            kRows, p.E, s.v1 - s.v0, s.n, kChain);
     }
 }
 
@@ -100,7 +100,8 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
         State& s = states[i];
         open_tile(s.t, in, b, g, first + i * kRows, least(kRows, rows - i * kRows));
         s.qt = at, s.ot = at + in.D * kRows;
-        pack_transposed(s.qt, s.t, in.D, units(in).sign, [&](int64_t r) { return q + s.t.time[r] * in.q_time + s.t.head[r] * in.D; });
+        pack_transposed(s.qt, s.t, in.D, units(in).sign,
+                        [&](int64_t r) { return q + s.t.time[r] * in.q_time + s.t.head[r] * in.D; });
         for (int64_t r = 0; r < s.t.vectors * W; ++r) s.maximum[r] = -INFINITY, s.sum[r] = 0.0f;
         for (int64_t e = 0; e < in.E; ++e)
             for (int64_t v = 0; v < s.t.vectors; ++v) store(s.ot + e * kRows + v * W, zero());
@@ -119,8 +120,8 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
     for (int64_t i = 0; i < tiles; ++i) {
         if (!bad[i]) continue;
         const Tile& t = states[i].t;
-        // inf or nan came in. A hidden key's value times its weight 0 may have made nan of a row that does not see it: redo such rows
-        // one by one, reading only what they see.
+        // inf or nan came in. A hidden key's value times its weight 0 may have made nan of a row that does not see it: redo such
+        // rows one by one, reading only what they see.
         for (int64_t r = 0; r < t.rows; ++r) {
             bool finite = true;
             const float* y = p.y + ((b * in.T + t.time[r]) * in.H + t.head[r]) * in.E;

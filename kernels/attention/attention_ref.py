@@ -17,7 +17,7 @@ CASES: list[dict[str, Any]] = [
     {"shape": (2, 100, 100, 2, 1, 32), "causal": True, "window": 37},
     {"shape": (2, 30, 90, 2, 2, 16), "causal": True, "window": 20, "lengths": (90, 45)},
     {"shape": (2, 21, 50, 2, 2, 16), "window": 20, "lengths": (50, 33)},
-    {"shape": (2, 33, 70, 4, 4, 24), "bias": (2, 4)},
+    {"shape": (2, 33, 70, 4, 4, 20), "bias": (2, 4)},
     {"shape": (3, 33, 70, 4, 2, 24), "bias": (1, 4), "causal": True},
     {"shape": (2, 20, 20, 6, 3, 16), "bias": (2, 1), "hidden": 0.3},
     {"shape": (2, 18, 130, 4, 1, 8), "bias": (1, 1), "lengths": (130, 40), "scale": 1.0},

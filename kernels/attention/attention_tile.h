@@ -35,11 +35,10 @@ FASTLM_INLINE Units units(const AttentionInputs& p) {
 }
 
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
-constexpr int kBlockVectors = 4;  // 32 registers: 6 x 4 accumulators
+constexpr int kBlockVectors = 4;  // 32 registers: 6 x 4 chains
 #else
 constexpr int kBlockVectors = 2;  // 16 registers: 6 x 2
 #endif
-constexpr int kBlockRows = 6;
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
 constexpr bool kFused = true;
 #else
@@ -58,11 +57,9 @@ FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64
     low = p.window ? most(0, high - p.window) : 0;
 }
 
-// What a product does with c: c = sum; c continued, fma by fma; c += sum.
-enum class To { Set, Chain, Add };
-
-// The sum over k of a[i][k] b[k][x], NI rows by NV vectors, in chains of `step` fma each, added in order. Transposed: a[k][i].
-template <int NI, int NV, bool Transposed, To Mode>
+// c = or += the sum over k of a[i][k] b[k][x], NI rows by NV vectors: chains of `step` fma each, added in order. Long chains would
+// round worse than NumPy's sum over lanes. Transposed: a[k][i].
+template <int NI, int NV, bool Transposed, bool Add>
 static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
                                                     int64_t K, int64_t step) {
     for (int64_t begin = 0; begin < K; begin += step) {
@@ -71,7 +68,7 @@ static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const
 #pragma GCC unroll 8
         for (int i = 0; i < NI; ++i)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[i][v] = Mode == To::Chain ? load(c + i * ldc + v * W) : zero();
+            for (int v = 0; v < NV; ++v) acc[i][v] = zero();
         for (int64_t k = begin; k < end; ++k) {
             vf x[NV];
 #pragma GCC unroll 8
@@ -83,7 +80,7 @@ static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const
                 for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
             }
         }
-        if (Mode == To::Add || (Mode == To::Set && begin > 0)) {
+        if (Add || begin > 0) {
 #pragma GCC unroll 8
             for (int i = 0; i < NI; ++i)
 #pragma GCC unroll 8
@@ -96,96 +93,47 @@ static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const
     }
 }
 
-template <int NV, bool Transposed, To Mode>
-static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K,
-                            int64_t step) {
+template <int NV, bool Transposed, bool Add> static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda,
+                                                                         const float* b, int64_t ldb, int64_t M, int64_t K,
+                                                                         int64_t step) {
+    constexpr int NI = 6;
+    const int64_t next = Transposed ? 1 : lda;
     int64_t i = 0;
-    for (; i + kBlockRows <= M; i += kBlockRows)
-        product_block<kBlockRows, NV, Transposed, Mode>(c + i * ldc, ldc, Transposed ? a + i : a + i * lda, lda, b, ldb, K, step);
+    for (; i + NI <= M; i += NI) product_block<NI, NV, Transposed, Add>(c + i * ldc, ldc, a + i * next, lda, b, ldb, K, step);
     c += i * ldc;
-    a += Transposed ? i : i * lda;
+    a += i * next;
     switch (M - i) {
-        case 5: return product_block<5, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
-        case 4: return product_block<4, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
-        case 3: return product_block<3, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
-        case 2: return product_block<2, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
-        case 1: return product_block<1, NV, Transposed, Mode>(c, ldc, a, lda, b, ldb, K, step);
+        case 5: return product_block<5, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
+        case 4: return product_block<4, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
+        case 3: return product_block<3, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
+        case 2: return product_block<2, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
+        case 1: return product_block<1, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
         default: return;
     }
 }
 
 // The product over M rows, `vectors` vectors of columns.
-template <bool Transposed, To Mode> static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
-                                                        int64_t ldb, int64_t M, int64_t vectors,
-                    int64_t K, int64_t step) {
+template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
+                                                         int64_t ldb, int64_t M, int64_t vectors, int64_t K, int64_t step) {
     while (vectors > 0) {
         const int64_t n = least(vectors, kBlockVectors);
-        if (n == 1) product_columns<1, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
-        if (n == 2) product_columns<2, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
+        if (n == 1) product_columns<1, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
+        if (n == 2) product_columns<2, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
         if constexpr (kBlockVectors > 2) {
-            if (n == 3) product_columns<3, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
-            if (n == 4) product_columns<4, Transposed, Mode>(c, ldc, a, lda, b, ldb, M, K, step);
+            if (n == 3) product_columns<3, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
+            if (n == 4) product_columns<4, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
         }
         c += n * W, b += n * W, vectors -= n;
     }
 }
 
-// Dot products over D, or E, are summed in short chains: long ones would round worse than NumPy's sum over lanes. The portable rung,
-// which does not fuse, needs them shorter.
-FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : kBlockVectors == 4 || K <= 32 ? 8 : 16; }
-
-// With 32 registers half of them hold the chains and half their sums.
-template <int NI, int NV>
-static __attribute__((noinline)) void dot_block(float* c, const float* a, int64_t lda, const float* b, int64_t K) {
-    constexpr int64_t kStep = 8;
-    vf acc[NI][NV], sum[NI][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[i][v] = zero();
-    for (int64_t begin = 0; begin < K; begin += kStep) {
-        const int64_t end = least(K, begin + kStep);
-#pragma GCC unroll 8
-        for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[i][v] = zero();
-        for (int64_t k = begin; k < end; ++k) {
-            vf x[NV];
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) x[v] = load(b + k * kRows + v * W);
-#pragma GCC unroll 8
-            for (int i = 0; i < NI; ++i) {
-                const vf y = set(a[i * lda + k]);
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) sum[i][v] = sum[i][v] + acc[i][v];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) store(c + i * kRows + v * W, sum[i][v]);
-}
+// The chains of dot products over D, or E. The portable rung, which does not fuse, needs them shorter.
+FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : K <= 16 ? 4 : K <= 32 ? 8 : 16; }
+// Those over keys, or rows: the spans at a mask's edge are as long, so that a row's bits do not depend on where the edge lies.
+constexpr int64_t kChain = kKeys / 4;
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
-    if constexpr (kBlockVectors == 4) {
-        for (; vectors >= 4; vectors -= 4, c += 4 * W, b += 4 * W) {
-            int64_t i = 0;
-            for (; i + 3 <= M; i += 3) dot_block<3, 4>(c + i * kRows, a + i * lda, lda, b, K);
-            for (; i < M; ++i) dot_block<1, 4>(c + i * kRows, a + i * lda, lda, b, K);
-        }
-        for (; vectors >= 2; vectors -= 2, c += 2 * W, b += 2 * W) {
-            int64_t i = 0;
-            for (; i + 6 <= M; i += 6) dot_block<6, 2>(c + i * kRows, a + i * lda, lda, b, K);
-            for (; i + 2 <= M; i += 2) dot_block<2, 2>(c + i * kRows, a + i * lda, lda, b, K);
-            for (; i < M; ++i) dot_block<1, 2>(c + i * kRows, a + i * lda, lda, b, K);
-        }
-    }
-    product<false, To::Set>(c, kRows, a, lda, b, kRows, M, vectors, K, chain(K));
+    product<false, false>(c, kRows, a, lda, b, kRows, M, vectors, K, chain(K));
 }
 
 // Rows [first, first + rows) of group g of sequence b; row r is query t = r / (H / G), head g H / G + r % (H / G).
@@ -224,8 +172,8 @@ static int64_t spans(const Tile& t, int64_t j0, int64_t n, Span (&out)[4]) {
         return 1;
     }
     int64_t count = 0;
-    for (int64_t j = j0; j < j0 + n; j += kKeys / 4) {
-        Span s{j, least(kKeys / 4, j0 + n - j), 0, t.vectors, false};
+    for (int64_t j = j0; j < j0 + n; j += kChain) {
+        Span s{j, least(kChain, j0 + n - j), 0, t.vectors, false};
         while (s.v0 < s.v1 && t.high[s.v0 * W + W - 1] <= float(j)) ++s.v0;
         while (s.v0 < s.v1 && t.low[(s.v1 - 1) * W] >= float(j + s.n)) --s.v1;
         if (s.v0 == s.v1) continue;

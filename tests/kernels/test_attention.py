@@ -191,7 +191,7 @@ def test_sees_nothing(isa, T):
     assert short[1].all()
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.5])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("T", [1, 40])
 def test_scale(isa, scale, biased, T):
