@@ -171,10 +171,15 @@ def _write_pooling(pooling: Pooling, width: int, folder: Path) -> None:
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling.max_tokens, "do_lower_case": False})
 
 
+_REPEATED = {"n_layer": "layers", "n_group": "groups", "n_inner": "inner blocks"}  # parts of a model
+
+
 def _declare(module: ModuleType, config: Any, count: int) -> LanguageModel:
     """The declared model, unless the config asks for more layers than the file has tensors: a hostile one would take all memory."""
-    if check_config(config).n_layer > count:
-        raise ValueError(f"the configuration has {config.n_layer} layers, the file only {count} tensors")
+    check_config(config)
+    for name, what in _REPEATED.items():
+        if getattr(config, name, 0) > count:
+            raise ValueError(f"the configuration has {getattr(config, name)} {what}, the file only {count} tensors")
     model: LanguageModel = module.Model(config)
     return model
 

@@ -133,7 +133,7 @@ class LM:
         out = np.empty((len(ids), self.model.config.d_model), np.float32)
         for rows in _buckets([len(row) for row in ids], batch_tokens):
             lengths = np.array([len(ids[i]) for i in rows])
-            mask = np.arange(max(lengths.max(), _WIDTH)) < lengths[:, None]
+            mask = np.arange(max(lengths.max(), min(_WIDTH, longest))) < lengths[:, None]
             padded = np.full(mask.shape, self.model.pad, np.int32)
             padded[mask] = np.concatenate([ids[i] for i in rows])
             out[rows] = pooling(self.model.states(padded, mask), lengths)

@@ -61,11 +61,9 @@ def config_from_hf(module: ModuleType, raw: Mapping[str, Any]) -> Any:
         if head is not None and head not in module.HF_CLASS:
             wrong.append(head)
         values["head"] = head
-    if "labels" in kinds and not raw.get("id2label") and type(raw.get("num_labels")) is int:
-        values["labels"] = tuple(f"LABEL_{i}" for i in range(raw["num_labels"]))
-    if "labels" in kinds and raw.get("id2label"):
-        found = {int(k): str(v) for k, v in raw["id2label"].items()}
-        values["labels"] = tuple(found.get(i, f"LABEL_{i}") for i in range(len(found)))
+    if "labels" in kinds:
+        labels = _labels(raw)
+        values |= {} if labels is None else {"labels": labels}
     if wrong:
         raise ValueError(f"config.json of model_type {module.HF_TYPE!r}: " + "; ".join(wrong))
     return module.Config(**values)
@@ -74,8 +72,22 @@ def config_from_hf(module: ModuleType, raw: Mapping[str, Any]) -> Any:
 def _head(module: ModuleType, raw: Mapping[str, Any]) -> str | None:
     """The head's name that `architectures` asks for, None for the bare model; what is wrong if it is none of them."""
     asked = raw.get("architectures") or [module.HF_CLASS[None]]
-    found = [head for head, theirs in module.HF_CLASS.items() if theirs == asked[0]]
+    found = [head for head, theirs in module.HF_CLASS.items() if isinstance(asked, list) and theirs == asked[0]]
     return found[0] if found else f"'architectures' must be one of {', '.join(module.HF_CLASS.values())}, got {asked!r:.60}"
+
+
+def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of the labels by number: of id2label, else num_labels without names; None where neither is there."""
+    count, table = raw.get("num_labels"), raw.get("id2label")
+    if not table:
+        if count is None:
+            return None
+        if type(count) is not int or not 0 < count < 1 << 20:
+            raise ValueError(f"config.json: 'num_labels' must be a positive integer, got {count!r:.60}")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    if not isinstance(table, dict) or {str(k) for k in table} != {str(i) for i in range(len(table))}:
+        raise ValueError(f"config.json: 'id2label' must map 0, 1, ... to labels, got {table!r:.60}")
+    return tuple(str(table.get(str(i), table.get(i))) for i in range(len(table)))
 
 
 def config_to_hf(module: ModuleType, config: Any) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models import bert, heads
-from fastlm.models.base import check_config
+from fastlm.models.base import as_ids, check_config
 from fastlm.models.bert import Block, Embeddings
 from fastlm.models.encoder import Encoder
 from fastlm.nn import Context, Linear
+from fastlm.tensor import data, no_grad
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,33 @@ class Electra(Encoder):
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return x
+
+
+def joint_loss(
+    generator: Encoder, discriminator: Encoder, ids: Any, targets: Any, mask: Any = None, segments: Any = None, *, seed: int = 0,
+    weight: float = 50.0,
+) -> Any:  # fmt: skip
+    """The generator's masked loss + weight * the discriminator's on the generator's samples; section 2 of the paper.
+
+    ids (B, T) with masks in place, targets (B, T): the token that was there, -100 elsewhere. A sample that happens to be that token
+    counts as original. Nothing flows back through sampling. The two share embeddings if they are given one Tensor:
+    `generator.embeddings.tokens.weight = discriminator.embeddings.tokens.weight`, and so on.
+    """
+    ids, targets = as_ids("ids", ids), heads.labels_of(targets, np.shape(ids))
+    asked = np.flatnonzero(targets != -100)
+    x = generator.run(ids, mask, segments)
+    loss = generator.need_head().loss(generator, x, targets)
+    with no_grad():
+        rows = ops.embedding(asked, np.ascontiguousarray(data(x)).reshape(-1, x.shape[-1]))
+        logits = data(generator.need_head()(generator, rows))
+    noise = np.random.Generator(np.random.Philox(key=[seed, 0])).gumbel(size=logits.shape)
+    replaced = ids.copy()
+    replaced.reshape(-1)[asked] = (logits + noise).argmax(-1)  # a draw from softmax(logits)
+    original = np.where(targets == -100, ids, targets)
+    labels = (replaced != original).astype(np.int32)
+    if mask is not None:
+        labels[np.asarray(mask) == 0] = -100
+    return ops.add(loss, ops.scale(discriminator.loss(replaced, labels, mask, segments), weight))
 
 
 Config, Model = ElectraConfig, Electra

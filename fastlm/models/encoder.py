@@ -80,13 +80,13 @@ class Encoder(LanguageModel):
 
     def __call__(self, ids: Any, mask: Any = None, segments: Any = None) -> Tensor:
         """The head's logits, recorded. For ids (B, K, T): the K scores of each example, (B, K)."""
-        logits: Tensor = self._need_head()(self, self.run(ids, mask, segments))
+        logits: Tensor = self.need_head()(self, self.run(ids, mask, segments))
         lead = np.shape(ids)[:-1]
         return ops.reshape(logits, lead) if len(lead) == 2 else logits
 
     def loss(self, ids: Any, targets: Any, mask: Any = None, segments: Any = None) -> Tensor:
         """The head's loss, a scalar; targets as the head says."""
-        return self._need_head().loss(self, self.run(ids, mask, segments), targets)
+        return self.need_head().loss(self, self.run(ids, mask, segments), targets)
 
     def logits(self, ids: Any, mask: Any = None, segments: Any = None) -> Array:
         """The head's logits; nothing is recorded."""
@@ -108,7 +108,8 @@ class Encoder(LanguageModel):
             segments = as_ids("segments", segments, ids.shape)
         return self.hidden(ids, Context(ids.shape[0], ids.shape[1], mask=mask, segments=segments))
 
-    def _need_head(self) -> Head:
+    def need_head(self) -> Head:
+        """The head, or a ValueError that says that there is none."""
         if self.head is None:
             raise ValueError(
                 f"[model] this {type(self).__name__} has no head: it gives hidden states (states), no logits and no loss."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,18 @@ COUNTS = {
     ("roberta-large", "masked_lm"): 355_412_057,
     ("distilbert-base-uncased", None): 66_362_880,
     ("distilbert-base-uncased", "masked_lm"): 66_985_530,
+    ("bert-base-cased", None): 108_310_272,
+    ("bert-large-cased", None): 333_579_264,
+    ("roberta-base", None): 124_645_632,
+    ("distilbert-base-cased", None): 65_190_912,
     ("albert-base-v2", None): 11_683_584,
+    ("albert-large-v2", None): 17_683_968,
+    ("albert-xlarge-v2", None): 58_724_864,
+    ("albert-xxlarge-v2", None): 222_595_584,
     ("electra-small", None): 13_483_008,
+    ("electra-small", "replaced_token"): 13_549_057,
+    ("electra-base", "replaced_token"): 109_483_009,
+    ("electra-large", "replaced_token"): 335_142_913,
     ("all-minilm-l6-v2", None): 22_713_216,
 }
 
@@ -176,6 +187,29 @@ def test_ignored_positions_cost_and_change_nothing():
         model.loss(ids, np.full(ids.shape, -100), mask, segments)
 
 
+def test_electra_learns_with_its_generator():
+    """The joint loss is the two losses, and falls; what the generator gets right counts as original."""
+    config = models.preset("electra-small", vocab_size=20, context=8, d_embedding=8, d_model=16, n_layer=1, n_head=2, d_ff=32)
+    generator = models.create(replace(config, head="masked_lm"), 1).train()
+    discriminator = models.create(replace(config, head="replaced_token"), 2).train()
+    rng = np.random.default_rng(0)
+    optimizers, losses = [AdamW(m, (0.9, 0.99), 1e-8, 0.0) for m in (generator, discriminator)], []
+    for step in range(80):
+        whole = np.tile(np.arange(8) + 5, (8, 1))  # the position tells the token
+        hidden = rng.random(whole.shape) < 0.3
+        hidden[0, 0] = True
+        ids, targets = np.where(hidden, 3, whole), np.where(hidden, whole, -100)
+        loss = models.electra.joint_loss(generator, discriminator, ids, targets, seed=step)
+        assert loss.item() > generator.loss(ids, targets).item()
+        losses.append(loss.item())
+        for model in (generator, discriminator):
+            model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.update(1e-2, 1.0)
+    assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10])
+
+
 def test_older_files(tmp_path):
     """gamma and beta, a position buffer, a tied decoder that is written out, no model_type and no architectures."""
     name = "bert.pretraining"
@@ -240,3 +274,25 @@ def test_refuses():
         models.declare(models.preset("bert-base-uncased", head="chat"))
     with pytest.raises(ValueError, match="has no layers; its fields are vocab_size"):
         models.preset("bert-base-uncased", layers=3)
+
+
+ODD = (None, True, -1, 0, 1.5, 10**9, float("nan"), "many", [], [[]], {}, {"a": "b"})
+
+
+@pytest.mark.parametrize("name", ["bert.sequence_classification", "roberta.bare", "distilbert.masked_lm", "albert.pretraining"])
+def test_mutated_configurations(name, tmp_path):
+    """Every key with every odd value: a FormatError, or a model that works."""
+    raw = read_json(DATA / name / "config.json")
+    shutil.copy(DATA / name / "model.safetensors", tmp_path)
+    untyped = []
+    for key in (*raw, "id2label", "num_labels", "problem_type", "position_embedding_type"):
+        for value in ODD:
+            write_json(tmp_path / "config.json", raw | {key: value})
+            try:
+                model, _ = hub.load_folder_or_gguf(tmp_path)
+                model.states(np.full((1, 3), 6))
+            except FormatError:
+                pass
+            except ValueError as error:
+                untyped.append(str(error))
+    assert all("ids must end within" in message for message in untyped)  # a pad id that leaves no positions
