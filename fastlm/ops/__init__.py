@@ -11,6 +11,7 @@ from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.matmul import matmul
 from fastlm.ops.regression import binary_cross_entropy, mean_squared_error
+from fastlm.ops.rel_shift import rel_shift
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
@@ -37,6 +38,7 @@ __all__ = [
     "log_softmax",
     "matmul",
     "mean_squared_error",
+    "rel_shift",
     "reshape",
     "rms_norm",
     "rope",
