@@ -96,7 +96,7 @@ def generate(
 def prefill(model: CausalLM, ids: Sequence[int], cache: Cache) -> Array:
     """Reads a prompt into a cache of one row, in fixed chunks; the logits (1, V) after its last id."""
     array = np.asarray(ids, np.int32)[None]
-    chunk = model.CHUNK or CHUNK
+    chunk: int = getattr(cache, "chunk", CHUNK)  # XLNet's memories take a prompt at once
     for start in range(0, array.shape[1], chunk):
         logits = model.logits(array[:, start : start + chunk], cache, last=True)
     return logits

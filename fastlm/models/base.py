@@ -57,7 +57,6 @@ class CausalLM(LanguageModel):
 
     token_embedding: Embedding
     head: Linear | None
-    CHUNK: int | None = None  # positions of a prompt to be read at a time, if that is not the engine's to choose
 
     def hidden(self, ids: Array, context: Context) -> Any:
         """ids (B, T) int32 -> (B, T, C), after the final norm."""

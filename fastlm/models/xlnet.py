@@ -117,8 +117,6 @@ class XLNet(CausalLM):
     (B, T, T): not 0 where the query (axis 1) must not see the key. target_mapping (B, N, T): row n has a 1 at the position that is
     asked, or is all 0; no position twice. mask (B, T): 0 is padding. segments (B, T) integers; those of memories are 0."""
 
-    CHUNK = 1 << 30  # a prompt is read at once: its tokens see one another
-
     def __init__(self, config: XLNetConfig) -> None:
         c = self.config = check_config(config)
         if c.d_model % c.n_head or c.d_model % 2:
@@ -270,6 +268,8 @@ class _Row:
 
 class Memories:
     """The memories of several sequences, in the place of a Cache: `lengths`, `row`, `select`."""
+
+    chunk = 1 << 30  # a prompt is read at once: its tokens see one another
 
     def __init__(self, rows: list[_Row]) -> None:
         self.rows = rows

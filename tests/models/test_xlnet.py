@@ -76,6 +76,13 @@ def test_generates_the_same_ids(name):
             assert beams.ids == GOLDEN[f"{name}.beam{i}"].tolist()
 
 
+def test_a_long_prompt_is_read_at_once(monkeypatch):
+    """Its tokens see one another, so pieces would give something else."""
+    monkeypatch.setattr("fastlm.generate.engine.CHUNK", 4)
+    ids = generate.generate(load("bi"), [GOLDEN["bi.prompt2"].tolist()], generate.Settings(max_tokens=12, temperature=0.0))[0].ids
+    assert ids == GOLDEN["bi.greedy2"].tolist()
+
+
 def test_segments_through_memory_are_the_whole():
     """Causal: the second half with the memories of the first gives what the whole gives."""
     model, ids = load("uni"), GOLDEN["uni.plain.ids"]
