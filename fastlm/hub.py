@@ -103,7 +103,7 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
         )
     raw = read_json(config_path)
     tensors = dict(read_safetensors(folder))
-    kind = raw.get("model_type", _guess_type(raw, tensors))
+    kind = raw["model_type"] if "model_type" in raw else _guess_type(raw, tensors)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise FormatError(config_path, f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r:.60}")
     module = ARCHITECTURES[kind]
@@ -121,10 +121,11 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
 
 def _guess_type(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> str | None:
     """The model_type of older files that leave it out: by the class that they name, else by the prefix of their tensors."""
-    asked = next(iter(raw.get("architectures") or ()), None)
-    for kind, module in ARCHITECTURES.items():
-        if asked in ((module.HF_CLASS,) if isinstance(module.HF_CLASS, str) else module.HF_CLASS.values()):
-            return kind
+    asked = raw.get("architectures")
+    if isinstance(asked, list) and asked:
+        for kind, module in ARCHITECTURES.items():
+            if asked[0] in ((module.HF_CLASS,) if isinstance(module.HF_CLASS, str) else module.HF_CLASS.values()):
+                return kind
     found = [kind for kind, module in ARCHITECTURES.items() if any(name.startswith(module.HF_PREFIX) for name in tensors)]
     return found[0] if len(found) == 1 else None
 

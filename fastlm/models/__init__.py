@@ -4,8 +4,8 @@ GGUF's architecture, `PRESETS` a published configuration by its name."""
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.llama import Llama, LlamaConfig
 from fastlm.nn import initialise
 
-_found = (import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+_found = (import_module(f"{__name__}.{path.stem}") for path in sorted(Path(__file__).parent.glob("[a-z]*.py")))
 ARCHITECTURES: dict[str, ModuleType] = {module.HF_TYPE: module for module in _found if hasattr(module, "HF_TYPE")}
 PRESETS: dict[str, Any] = {name: config for module in ARCHITECTURES.values() for name, config in module.PRESETS.items()}
 
