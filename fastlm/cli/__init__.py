@@ -1,4 +1,4 @@
-"""The command line: `fastlm demo | info | train | generate | chat | eval | bench | convert`.
+"""The command line: `fastlm demo | info | train | generate | chat | eval | bench | plan | verify | convert`.
 
 An error is one line, `fastlm: ...`, and exit status 2; FASTLM_DEBUG=1 shows the traceback instead. Each command lives in a module that is
 imported when it is called, so that `fastlm --help` is quick.
@@ -137,6 +137,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file")
     p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file")
     p.add_argument("--list", action="store_true", help="only list the operations")
+
+    p = command("plan", "what a published model costs: parameters, FLOPs, memory, and a layout over devices", "plan:run")
+    p.add_argument("name", metavar="NAME", help="a preset, as in fastlm.models.PRESETS, or glam-1.2t")
+    p.add_argument("--devices", type=_positive, default=8, metavar="N", help="accelerators to train on")
+    p.add_argument("--memory", type=_positive, default=80, metavar="GB", help="of each device")
+    p.add_argument("--context", type=_positive, metavar="T", help="tokens of a sequence (default: the model's)")
+    p.add_argument("--layers", type=_positive, help="also run one training step here with so many layers")
+    p.add_argument("--width", type=_positive, help="of the model that is run, a multiple of 16")
+
+    p = command("verify", "compare a model's hidden states and logits with a reference, layer by layer", "verify:run")
+    p.add_argument("folder", metavar="FOLDER", nargs="?", help="a Hugging Face folder or id, or a GGUF file")
+    p.add_argument("--reference", metavar="NPZ", help="golden file: ids, logits, states.0 ... (--script writes one)")
+    p.add_argument("--tolerance", type=float, default=1e-5, help="largest error, relative to max(1, |value|)")
+    p.add_argument("--script", action="store_true", help="only print the script that writes the reference with transformers")
 
     p = command("convert", "write a model as a Hugging Face folder", "convert:run", "Quantised weights become float32 or bfloat16.")
     p.add_argument("source", metavar="IN", help="a GGUF file, a llama2.c .bin file, or a Hugging Face folder")

@@ -1,5 +1,5 @@
 """Megatron-Turing NLG 530B. Smith et al. 2022, arXiv:2201.11990. The wiring of GPT-2 at a size that 35 x 8 GPUs hold, its weights
-drawn with std 4e-3 (section 3.2), times 1 / sqrt(2 L) into the residual stream.
+drawn with std 4e-3, times 1 / sqrt(2 L) into the residual stream.
 
     ids -> token + position embedding -> [ x += attention(norm(x)); x += mlp(norm(x)) ] * n_layer -> norm -> logits
 """

@@ -1,0 +1,84 @@
+"""`fastlm plan`: what a model costs, and one step of its wiring made small."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from fastlm import models
+from fastlm.models import plan
+from fastlm.models.base import CausalLM
+from fastlm.nn import count_parameters
+
+
+def quantity(value: float, units: str = "KMGTPE") -> str:
+    """1,234,567 as 1.23M: three digits, powers of 1000."""
+    unit = ""
+    for larger in units:
+        if abs(value) < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g}{unit}" if unit else f"{value:.0f}"
+
+
+def kinds(memory: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{kind} {quantity(value)}B" for kind, value in memory.items())
+    return f"{quantity(sum(memory.values()))}B: {parts}"
+
+
+def report(name: str, shape: plan.Shape, devices: int, context: int, memory: float) -> list[tuple[str, str]]:
+    """The lines, as (label, text)."""
+    forward = plan.flops(shape, context)
+    found = plan.layout(shape, devices, context, memory)
+    rows = [
+        ("model", f"{name}, {shape.n_layer} layers, context {context:,}"),
+        ("parameters", f"{shape.total:,} in all, {shape.active:,} active for a token"),
+        ("FLOPs a token", f"{quantity(forward)} forward, {quantity(3 * forward)} forward and backward"),
+        ("training", kinds(plan.training_bytes(shape, context)) + " (bfloat16, Adam; activations of one sequence)"),
+        ("inference", kinds(plan.inference_bytes(shape, context)) + " (bfloat16; cache of one sequence)"),
+    ]
+    if found is None:
+        need = plan.fewest_devices(shape, context, memory)
+        advice = "no number of devices up to 65,536 will do" if need is None else f"the fewest that will do: {need:,}"
+        return [*rows, ("layout", f"none fits {devices:,} devices of {quantity(memory)}B; {advice}")]
+    parts = f"{found.tensor} tensor x {found.pipeline} pipeline x {found.data} data = {devices:,} devices"
+    return [*rows, ("layout", parts), ("each device", kinds(found.memory))]
+
+
+def step(name: str, layers: int | None, width: int | None, context: int) -> str:
+    """Creates the reduced model and does one forward and backward pass; what came out."""
+    if name not in models.PRESETS:
+        raise ValueError(f"[plan] {name} is known by its sizes alone: this version has no model of it to run.")
+    if not issubclass(models.module_of(models.PRESETS[name]).Model, CausalLM):
+        raise ValueError(f"[plan] a step here is for causal models, {name} is another kind.")
+    config = plan.reduced(models.PRESETS[name], layers, width)
+    count = count_parameters(models.declare(config))
+    if count > 500_000_000:
+        raise ValueError(f"[plan] a step here is for small models, got {count:,} parameters. Give --layers 2 --width 64.")
+    model = models.create(config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(context, config.context, 128) + 1), dtype=np.int32)
+    start = time.perf_counter()
+    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    seconds = time.perf_counter() - start
+    square = sum(float(np.square(p.grad_buffer()).sum()) for p in model.named_parameters().values())
+    return (
+        f"{config.n_layer} layers, width {config.d_model}, {count:,} parameters: loss {loss.item():.4f} "
+        f"(ln {config.vocab_size} = {math.log(config.vocab_size):.4f}), gradient norm {math.sqrt(square):.4g}, {seconds * 1e3:.0f} ms"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    name = arguments.name
+    shape = plan.shape_of(name)
+    context = arguments.context or shape.context
+    if context > shape.context:
+        raise ValueError(f"[plan] context must be at most {shape.context:,}, that of {name}, got {context:,}.")
+    for label, text in report(name, shape, arguments.devices, context, arguments.memory * 1e9):
+        print(f"{label:<14} {text}")
+    if arguments.layers is not None or arguments.width is not None:
+        print(f"{'a step here':<14} {step(name, arguments.layers, arguments.width, context)}")

@@ -1,0 +1,90 @@
+"""`fastlm verify`: right models pass, and a wrong layer is named."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlm.checkpoint import read_safetensors, write_safetensors
+from fastlm.cli import main
+from fastlm.cli.verify import SCRIPT, observe
+from fastlm.hub import load_folder_or_gguf
+
+DATA = Path(__file__).parents[1] / "data"
+GOLDEN = np.load(DATA / "decoders" / "golden.npz")
+NAMES = ["mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt1"]
+
+
+def write_reference(name, path, **changes):
+    """That of transformers, as tests/data/make_decoders.py kept it."""
+    states = GOLDEN[f"{name}.states"]
+    arrays = dict(zip(["embedding", *(f"layer.{i}" for i in range(len(states) - 2)), "final"], states, strict=True))
+    np.savez(path, **{"ids": GOLDEN[f"{name}.ids"], "logits": GOLDEN[f"{name}.logits"], **arrays, **changes})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes(name, tmp_path, capsys):
+    write_reference(name, tmp_path / "golden.npz")
+    assert main(["verify", str(DATA / "decoders" / name), "--reference", str(tmp_path / "golden.npz")]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["embedding", "layer.0", "layer.1", "final", "logits"]
+    assert "all within 1e-05" in out
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_names_the_wrong_layer(layer, tmp_path, capsys):
+    write_reference("qwen3", tmp_path / "golden.npz")
+    shutil.copytree(DATA / "decoders" / "qwen3", tmp_path / "model")
+    tensors = {k: np.array(v) for k, v in read_safetensors(tmp_path / "model").items()}
+    tensors[f"model.layers.{layer}.self_attn.k_norm.weight"][2] += 0.5
+    write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+    assert main(["verify", str(tmp_path / "model"), "--reference", str(tmp_path / "golden.npz")]) == 1
+    assert f"the first beyond 1e-05 x max(1, |value|): layer.{layer}" in capsys.readouterr().out
+
+
+def test_encoder_with_padding(tmp_path, capsys):
+    """States of padding are left out."""
+    folder = DATA / "encoders" / "bert.masked_lm"
+    model = load_folder_or_gguf(folder)[0]
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    mask = np.ones((2, 12), np.int32)
+    mask[1, 7:] = 0
+    found = observe(model, ids, mask)
+    found["layer.0"][1, 9] = np.nan
+    np.savez(tmp_path / "golden.npz", ids=ids, mask=mask, **found)
+    assert main(["verify", str(folder), "--reference", str(tmp_path / "golden.npz")]) == 0
+    found["layer.0"][1, 3] = np.nan
+    np.savez(tmp_path / "golden.npz", ids=ids, mask=mask, **found)
+    assert main(["verify", str(folder), "--reference", str(tmp_path / "golden.npz")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer.7": np.zeros((2, 24, 28))}, "the reference has layer.7; this model has embedding, layer.0"),
+        ({"logits": np.zeros((2, 24, 60))}, r"logits of the reference must have the shape (2, 24, 61), got (2, 24, 60)"),
+        ({"mask": np.ones((2, 24))}, "no mask and no segments for a causal model"),
+    ],
+)
+def test_refuses(changes, message, tmp_path, capsys):
+    write_reference("qwen3", tmp_path / "golden.npz", **changes)
+    assert main(["verify", str(DATA / "decoders" / "qwen3"), "--reference", str(tmp_path / "golden.npz")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_without_reference(tmp_path, capsys):
+    np.savez(tmp_path / "golden.npz", tokens=[1])
+    assert main(["verify", "x", "--reference", str(tmp_path / "golden.npz")]) == 2
+    assert "must hold ids and any of" in capsys.readouterr().err
+    assert main(["verify"]) == 2
+    assert "give FOLDER and --reference" in capsys.readouterr().err
+
+
+def test_script(capsys):
+    assert main(["verify", "--script"]) == 0
+    assert capsys.readouterr().out == SCRIPT
+    ast.parse(SCRIPT)
