@@ -96,7 +96,9 @@ def shape_of_model(model: Any) -> Shape:
     c, parts = model.config, list(_walk(model))
     attentions = [part for part in parts if isinstance(part, Attention)]
     if len(attentions) < c.n_layer:
-        raise ValueError(f"[plan] {type(model).__name__} has layers that the plan cannot count: used more than once, or with an attention of their own.")
+        raise ValueError(
+            f"[plan] {type(model).__name__} has layers that the plan cannot count: used more than once, or with an attention of their own."
+        )
     parameters = model.named_parameters()
     total = count_parameters(model)
     active = int(model.active_parameters()) if hasattr(model, "active_parameters") else total
