@@ -13,6 +13,7 @@ from fastlm.backend import Array
 from fastlm.models.base import CausalLM, LanguageModel
 from fastlm.models.encoder import Encoder
 from fastlm.models.encoder_decoder import EncoderDecoder
+from fastlm.models.xlnet import XLNet
 
 if TYPE_CHECKING:
     from fastlm.generate import Output
@@ -155,16 +156,19 @@ class LM:
         found = [output.ids for output in outputs]
         return found if batch else found[0]
 
-    def logits(self, ids: Any, decoder_ids: Any = None, *, mask: Any = None, segments: Any = None) -> Array:
+    def logits(self, ids: Any, decoder_ids: Any = None, *, mask: Any = None, segments: Any = None, **given: Any) -> Array:
         """float32 logits. ids: (T,), (B, T), or a text.
 
         A causal model: (T, V) or (B, T, V). An encoder: those of its head, with mask (1 a token, 0 padding) and segments in the shape
         of ids. An encoder-decoder model: ids is the source, decoder_ids (T,) or (B, T) the decoder's inputs as given, nothing shifted;
-        mask is of the source.
+        mask is of the source. XLNet: also perm_mask (T, T) or (B, T, T), target_mapping (N, T) or (B, N, T) and mems, what
+        `lm.model.logits_and_mems` returned; see fastlm.models.xlnet.
         """
         batch, one = _batch("ids", self._ids(ids))
         mask, segments = _like(one, mask), _like(one, segments)
         model = self.model
+        if unknown := [k for k in given if not isinstance(model, XLNet) or k not in ("perm_mask", "target_mapping", "mems")]:
+            raise TypeError(f"[logits] {type(model).__name__} takes no {', '.join(unknown)}")
         if isinstance(model, EncoderDecoder):
             if decoder_ids is None or segments is not None:
                 raise ValueError("[logits] an encoder-decoder model takes ids, decoder_ids and mask")
@@ -173,6 +177,9 @@ class LM:
             raise ValueError(f"[logits] decoder_ids must be None: {type(model).__name__} has no decoder beside an encoder")
         elif isinstance(model, Encoder):
             out = model.logits(batch, mask, segments)
+        elif isinstance(model, XLNet):
+            given = {k: v if k == "mems" else _like(one, v) for k, v in given.items()}
+            out = model.logits(batch, mask=mask, segments=segments, **given)
         elif mask is None and segments is None:
             out = self.causal.logits(batch)
         else:

@@ -5,7 +5,7 @@ changed: the tests read what is committed.
 
     <name>/config.json, model.safetensors   checkpoints as transformers writes them
     golden.npz   for every checkpoint and case: its inputs, logits, loss, mems and gradient.<their name>, computed in float64 and
-                 stored as float32; greedy and beam ids of transformers' generate
+                 stored as float32; curve.*: 100 steps; greedy and beam ids of transformers' generate
 """
 
 from __future__ import annotations
@@ -79,6 +79,36 @@ def arguments(case: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, obje
     return out
 
 
+def widen(model: XLNetLMHeadModel) -> XLNetLMHeadModel:
+    """In float64, with the angles in float32 as ever: the two-stream code does not widen them itself."""
+    wide = model.double()
+    angles = wide.transformer.relative_positional_encoding
+    wide.transformer.relative_positional_encoding = lambda *a, **k: angles(*a, **k).double()
+    return wide
+
+
+def curve(model: XLNetLMHeadModel) -> dict[str, np.ndarray]:
+    """100 steps of AdamW on permutation LM; a token that is asked follows from the one before it."""
+    rng = np.random.default_rng(9)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    ids = (rng.integers(0, 41, (100, 4, 1)) + 3 * np.arange(8)) % 41
+    order = np.stack([[rng.permutation(8) for _ in range(4)] for _ in range(100)])  # the place of each token in the order
+    perm = order[..., :, None] <= order[..., None, :]
+    asked = np.sort(np.argsort(order, -1)[..., -3:], -1)
+    mapping = asked[..., None] == np.arange(8)
+    b = {"ids": ids, "segments": np.sort(rng.integers(0, 2, (100, 4, 8)), -1), "perm_mask": perm, "target_mapping": mapping}
+    b["targets"] = np.take_along_axis(ids, asked, -1)
+    losses = []
+    for step in range(100):
+        loss = model(**arguments({k: v[step] for k, v in b.items()}, torch.float64)).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    print("curve", losses[0], losses[-1])
+    return {f"curve.{k}": v.astype(np.uint8) for k, v in b.items()} | {"curve.losses": np.array(losses)}
+
+
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     golden: dict[str, np.ndarray] = {}
@@ -101,9 +131,7 @@ def main() -> None:
                 continue
             beams = model.generate(ids, num_beams=3, **common)
             golden[f"{name}.beam{i}"] = beams[0, len(prompt) :].numpy().astype(np.int32)
-        wide = model.double()
-        angles = wide.transformer.relative_positional_encoding  # float32, which the two-stream code does not widen
-        wide.transformer.relative_positional_encoding = lambda *a, f=angles, **k: f(*a, **k).double()
+        wide = widen(model)
         for case, given in cases(rng, model.config.n_layer).items():
             if name == "uni" and case not in ("plain", "memory"):
                 continue
@@ -120,6 +148,7 @@ def main() -> None:
                 for parameter, p in wide.named_parameters():
                     grad = torch.zeros_like(p) if p.grad is None else p.grad
                     golden[f"{key}.gradient.{parameter}"] = grad.numpy().astype(np.float32)
+    golden |= curve(widen(XLNetLMHeadModel.from_pretrained(OUT / "bi").eval()))
     np.savez_compressed(OUT / "golden.npz", **golden)
 
 

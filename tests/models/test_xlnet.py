@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastlm
 from fastlm import generate, hub, models
 from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
 from fastlm.models import convert
@@ -161,6 +162,33 @@ def test_a_target_does_not_see_itself():
     before = model.logits(ids, **asked)[0, 1]
     ids[0, at] = (ids[0, at] + 1) % 41
     np.testing.assert_array_equal(model.logits(ids, **asked)[0, 1], before)
+
+
+def test_lm_logits():
+    lm, key = fastlm.load(DATA / "bi"), "bi.all"
+    ids, extra = GOLDEN[f"{key}.ids"], given("bi", "all")
+    close(lm.logits(ids, **extra), GOLDEN[f"{key}.logits"])
+    one = {k: v[:, 1:2] if k == "mems" else v[1] for k, v in extra.items()}
+    np.testing.assert_array_equal(lm.logits(ids[1], **one), lm.logits(ids, **extra)[1])
+    with pytest.raises(TypeError, match="XLNet takes no past"):
+        lm.logits(ids, past=3)
+    with pytest.raises(ValueError, match="last must be True"):
+        lm.perplexity(ids[0].tolist())
+
+
+def test_losses_of_100_steps():
+    """Permutation LM with AdamW, against float64."""
+    curve, model = {k.removeprefix("curve."): v for k, v in GOLDEN.items() if k.startswith("curve.")}, load("bi").train()
+    optimizer, losses = AdamW(model, (0.9, 0.99), 1e-8, 0.0), []
+    for step in range(100):
+        model.zero_grad()
+        extra = {k: curve[k][step] for k in ("segments", "perm_mask", "target_mapping")}
+        loss = model.loss(curve["ids"][step], curve["targets"][step], **extra)
+        loss.backward()
+        optimizer.update(2e-3, None)
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, curve["losses"], rtol=0, atol=1e-5)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
 
 
 def test_refuses():
