@@ -13,6 +13,7 @@ from fastlm.checkpoint import FormatError, read_json, write_json
 from fastlm.models import convert
 from fastlm.models.base import names
 from fastlm.nn import Declared, count_parameters
+from fastlm.train import AdamW
 
 DATA = Path(__file__).parents[1] / "data" / "decoders"
 GOLDEN = np.load(DATA / "golden.npz")
@@ -73,6 +74,20 @@ def convert_transposed(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_losses_of_100_steps(name):
+    model, curves = load(name).train(), np.load(DATA / "curves.npz")
+    optimizer, losses = AdamW(model, (0.9, 0.99), 1e-8, 0.0), []
+    for tokens in curves["tokens"].astype(np.int32):
+        model.zero_grad()
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.update(1e-3, None)
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, curves[name], rtol=0, atol=1e-5)
+    assert curves[name][-10:].mean() < curves[name][:10].mean() - 0.3
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy(name):
     prompt, want = GOLDEN[f"{name}.prompt"], GOLDEN[f"{name}.greedy"]
     settings = generate.Settings(temperature=0.0, max_tokens=len(want))
@@ -108,6 +123,16 @@ def test_counts(preset):
     model = models.declare(preset)
     assert count_parameters(model) == PUBLISHED[preset]
     assert all(isinstance(p.data, Declared) for p in model.named_parameters().values())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gpt1"])
+def test_file_without_model_type(name, tmp_path):
+    """The class that it names says what it is."""
+    (tmp_path / "model.safetensors").write_bytes((DATA / name / "model.safetensors").read_bytes())
+    raw = read_json(DATA / name / "config.json")
+    del raw["model_type"]
+    write_json(tmp_path / "config.json", raw)
+    assert hub.load_folder_or_gguf(tmp_path)[0].config == load(name).config
 
 
 def test_gpt1_count():
