@@ -10,6 +10,16 @@ from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.matmul import matmul
+from fastlm.ops.moe import (
+    Routing,
+    combine,
+    dispatch,
+    grouped_linear,
+    mixtral_load_balancing_loss,
+    route,
+    router_z_loss,
+    switch_load_balancing_loss,
+)
 from fastlm.ops.regression import binary_cross_entropy, mean_squared_error
 from fastlm.ops.rel_shift import rel_shift
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
@@ -18,6 +28,7 @@ from fastlm.ops.sample import argmax, sample, top_k
 from fastlm.ops.shape import add, add_broadcast, reshape, scale, split
 
 __all__ = [
+    "Routing",
     "activation",
     "adamw",
     "adamw_step",
@@ -28,24 +39,31 @@ __all__ = [
     "argmax",
     "attention",
     "binary_cross_entropy",
+    "combine",
     "cross_entropy",
+    "dispatch",
     "embedding",
     "gated",
     "global_norm",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "log_softmax",
     "matmul",
     "mean_squared_error",
+    "mixtral_load_balancing_loss",
     "rel_shift",
     "reshape",
     "rms_norm",
     "rope",
     "rope_tables",
+    "route",
+    "router_z_loss",
     "sample",
     "scale",
     "split",
+    "switch_load_balancing_loss",
     "tanh",
     "top_k",
 ]

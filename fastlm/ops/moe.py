@@ -1,0 +1,337 @@
+"""Mixture of experts: a router, rows dealt to experts, grouped products, their weighted sum, and the auxiliary losses.
+
+Shazeer et al. 2017, arXiv:1701.06538; GShard, Lepikhin et al. 2020, arXiv:2006.16668; Switch, Fedus et al. 2021, arXiv:2101.03961.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastlm import _C, backend
+from fastlm.backend import Array
+from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.ops import check
+from fastlm.ops.linear import ACTIVATIONS, packed
+from fastlm.ops.matmul import STORAGE
+from fastlm.tensor import data, leaf, needs_grad, record, record_many, recording, wrap
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each row goes. R rows, E experts, k choices a row, P places: rows times choices, less what is dropped."""
+
+    logits: Any  # (R, E) float32, array or Tensor
+    probabilities: Any  # (R, E), their softmax
+    weights: Any  # (R, k): what each choice counts
+    experts: Array  # (R, k) int32: the choices, best first, before anything is dropped
+    slots: Array  # (R, k) int32: the place of each choice, -1 where it is dropped
+    rows: Array  # (P,) int32: the row at each place; places are by expert, then in the order of rows
+    counts: Array  # (E,) int64: places of each expert
+
+    @property
+    def dropped(self) -> int:
+        """Choices that found their expert full."""
+        return int(self.experts.size - self.rows.size)
+
+
+def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | None = None, groups: int = 1) -> Routing:
+    """The k most probable experts of each row; of equal ones, the lower index.
+
+    logits: (R, E) float32. The weight of a choice is its probability (Switch); with `renormalise`, divided by the sum of the row's
+    chosen ones (Mixtral, GShard). capacity: the most that an expert takes of each of `groups` equal runs of rows; first choices come
+    before second ones, and each in the order of rows (GShard, algorithm 1); the others are dropped and their weights have no
+    gradient. Raises TypeError for a dtype, ValueError for a shape or a number.
+    """
+    ld = check.array("route", "logits", data(logits), ndim=2)
+    R, E = ld.shape
+    if not (isinstance(k, int) and 1 <= k <= E):
+        raise ValueError(f"[route] k must be an integer from 1 to the number of experts, {E}, got {k!r}. logits is {ld.shape}.")
+    if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
+        raise ValueError(f"[route] capacity must be None or an integer of at least 1, got {capacity!r}.")
+    if not (isinstance(groups, int) and groups >= 1) or R % groups:
+        raise ValueError(f"[route] groups must divide the number of rows, {R}, got {groups!r}.")
+    probabilities, experts = backend.empty((R, E)), np.empty((R, k), np.int32)
+    if R:
+        _C.moe_route(probabilities, experts, ld)
+    chosen = np.take_along_axis(probabilities, experts, axis=1)
+    total = _row_sums(chosen) if renormalise else None
+    weights = chosen if total is None else chosen / total
+    kept = None if capacity is None else _within(experts, E, capacity, groups)
+    slots, rows, counts = _places(experts, E, kept)
+    if not recording(logits):
+        return Routing(logits, wrap(probabilities, logits), wrap(weights, logits), experts, slots, rows, counts)
+
+    def backward(dweights: Array | None, dprobabilities: Array | None) -> Sequence[Array | None]:
+        dp = np.zeros_like(probabilities) if dprobabilities is None else dprobabilities.copy()
+        if dweights is not None:
+            if total is not None:
+                dweights = (dweights - _row_sums(dweights * weights)) / total
+            at = np.arange(R)[:, None], experts
+            dp[at] += dweights  # the experts of a row differ
+        return (probabilities * (dp - np.sum(dp * probabilities, axis=1, keepdims=True)),)
+
+    w, p = record_many((weights, probabilities), (logits,), backward)
+    return Routing(logits, p, w, experts, slots, rows, counts)
+
+
+def _row_sums(x: Array) -> Array:
+    """(R, k) -> (R, 1), in the order of k."""
+    total = x[:, :1].copy()
+    for j in range(1, x.shape[1]):
+        total += x[:, j : j + 1]
+    return total
+
+
+def _within(experts: Array, E: int, capacity: int, groups: int) -> Array:
+    """Which choices (R, k) find room: in each group all first choices in the order of rows, then all second ones."""
+    R, k = experts.shape
+    order = experts.reshape(groups, -1, k).transpose(0, 2, 1).reshape(groups, -1)  # (groups, k T)
+    one_hot = order[:, :, None] == np.arange(E, dtype=np.int32)
+    number = np.take_along_axis(np.cumsum(one_hot, axis=1, dtype=np.int32), order[:, :, None], axis=2)[:, :, 0]
+    kept: Array = (number <= capacity).reshape(groups, k, -1).transpose(0, 2, 1).reshape(R, k)
+    return kept
+
+
+def _places(experts: Array, E: int, kept: Array | None) -> tuple[Array, Array, Array]:
+    """slots (R, k), rows (P,), counts (E,)."""
+    flat = experts.reshape(-1)
+    key = flat if kept is None else np.where(kept.reshape(-1), flat, np.int32(E))
+    counts = np.bincount(key, minlength=E + 1)[:E]
+    order = np.argsort(key, kind="stable")[: int(counts.sum())]
+    slots = np.full(flat.size, -1, np.int32)
+    slots[order] = np.arange(len(order), dtype=np.int32)
+    return slots.reshape(experts.shape), (order // max(experts.shape[1], 1)).astype(np.int32), counts
+
+
+def dispatch(x: Any, routing: Routing) -> Any:
+    """x (R, C) float32 -> (P, C): every row as often as it is kept, by expert. The gradient of a row sums its places in the order of
+    choices. Raises TypeError for a dtype, ValueError for a shape."""
+    xd = check.array("dispatch", "x", data(x), ndim=2)
+    R, C = len(routing.slots), xd.shape[1]
+    check.shape("dispatch", "x", xd, "(R, C)", (R, C), f"The routing has {R} rows.")
+    y = backend.empty((len(routing.rows), C))
+    _C.moe_gather(y, xd, routing.rows)
+    if not recording(x):
+        return wrap(y, x)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dx = backend.empty(xd.shape)
+        _C.moe_combine(dx, np.ascontiguousarray(dy), routing.slots, None, None)
+        return (dx,)
+
+    return record(y, (x,), backward)
+
+
+def combine(y: Any, routing: Routing, residual: Any = None) -> Any:
+    """y (P, C) float32 -> (R, C): the sum of each row's places times their weights, in the order of choices, + residual (R, C).
+
+    A row whose choices are all dropped is zero. Raises TypeError for a dtype, ValueError for a shape.
+    """
+    yd = check.array("combine", "y", data(y), ndim=2)
+    R, P, C = len(routing.slots), len(routing.rows), yd.shape[1]
+    check.shape("combine", "y", yd, "(P, C)", (P, C), f"The routing has {P} places.")
+    rd = None if residual is None else check.array("combine", "residual", data(residual), ndim=2)
+    if rd is not None:
+        check.shape("combine", "residual", rd, "(R, C)", (R, C), f"The routing has {R} rows.")
+    weights = data(routing.weights)
+    out = backend.empty((R, C))
+    _C.moe_combine(out, yd, routing.slots, weights, rd)
+    if not recording(y, routing.weights, residual):
+        return wrap(out, y, routing.weights, residual)
+
+    def backward(dout: Array) -> Sequence[Array | None]:
+        dy, dweights = backend.empty(yd.shape), backend.empty(weights.shape)
+        _C.moe_combine_backward(dy, dweights, np.ascontiguousarray(dout), yd, routing.slots, weights)
+        return dy, dweights, dout if needs_grad(residual) else None
+
+    return record(out, (y, routing.weights, residual), backward)
+
+
+def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = None) -> Any:
+    """act(x_e W_e^T) for every expert e on its own run of rows. A row has the bits that `linear` gives it.
+
+    x: (P, K) float32, counts[0] rows of expert 0, then those of expert 1, ... weights: (E, N, K) float32, or a list of E matrices
+    (N, K) in float32, bfloat16, float16 or QuantizedArray; all but float32 are frozen. Returns (P, N) float32: a Tensor where an
+    input is one. Raises TypeError for a dtype, ValueError for a shape.
+    """
+    xd = check.array("grouped_linear", "x", data(x), ndim=2)
+    P, K = xd.shape
+    counts = np.asarray(counts)
+    each = _experts(weights, len(counts), K)
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 0).any() or int(counts.sum()) != P:
+        raise ValueError(f"[grouped_linear] counts must be integers that add up to the rows of x, {P}, got {counts!r:.80}.")
+    N = int(each[0].shape[0])
+    kind = check.choice("grouped_linear", "activation", activation, ACTIVATIONS)  # type: ignore[arg-type]
+    stacked = not isinstance(weights, (list, tuple))
+    parents = (x, weights) if stacked else (x, *weights)
+    recorded = recording(*parents)
+    y = backend.empty((P, N))
+    z = backend.empty((P, N)) if recorded and kind else None
+    ends = np.cumsum(counts).tolist()
+    spans = [slice(end - n, end) for end, n in zip(ends, counts.tolist(), strict=True)]
+    _forward(y, z, xd, each, spans, kind)
+    if not recorded:
+        return wrap(y, *parents)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dy = np.ascontiguousarray(dy)
+        dz = backend.empty(dy.shape) if kind else dy
+        if kind:
+            _C.linear_backward(dz, None, None, dy, z, kind)
+        dx = backend.empty(xd.shape) if needs_grad(x) else None
+        used = [e for e, span in enumerate(spans) if span.stop > span.start]
+        if dx is not None:
+            plain = [each[e].dequantize() if isinstance(each[e], QuantizedArray) else each[e] for e in used]
+            _products([dx[spans[e]] for e in used], [dz[spans[e]] for e in used], plain, b_transposed=False)
+        if stacked:
+            target = leaf(weights)
+            total = None
+            if needs_grad(weights):
+                total = target.grad_buffer() if target else backend.zeros(weights.shape)
+            into: list[Array | None] = [None if total is None else total[e] for e in range(len(each))]
+            returned: list[Array | None] = [None if target else total]
+        else:
+            into, returned = _buffers(weights)
+        trained = [e for e in used if into[e] is not None]
+        _products(
+            [into[e] for e in trained], [dz[spans[e]] for e in trained], [xd[spans[e]] for e in trained],
+            a_transposed=True, accumulate=True,
+        )  # fmt: skip
+        return dx, *returned
+
+    return record(y, parents, backward)
+
+
+def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | None]]:
+    """Where each matrix's gradient is added, and what is returned for it."""
+    into: list[Array | None] = []
+    returned: list[Array | None] = []
+    for w in weights:
+        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and w.dtype == np.float32
+        target = leaf(w) if trained else None
+        buffer = target.grad_buffer() if target is not None else backend.zeros(w.shape) if trained else None
+        into.append(buffer)
+        returned.append(None if target is not None else buffer)
+    return into, returned
+
+
+def _forward(y: Array, z: Array | None, x: Array, each: Sequence[Any], spans: Sequence[slice], kind: int) -> None:
+    used = [e for e, span in enumerate(spans) if span.stop > span.start]
+    plain = [e for e in used if not isinstance(each[e], QuantizedArray)]
+    kept = None if z is None else [z[spans[e]] for e in plain]
+    _products([y[spans[e]] for e in plain], [x[spans[e]] for e in plain], [each[e] for e in plain], z=kept, kind=kind)
+    for e in used:
+        if isinstance(w := each[e], QuantizedArray):
+            s, (N, K) = spans[e], w.shape
+            part = None if z is None else z[s]
+            _C.quantized_matmul(y[s], part, x[s], packed(w), None, None, s.stop - s.start, N, K, FORMATS[w.kind][0], kind)
+
+
+def _products(
+    c: Sequence[Any],
+    a: Sequence[Any],
+    b: Sequence[Any],
+    *,
+    z: Sequence[Any] | None = None,
+    a_transposed: bool = False,
+    b_transposed: bool | None = None,
+    accumulate: bool = False,
+    kind: int = 0,
+) -> None:
+    """c[i] = or += a[i] b[i] on contiguous arrays, in one call. b is (N, K) unless a is transposed."""
+    transposed = not a_transposed if b_transposed is None else b_transposed
+    if c:
+        _C.grouped_matmul(c, z, a, b, a_transposed, transposed, [STORAGE[w.dtype] for w in b], accumulate, kind)
+
+
+def _experts(weights: Any, E: int, K: int) -> list[Any]:
+    if not isinstance(weights, (list, tuple)):
+        w = check.array("grouped_linear", "weights", data(weights), ndim=3)
+        check.shape("grouped_linear", "weights", w, "(E, N, K)", (E, w.shape[1], K), f"counts has {E} experts.")
+        each = list(w)
+    else:
+        each = [data(w) for w in weights]
+        for e, w in enumerate(each):
+            if isinstance(w, QuantizedArray):
+                continue
+            if not isinstance(w, np.ndarray) or w.dtype not in STORAGE:
+                got = w.dtype if isinstance(w, np.ndarray) else type(w).__name__
+                raise TypeError(f"[grouped_linear] weights[{e}] must be float32, bfloat16, float16 or a QuantizedArray, got {got}.")
+            each[e] = np.ascontiguousarray(w)
+    if len(each) != E or E == 0:
+        raise ValueError(f"[grouped_linear] weights must be as many matrices as counts, {E}, at least 1, got {len(each)}.")
+    for e, w in enumerate(each):
+        if len(w.shape) != 2 or w.shape != (each[0].shape[0], K):
+            raise ValueError(f"[grouped_linear] weights[{e}] must be (N, K) with K = {K}, all alike, got {tuple(w.shape)}.")
+    return each
+
+
+def mixtral_load_balancing_loss(routings: Sequence[Routing]) -> Any:
+    """E * sum over experts of f * p, over all layers together: f, choices of the expert a row; p, its mean probability.
+
+    What Hugging Face adds to Mixtral's loss. Its minimum, an even load, is k. A scalar; the gradient goes through p alone.
+    """
+    E, rows = _sizes("mixtral_load_balancing_loss", routings)
+    f = np.sum([np.bincount(r.experts.reshape(-1), minlength=E) for r in routings], axis=0) / rows
+    return _weighted_mean(routings, [np.broadcast_to(f * E / rows, data(r.probabilities).shape) for r in routings])
+
+
+def switch_load_balancing_loss(routings: Sequence[Routing], groups: int = 1) -> Any:
+    """E^2 * mean over groups and experts of f * p, the layers' rows together in each group; f counts first choices only.
+
+    Switch, equations 4 to 6, as Hugging Face computes it with sequences for groups. Its minimum, an even load, is 1.
+    """
+    E, rows = _sizes("switch_load_balancing_loss", routings)
+    first = [r.experts[:, 0].reshape(groups, -1) for r in routings]
+    each = rows // groups
+    f = np.sum([np.stack([np.bincount(g, minlength=E) for g in layer]) for layer in first], axis=0) / each  # (groups, E)
+    factors = []
+    for r in routings:
+        n = len(r.experts) // groups
+        factors.append(np.repeat(f * (E / (groups * each)), n, axis=0))
+    return _weighted_mean(routings, factors)
+
+
+def router_z_loss(routings: Sequence[Routing]) -> Any:
+    """Mean over all rows and layers of log(sum(exp(logits)))^2. ST-MoE, Zoph et al. 2022, arXiv:2202.08906, eq. 5. A scalar."""
+    _, rows = _sizes("router_z_loss", routings)
+    logs = []
+    for r in routings:
+        z = data(r.logits).astype(np.float64)
+        top = z.max(axis=1, keepdims=True)
+        logs.append(top + np.log(np.exp(z - top).sum(axis=1, keepdims=True)))
+    value = np.array(sum(float(np.square(log).sum()) for log in logs) / rows, np.float32)
+    logits = [r.logits for r in routings]
+    if not recording(*logits):
+        return wrap(value, *logits)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        return [
+            (float(dy) * 2 / rows * log * data(r.probabilities)).astype(np.float32) for log, r in zip(logs, routings, strict=True)
+        ]
+
+    return record(value, logits, backward)
+
+
+def _sizes(op: str, routings: Sequence[Routing]) -> tuple[int, int]:
+    """Experts, and the rows of all layers together."""
+    if not routings or len({data(r.logits).shape for r in routings}) != 1:
+        shapes = [data(r.logits).shape for r in routings]
+        raise ValueError(f"[{op}] routings must be those of at least one layer, all of one shape, got {shapes}.")
+    R, E = data(routings[0].logits).shape
+    if R == 0:
+        raise ValueError(f"[{op}] routings must have rows, got {(R, E)}.")
+    return E, R * len(routings)
+
+
+def _weighted_mean(routings: Sequence[Routing], factors: Sequence[Array]) -> Any:
+    """The sum of probabilities * factors, float64 inside."""
+    inputs = [r.probabilities for r in routings]
+    value = np.array(sum(float((data(p) * f).sum()) for p, f in zip(inputs, factors, strict=True)), np.float32)
+    if not recording(*inputs):
+        return wrap(value, *inputs)
+    return record(value, inputs, lambda dy: [(float(dy) * f).astype(np.float32) for f in factors])
