@@ -1,5 +1,7 @@
 #include "kernels/attention/attention.h"
 
+#include <algorithm>
+
 #include "csrc/bind/bind.h"
 #include "csrc/runtime/memory.h"
 
@@ -80,11 +82,10 @@ void bind_attention(py::module_& m) {
                   units = (p.dbias_batch ? in.B : 1) * (p.dbias_head ? in.G : 1);
               }
               // Few (b, g) pairs: split the keys too. By the shapes alone, so that the bits do not depend on the threads.
-              constexpr int64_t kPieces = 12;
-              const int64_t tiles = ceil_div(in.S, kAttentionKeys);
-              const int64_t wanted = units < kPieces ? ceil_div(kPieces, units > 0 ? units : 1) : 1;
-              p.chunk = ceil_div(tiles, wanted) * kAttentionKeys;
-              if (p.chunk == 0) p.chunk = kAttentionKeys;
+              constexpr int64_t kPieces = 32;
+              const int64_t tiles = ceil_div(in.S, kAttentionKeys), few = units >= 8 ? 4 : 1;
+              const int64_t wanted = ceil_div(kPieces, units > 0 ? units : 1);
+              p.chunk = std::max(ceil_div(tiles, wanted), few) * kAttentionKeys;
               p.chunks = tiles ? ceil_div(in.S, p.chunk) : 1;
               const Block partial(p.chunks > 1 ? p.chunks * in.B * in.T * in.H * in.D : 0);
               p.partial = partial.memory;

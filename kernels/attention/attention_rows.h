@@ -70,6 +70,7 @@ FASTLM_INLINE void dot_block(float* out, const float* q, int64_t width, const fl
             for (int r = 0; r < NR; ++r) acc[r * NK + i] = fma(x[r], y, acc[r * NK + i]);
         }
     }
+    if (NR == 1) return store_n(out, reduce_add_each(acc), n);
     float sums[W];
     store(sums, reduce_add_each(acc));
     for (int r = 0; r < NR; ++r)
