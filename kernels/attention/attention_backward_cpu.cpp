@@ -85,9 +85,9 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
                 store(dscore, d);
             }
         }
-        product<false, true>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, kChain);
-        product<false, true>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, kChain);
-        product<true, true>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, kChain);
+        product<false, true>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, kRows);
+        product<false, true>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, kRows);
+        product<true, true>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, kKeys);
         if (p.dbias) add_dbias(p, t, s, dscores);
     }
 }

@@ -129,7 +129,8 @@ template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, 
 
 // The chains of dot products over D, or E. The portable rung, which does not fuse, needs them shorter.
 FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : K <= 16 ? 4 : K <= 32 ? 8 : 16; }
-// Those over keys, or rows: the spans at a mask's edge are as long, so that a row's bits do not depend on where the edge lies.
+// Those over keys in the forward pass: the spans at a mask's edge are as long, so that a row's bits do not depend on where the edge
+// lies.
 constexpr int64_t kChain = kKeys / 4;
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
