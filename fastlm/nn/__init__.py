@@ -6,6 +6,7 @@ from fastlm.nn.linear import Embedding, Linear
 from fastlm.nn.memory import Memory, Padding
 from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.module import Declared, Module, count_parameters, initialise, parameter
+from fastlm.nn.moe import MoE
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.rope import Rope, rope_scaling
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Memory",
+    "MoE",
     "Module",
     "Padding",
     "RMSNorm",

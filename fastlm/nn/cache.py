@@ -80,12 +80,12 @@ class Context:
     `positions`: None for 0 .. T-1 with no cache, else (B, T) int32; `lengths`: (B,) after the call where they differ, else None.
     `bias`: added to the scores of every layer's self-attention, None or (1 or B, 1 or H, T, S), an array or a Tensor: what a mask
     hides, and what a model adds that shares its position bias between layers (`add_bias`). `segments`: (B, T) int32 or None.
-    `memory`: what cross-attention reads.
+    `memory`: what cross-attention reads. `routings`: what the routers of experts chose, by layer. `training`: experts may be full.
 
     A mask (see Padding) is for models that see everything; a causal model needs none for padding on the right.
     """
 
-    __slots__ = ("bias", "cache", "end", "lengths", "memory", "positions", "segments", "start", "time")
+    __slots__ = ("bias", "cache", "end", "lengths", "memory", "positions", "routings", "segments", "start", "time", "training")
 
     def __init__(
         self,
@@ -100,6 +100,8 @@ class Context:
         self.cache, self.time, self.segments = cache, time, segments
         self.memory = cache.memory if memory is None and cache is not None else memory
         self.bias: Any = None
+        self.routings: list[ops.Routing] = []
+        self.training = False
         self.start: int | None = 0
         self.end = time
         self.positions: Array | None = None

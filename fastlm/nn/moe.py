@@ -1,0 +1,63 @@
+"""MoE: a feed-forward part of many experts, of which each token uses a few, chosen by a router."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastlm import ops
+from fastlm.nn.cache import Context
+from fastlm.nn.linear import Linear
+from fastlm.nn.mlp import MLP, GatedMLP
+from fastlm.nn.module import Module
+
+
+class MoE(Module):
+    """Sum of weight * expert(x) over the k experts that the router chooses, + residual. x (B, T, C) -> (B, T, C).
+
+    experts: MLPs or GatedMLPs without biases, all alike. renormalise: the weights of the chosen add up to one (Mixtral, GShard); else
+    they are the probabilities (Switch). capacity_factor: None, or each expert takes at most ceil(capacity_factor * k * T / E) tokens
+    of a sequence while recording, and the rest pass by (GShard); without recording nothing is dropped, so that a token's output does
+    not depend on its neighbours. What was chosen is appended to `context.routings`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        experts: Sequence[Module],
+        k: int,
+        *,
+        renormalise: bool = True,
+        capacity_factor: float | None = None,
+        std: float = 0.02,
+    ) -> None:
+        self.router = Linear(d_model, len(experts), bias=False, std=std)
+        self.experts = list(experts)
+        self.k, self.renormalise, self.capacity_factor = k, renormalise, capacity_factor
+
+    def __call__(self, x: Any, context: Context, residual: Any = None) -> Any:
+        B, T, C = x.shape
+        flat = ops.reshape(x, (B * T, C))
+        capacity = None
+        if self.capacity_factor is not None and context.training:
+            capacity = math.ceil(self.capacity_factor * self.k * T / len(self.experts))
+        routing = ops.route(self.router(flat), self.k, renormalise=self.renormalise, capacity=capacity, groups=B)
+        context.routings.append(routing)
+        y = self._outputs(ops.dispatch(flat, routing), routing.counts)
+        y = ops.combine(y, routing, None if residual is None else ops.reshape(residual, (B * T, C)))
+        return ops.reshape(y, (B, T, C))
+
+    def _outputs(self, x: Any, counts: Any) -> Any:
+        """Every expert on its own rows of x."""
+        first: Any = self.experts[0]
+        if isinstance(first, GatedMLP):
+            gate = ops.grouped_linear(x, self._weights("gate"), counts)
+            h = ops.gated(gate, ops.grouped_linear(x, self._weights("up"), counts), first.activation)
+        else:
+            assert isinstance(first, MLP)
+            h = ops.grouped_linear(x, self._weights("up"), counts, first.activation)
+        return ops.grouped_linear(h, self._weights("down"), counts)
+
+    def _weights(self, name: str) -> list[Any]:
+        return [getattr(expert, name).weight for expert in self.experts]
