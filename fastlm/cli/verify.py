@@ -47,8 +47,14 @@ class Watched(Module):
 
     def __call__(self, x: Any, *rest: Any, **more: Any) -> Any:
         y = self.block(x, *rest, **more)
-        self.states.append((data(x).copy(), data(y).copy()))
+        self.states.append((_first(x).copy(), _first(y).copy()))
         return y
+
+
+def _first(x: Any) -> Array:
+    """The array of a block's state; of XLNet's streams the content."""
+    found: Array = data(x[0] if isinstance(x, list) else x)
+    return found
 
 
 def observe(model: Any, ids: Array, mask: Array | None = None, segments: Array | None = None) -> dict[str, Array]:

@@ -165,6 +165,14 @@ class XLNet(CausalLM):
             xs = block(xs, memory, distances, streams)
         return xs[-1], kept
 
+    def _run(self, ids: Any, cache: Any) -> Any:
+        return self.run(ids)[0]
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether targets may be the next tokens with nothing else said: not if the queries see these."""
+        return bool(self.config.attn_type == "uni")
+
     def __call__(self, ids: Any, cache: Any = None, **given: Any) -> Tensor:
         """The logits of `run`'s states: (B, N, V) or (B, T, V)."""
         if cache is not None:

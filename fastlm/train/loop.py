@@ -100,6 +100,11 @@ def train(
         raise ValueError(f"[train] lr and clip must be positive, got {peak} and {clip}.")
     if (resume or save_every) and out is None:
         raise ValueError("[train] out must be a folder where save_every or resume is given.")
+    if not getattr(model, "predicts_next", True):
+        raise ValueError(
+            f"[train] {type(model).__name__} sees the tokens that it would predict here. Train it step by step with "
+            "model.loss(ids, targets, perm_mask=..., target_mapping=...)."
+        )
     source, held_out = _sources(data, batch, context, seed, model.config.vocab_size)
     if eval_every and held_out is None:
         raise ValueError("[train] eval_every needs held-out tokens: give a Corpus with a validation part longer than the context.")

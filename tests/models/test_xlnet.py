@@ -10,10 +10,11 @@ import pytest
 import fastlm
 from fastlm import generate, hub, models
 from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
+from fastlm.cli.verify import observe
 from fastlm.models import convert
 from fastlm.models.base import names
 from fastlm.nn import count_parameters
-from fastlm.train import AdamW
+from fastlm.train import AdamW, train
 
 DATA = Path(__file__).parents[1] / "data" / "xlnet"
 GOLDEN = np.load(DATA / "golden.npz")
@@ -191,8 +192,18 @@ def test_losses_of_100_steps():
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
 
 
+def test_verify_sees_the_layers():
+    model, ids = load("bi"), GOLDEN["bi.plain.ids"]
+    found = observe(model, ids)
+    assert list(found) == ["embedding", "layer.0", "layer.1", "layer.2", "final", "logits"]
+    np.testing.assert_array_equal(found["layer.2"], found["final"])
+    close(found["logits"], GOLDEN["bi.plain.logits"])
+
+
 def test_refuses():
     model, ids = load("bi"), GOLDEN["bi.plain.ids"]
+    with pytest.raises(ValueError, match="sees the tokens that it would predict"):
+        train(model, np.arange(200, dtype=np.int32) % 41, steps=1, batch=2, context=8)
     mapping = np.zeros((3, 2, 11))
     mapping[:, :, 4] = 1
     with pytest.raises(ValueError, match=r"\[xlnet\] target_mapping must have at most one 1"):
