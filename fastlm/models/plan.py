@@ -102,6 +102,7 @@ def shape_of_model(model: Any) -> Shape:
     parameters = model.named_parameters()
     total = count_parameters(model)
     active = int(model.active_parameters()) if hasattr(model, "active_parameters") else total
+    experts = sum(p.size for k, p in parameters.items() if ".experts." in k)
     tied = getattr(model, "head", None) is None
     tables = [k for k in parameters if "embedding" in k and not (tied and k.startswith("token_embedding"))]
     unused = sum(p.size for k, p in parameters.items() if p.ndim < 2 or k in tables)
@@ -111,7 +112,7 @@ def shape_of_model(model: Any) -> Shape:
     kept += sum(down.weight.shape[1] for part in parts if isinstance(down := getattr(part, "down", None), Linear))
     return Shape(
         total, active, active - unused, c.n_layer, c.n_head,
-        tuple(_scores(a) for a in attentions), kept, context=getattr(c, "context", 512),
+        tuple(_scores(a) for a in attentions), kept, getattr(c, "n_expert", 1), experts, getattr(c, "context", 512),
     )  # fmt: skip
 
 
@@ -200,7 +201,8 @@ def fewest_devices(shape: Shape, context: int, memory: float) -> int | None:
 
 
 def reduced(config: Any, layers: int | None, width: int | None) -> Any:
-    """The same wiring small: fewer layers, another width, with as many heads of 16 as fit into it and a vocabulary of 256."""
+    """The same wiring small: fewer layers, another width, with as many heads of 16 as fit into it, a vocabulary of 256
+    and at most 8 experts."""
     fields = {field.name for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"vocab_size": min(config.vocab_size, 256)}
     if layers is not None:
@@ -215,6 +217,8 @@ def reduced(config: Any, layers: int | None, width: int | None) -> Any:
         changes |= {"d_model": width, "n_head": heads, "n_kv_head": groups, "head_dim": width // heads}
         if getattr(config, "d_ff", None) is not None:
             changes["d_ff"] = max(16, round(config.d_ff * width / config.d_model))
+        if getattr(config, "n_expert", None) is not None:
+            changes["n_expert"] = max(min(config.n_expert, 8), config.n_expert_used)
         if getattr(config, "pad", None) is not None:
             changes["pad"] = 0
     return dataclasses.replace(config, **{k: v for k, v in changes.items() if k in fields})
