@@ -13,7 +13,7 @@ FASTLM_KERNELS(MatmulKernels, matmul)
 namespace fastlm {
 
 // Products below this are dealt to the threads whole; larger ones are cut between the threads, one after the other.
-constexpr int64_t kWhole = 1 << 23;
+constexpr int64_t kWhole = 1 << 26;
 
 static void multiply(Matmul p) {
     const MatmulKernels& kernels = matmul_kernels();

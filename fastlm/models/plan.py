@@ -8,12 +8,13 @@ arXiv:1910.02054); tensor, pipeline and data parallelism together (Narayanan et 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastlm import models
-from fastlm.nn import Attention, CrossAttention, Linear, Module, count_parameters
+from fastlm.nn import Attention, CrossAttention, Module, count_parameters
 
 WEIGHT, GRADIENT, OPTIMISER = 2, 2, 12  # bytes a parameter: bfloat16, bfloat16, float32 copy and two moments
 KEPT = 2  # bytes of an activation or of a number in the cache: bfloat16
@@ -108,8 +109,12 @@ def shape_of_model(model: Any) -> Shape:
     unused = sum(p.size for k, p in parameters.items() if p.ndim < 2 or k in tables)
     kept = 2 * c.d_model * c.n_layer  # what the norms give
     kept += sum(a.n_head * a.head_dim for a in attentions)
-    kept += sum(p.data.shape[0] for k, p in parameters.items() if p.ndim == 2 and k.startswith(("blocks.", "encoder.", "decoder.")))
-    kept += sum(down.weight.shape[1] for part in parts if isinstance(down := getattr(part, "down", None), Linear))
+    idle = re.compile(r"\.experts\.(\d+)\.")  # of the experts, a token leaves something at as many as it uses
+    for name, p in parameters.items():
+        if p.ndim == 2 and name.startswith(("blocks.", "encoder.", "decoder.")):
+            expert = idle.search(name)
+            if expert is None or int(expert[1]) < c.n_expert_used:
+                kept += p.data.shape[0] + (p.data.shape[1] if name.endswith(".down.weight") else 0)
     return Shape(
         total, active, active - unused, c.n_layer, c.n_head,
         tuple(_scores(a) for a in attentions), kept, getattr(c, "n_expert", 1), experts, getattr(c, "context", 512),
