@@ -71,9 +71,9 @@ def forward(
     """x (R, C) -> sum over the row's experts of weight * relu(x up^T) down^T, + residual."""
     _, experts, weights, kept = chosen(logits, k, renormalise, capacity, groups)
     y = np.zeros_like(x)
-    for r, j in np.argwhere(kept):
-        e = experts[r, j]
-        y[r] += weights[r, j] * (np.maximum(x[r] @ up[e].T, 0) @ down[e].T)
+    for e in range(len(up)):  # a row comes to an expert once at most
+        r, j = np.nonzero(kept & (experts == e))
+        y[r] += weights[r, j, None] * (np.maximum(x[r] @ up[e].T, 0) @ down[e].T)
     return y if residual is None else y + residual
 
 
