@@ -110,6 +110,8 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
     try:
         if not raw.get("architectures") and (guessed := guess_architecture(module, tensors)):
             raw = raw | {"architectures": [guessed]}
+        if hasattr(module, "hf_found"):
+            raw = module.hf_found(raw, tensors)
         model = _declare(module, config_from_hf(module, raw), len(tensors))
         load_hf(module, model, tensors, dtype)
     except (ValueError, TypeError) as error:

@@ -59,6 +59,13 @@ class LM:
         self.model = model
         self.tokenizer = tokenizer
 
+    def _reading(self, prompts: list[Any]) -> tuple[generate.Continues, list[Any]]:
+        """What continues the prompts, and the prompts that it continues: a causal model itself, or a decoder of these sources."""
+        if isinstance(self.model, EncoderDecoder):
+            reading = generate.Reading(self.model, prompts)
+            return reading, reading.prompts
+        return self.causal, prompts
+
     @property
     def causal(self) -> CausalLM:
         """The model, which must be a causal one: ValueError for others."""
@@ -238,17 +245,22 @@ class LM:
     ) -> list[Output]:
         beams, seed, rest = _split(options)
         if beams == 1:
-            return generate.generate(self.causal, prompts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
+            model, starts = self._reading(prompts)
+            return generate.generate(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
         settings = generate.BeamSettings(beams=beams, max_tokens=max_tokens, **rest)
-        return [generate.beam_search(self.causal, p, settings, beam_stop(p) if beam_stop else None) for p in prompts]
+        outputs = []
+        for prompt in prompts:
+            model, starts = self._reading([prompt])
+            outputs.append(generate.beam_search(model, starts[0], settings, beam_stop(prompt) if beam_stop else None))
+        return outputs
 
     def _complete(self, prompts: list[list[int]], max_tokens: int, options: Options) -> list[str]:
         tokenizer, given, stops = self._prepare(options)
-        texts = [Text(tokenizer, prompt, stops, given["eos"]) for prompt in prompts]
+        texts = [Text(tokenizer, self._before(prompt), stops, given["eos"]) for prompt in prompts]
         if given.get("beams", 1) != 1:
 
             def hits(prompt: list[int]) -> Any:
-                return lambda ids: Text(tokenizer, prompt, stops, given["eos"]).all(ids)[1]
+                return lambda ids: Text(tokenizer, self._before(prompt), stops, given["eos"]).all(ids)[1]
 
             outputs = self._run(prompts, max_tokens, given, None, hits if stops else None)
             return [text.all(output.ids)[0] for text, output in zip(texts, outputs, strict=True)]
@@ -266,8 +278,9 @@ class LM:
         beams, seed, rest = _split(given)
         if beams != 1:
             raise ValueError("[stream] beams must be 1: the best of several beams is known only at the end; use generate")
-        text = Text(tokenizer, prompt, stops, given["eos"])
-        for _, id in generate.steps(self.causal, [prompt], generate.Settings(max_tokens=max_tokens, **rest), seed):
+        text = Text(tokenizer, self._before(prompt), stops, given["eos"])
+        model, starts = self._reading([prompt])
+        for _, id in generate.steps(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed):
             piece = text.put(id)
             if piece:
                 yield piece
@@ -276,6 +289,10 @@ class LM:
         piece = text.finish()
         if piece:
             yield piece
+
+    def _before(self, prompt: list[int]) -> list[int]:
+        """The ids that the new text follows: the prompt, but nothing of a source."""
+        return [] if isinstance(self.model, EncoderDecoder) else prompt
 
     def _prepare(self, options: Options) -> tuple[Tokenizer, dict[str, Any], tuple[str, ...]]:
         """The tokenizer, the options without stop and with eos, and the stop strings."""

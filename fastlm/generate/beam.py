@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +16,7 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.engine import Output, check_eos, check_prompt, prefill
 from fastlm.generate.processors import active, process
-from fastlm.generate.settings import ids_of, number, whole
-
-if TYPE_CHECKING:
-    from fastlm.models.base import CausalLM
+from fastlm.generate.settings import Continues, ids_of, number, whole
 
 _NEVER = np.float32(-1e9)  # the reference's score of what must not win
 
@@ -56,7 +52,7 @@ class _Beam:
 
 
 def beam_search(
-    model: CausalLM, prompt: Sequence[int], settings: BeamSettings, stop: Callable[[list[int]], bool] | None = None
+    model: Continues, prompt: Sequence[int], settings: BeamSettings, stop: Callable[[list[int]], bool] | None = None
 ) -> Output:
     """The best sequence of a beam search. `stop`, given the new ids of a candidate, says whether it ends there, as eos does."""
     s = settings

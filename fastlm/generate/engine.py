@@ -11,10 +11,9 @@ import numpy as np
 from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.processors import active, process
-from fastlm.generate.settings import Settings, whole
+from fastlm.generate.settings import Continues, Settings, whole
 
 if TYPE_CHECKING:
-    from fastlm.models.base import CausalLM
     from fastlm.nn import Cache
 
 CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
@@ -32,7 +31,7 @@ class Output:
 
 
 def steps(
-    model: CausalLM,
+    model: Continues,
     prompts: Sequence[Sequence[int]],
     settings: Settings | None = None,
     seeds: int | Sequence[int] = 0,
@@ -80,7 +79,7 @@ def steps(
 
 
 def generate(
-    model: CausalLM,
+    model: Continues,
     prompts: Sequence[Sequence[int]],
     settings: Settings | None = None,
     seeds: int | Sequence[int] = 0,
@@ -93,7 +92,7 @@ def generate(
     return outputs
 
 
-def prefill(model: CausalLM, ids: Sequence[int], cache: Cache) -> Array:
+def prefill(model: Continues, ids: Sequence[int], cache: Cache) -> Array:
     """Reads a prompt into a cache of one row, in fixed chunks; the logits (1, V) after its last id."""
     array = np.asarray(ids, np.int32)[None]
     chunk: int = getattr(cache, "chunk", CHUNK)  # XLNet's memories take a prompt at once
@@ -143,7 +142,7 @@ class _Row:
         self.reason: str | None = None
 
 
-def check_prompt(model: CausalLM, prompt: Sequence[int]) -> list[int]:
+def check_prompt(model: Any, prompt: Sequence[int]) -> list[int]:
     """A prompt as a list of ids of the model's vocabulary that leaves room for one more, or a ValueError."""
     array = np.asarray(prompt)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -163,7 +162,7 @@ def check_prompt(model: CausalLM, prompt: Sequence[int]) -> list[int]:
     return ids
 
 
-def check_eos(model: CausalLM, eos: Sequence[int]) -> None:
+def check_eos(model: Any, eos: Sequence[int]) -> None:
     """eos ids are ids of the model's vocabulary."""
     for id in eos:
         if id >= model.config.vocab_size:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fastlm.backend import Array
+    from fastlm.nn import Cache
+
+
+class Continues(Protocol):
+    """What generation needs of a model: a CausalLM, or an encoder-decoder model that has read its sources (Reading)."""
+
+    config: Any  # vocab_size, context
+
+    def new_cache(self, batch: int, capacity: int) -> Cache: ...
+    def logits(self, ids: Any, cache: Cache, last: bool = False) -> Array: ...
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fastlm.ops.moe import (
 )
 from fastlm.ops.regression import binary_cross_entropy, mean_squared_error
 from fastlm.ops.rel_shift import rel_shift
+from fastlm.ops.relative_bias import relative_bias
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
@@ -54,6 +55,7 @@ __all__ = [
     "mean_squared_error",
     "mixtral_load_balancing_loss",
     "rel_shift",
+    "relative_bias",
     "reshape",
     "rms_norm",
     "rope",
