@@ -128,7 +128,8 @@ def _guess_type(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> str | Non
         for kind, module in ARCHITECTURES.items():
             if asked[0] in ((module.HF_CLASS,) if isinstance(module.HF_CLASS, str) else module.HF_CLASS.values()):
                 return kind
-    found = [kind for kind, module in ARCHITECTURES.items() if any(name.startswith(module.HF_PREFIX) for name in tensors)]
+    prefixes = {kind: module.HF_PREFIX for kind, module in ARCHITECTURES.items() if module.HF_PREFIX}
+    found = [kind for kind, prefix in prefixes.items() if any(name.startswith(prefix) for name in tensors)]
     return found[0] if len(found) == 1 else None
 
 
