@@ -3,6 +3,7 @@
 from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
 from fastlm.ops.attention import attention
+from fastlm.ops.cache_append import cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
@@ -40,6 +41,7 @@ __all__ = [
     "argmax",
     "attention",
     "binary_cross_entropy",
+    "cache_append",
     "combine",
     "cross_entropy",
     "dispatch",
