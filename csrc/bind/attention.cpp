@@ -29,6 +29,18 @@ struct Block {
     Block& operator=(const Block&) = delete;
 };
 
+// q (R, H, D), k and v (R, G, .), `longest` tokens in the longest of the sequences.
+AttentionInputs packed(const py::array& q, const py::array& k, const py::array& v, const py::array& offsets, int64_t longest,
+                       int64_t window, double scale, bool causal) {
+    AttentionInputs p{};
+    p.q = f32(q), p.k = f32(k), p.v = f32(v), p.offsets = data<int32_t>(offsets);
+    p.q_time = stride(q, 0), p.k_time = stride(k, 0), p.v_time = stride(v, 0);
+    p.B = dim(offsets, 0) - 1, p.rows = dim(q, 0), p.T = p.S = longest;
+    p.H = dim(q, 1), p.G = dim(k, 1), p.D = dim(q, 2), p.E = dim(v, 2);
+    p.window = window, p.scale = scale, p.causal = causal;
+    return p;
+}
+
 AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& v, const py::object& bias,
                        const py::object& lengths, int64_t window, double scale, bool causal) {
     AttentionInputs p{};
@@ -41,11 +53,25 @@ AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& 
         p.bias_batch = spread(a, 0), p.bias_head = spread(a, 1), p.bias_time = stride(a, 2);
     }
     p.B = dim(q, 0), p.T = dim(q, 1), p.S = dim(k, 1), p.H = dim(q, 2), p.G = dim(k, 2), p.D = dim(q, 3), p.E = dim(v, 3);
-    p.window = window, p.scale = scale, p.causal = causal;
+    p.rows = p.B * p.T, p.window = window, p.scale = scale, p.causal = causal;
     return p;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void run_backward(AttentionBackward& p, int64_t units) {
+    // Few (b, g) pairs: split the keys too. By the shapes alone, so that the bits do not depend on the threads.
+    const AttentionInputs& in = p.in;
+    constexpr int64_t kPieces = 32;
+    const int64_t tiles = ceil_div(in.S, kAttentionKeys), few = units >= 8 ? 4 : 1;
+    const int64_t wanted = ceil_div(kPieces, units > 0 ? units : 1);
+    p.chunk = std::max(ceil_div(tiles, wanted), few) * kAttentionKeys;
+    p.chunks = tiles ? ceil_div(in.S, p.chunk) : 1;
+    const Block partial(p.chunks > 1 ? p.chunks * in.rows * in.H * in.D : 0);
+    p.partial = partial.memory;
+    NoGil nogil;
+    attention_backward_kernels().backward(p);
+}
 
 }  // namespace
 
@@ -81,16 +107,23 @@ void bind_attention(py::module_& m) {
                   p.dbias_batch = spread(a, 0), p.dbias_head = spread(a, 1);
                   units = (p.dbias_batch ? in.B : 1) * (p.dbias_head ? in.G : 1);
               }
-              // Few (b, g) pairs: split the keys too. By the shapes alone, so that the bits do not depend on the threads.
-              constexpr int64_t kPieces = 32;
-              const int64_t tiles = ceil_div(in.S, kAttentionKeys), few = units >= 8 ? 4 : 1;
-              const int64_t wanted = ceil_div(kPieces, units > 0 ? units : 1);
-              p.chunk = std::max(ceil_div(tiles, wanted), few) * kAttentionKeys;
-              p.chunks = tiles ? ceil_div(in.S, p.chunk) : 1;
-              const Block partial(p.chunks > 1 ? p.chunks * in.B * in.T * in.H * in.D : 0);
-              p.partial = partial.memory;
+              run_backward(p, units);
+          });
+    m.def("attention_packed_forward",
+          [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k, const py::array& v,
+             const py::array& offsets, int64_t longest, int64_t window, double scale, bool causal) {
+              const AttentionForward p{f32(y), f32(stats), nullptr, packed(q, k, v, offsets, longest, window, scale, causal)};
               NoGil nogil;
-              attention_backward_kernels().backward(p);
+              attention_kernels().forward(p);
+          });
+    m.def("attention_packed_backward",
+          [](const py::array& dq, const py::array& dk, const py::array& dv, const py::array& dy, const py::array& y,
+             const py::array& stats, const py::array& q, const py::array& k, const py::array& v, const py::array& offsets,
+             int64_t longest, int64_t window, double scale, bool causal) {
+              AttentionBackward p{};
+              p.dq = f32(dq), p.dk = f32(dk), p.dv = f32(dv), p.dy = f32(dy), p.y = f32(y), p.stats = f32(stats);
+              p.in = packed(q, k, v, offsets, longest, window, scale, causal);
+              run_backward(p, p.in.B * p.in.G);
           });
     m.attr("attention_keys") = kAttentionKeys;
     m.attr("attention_chunk") = kAttentionChunk;

@@ -2,7 +2,7 @@
 
 from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
-from fastlm.ops.attention import attention
+from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.embedding import embedding
@@ -40,6 +40,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attention",
+    "attention_packed",
     "binary_cross_entropy",
     "cache_append",
     "combine",

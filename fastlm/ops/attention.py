@@ -10,6 +10,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
+from fastlm.ops.cache_append import head_view
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 _F32 = np.dtype(np.float32)
@@ -38,7 +39,7 @@ def attention(
     Returns (B, T, H, E) float32, a Tensor where an input is one. Gradients for q, k, v and bias.
     Raises TypeError for a dtype, ValueError for a shape or a value out of range.
     """
-    qd, kd, vd = _view("q", data(q)), _view("k", data(k)), _view("v", data(v))
+    qd, kd, vd = (head_view("attention", n, data(x)) for n, x in (("q", q), ("k", k), ("v", v)))
     B, T, H, D = qd.shape
     S, G, E = kd.shape[1], kd.shape[2], vd.shape[3]
     if D == 0 or G == 0 or H % G:
@@ -50,18 +51,13 @@ def attention(
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
     ld = None if lengths is None else _lengths(lengths, B, S)
-    if window is None:
-        reach = 0
-    else:
-        if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 1:
-            raise ValueError(f"[attention] window must be a whole number of keys, at least 1, or None, got {window!r}.")
-        reach = int(window)
+    reach = _window("attention", window)
 
     y = backend.empty((B, T, H, E))
     if not recording(q, k, v, bias):
         _C.attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
         return wrap(y, q, k, v, bias)
-    stats = backend.empty((B, H, T, 2))
+    stats = backend.empty((B, T, H, 2))
     ld = None if ld is None else ld.copy()  # a cache's own array, which moves on
     _C.attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
 
@@ -75,15 +71,67 @@ def attention(
     return record(y, (q, k, v, bias), backward)
 
 
-def _view(name: str, x: Any) -> Array:
-    """x as it lies if the kernel can walk it, else a copy."""
-    if not isinstance(x, np.ndarray) or x.dtype != _F32 or x.ndim != 4:
-        return check.array("attention", name, x, ndim=4)
-    batch, time, head, last = x.strides
-    _, _, heads, width = x.shape
-    if (last == 4 or width == 1) and (head == 4 * width or heads == 1) and (batch | time) & 3 == 0:
-        return x
-    return np.ascontiguousarray(x)
+def attention_packed(
+    q: Any, k: Any, v: Any, offsets: Any, causal: bool = False, *, scale: float | None = None, window: int | None = None
+) -> Any:
+    """`attention` over sequences of different lengths that lie one behind the other, without padding.
+
+    q: (R, H, D), k: (R, G, D), v: (R, G, E) float32, any stride over rows. offsets: (N + 1,) int32 from 0 to R, growing: sequence n
+    has the rows offsets[n] .. offsets[n + 1] and sees no other; one may be empty. scale, causal, window: as in `attention`.
+    Returns (R, H, E) float32, a Tensor where an input is one, with the bits that `attention` gives each sequence alone. Gradients
+    for q, k and v. Raises TypeError for a dtype, ValueError for a shape or offsets that do not run from 0 to R.
+    """
+    op = "attention_packed"
+    qd, kd, vd = (_packed_view(n, data(x)) for n, x in (("q", q), ("k", k), ("v", v)))
+    (R, H, D), G, E = qd.shape, kd.shape[1], vd.shape[2]
+    if D == 0 or G == 0 or H % G:
+        raise ValueError(f"[{op}] q must be (R, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
+    if kd.shape != (R, G, D):
+        check.shape(op, "k", kd, "(R, G, D)", (R, G, D), f"q is {qd.shape}.")
+    if vd.shape[:2] != (R, G) or E == 0:
+        check.shape(op, "v", vd, "(R, G, E)", (R, G, E or D), f"k is {kd.shape}.")
+    scale = D**-0.5 if scale is None else check.number(op, "scale", scale)
+    reach = _window(op, window)
+    offsets = check.array(op, "offsets", offsets, dtype=np.int32, ndim=1)
+    lengths = np.diff(offsets)
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != R or (len(lengths) and lengths.min() < 0):
+        raise ValueError(f"[{op}] offsets must grow from 0 to R = {R}, got {_shortened(offsets)}. q is {qd.shape}.")
+    longest = int(lengths.max(initial=0))
+
+    y = backend.empty((R, H, E))
+    if not recording(q, k, v):
+        _C.attention_packed_forward(y, None, qd, kd, vd, offsets, longest, reach, scale, causal)
+        return wrap(y, q, k, v)
+    stats, offsets = backend.empty((R, H, 2)), offsets.copy()
+    _C.attention_packed_forward(y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dq, dk, dv = backend.empty(qd.shape), backend.empty(kd.shape), backend.empty(vd.shape)
+        dy = np.ascontiguousarray(dy)
+        _C.attention_packed_backward(dq, dk, dv, dy, y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
+        return dq, dk, dv
+
+    return record(y, (q, k, v), backward)
+
+
+def _packed_view(name: str, x: Any) -> Array:
+    """x (R, H, D) as it lies if the kernel can walk it, else a copy."""
+    if not isinstance(x, np.ndarray) or x.ndim != 3:
+        return check.array("attention_packed", name, x, ndim=3)
+    view: Array = head_view("attention_packed", name, x[None])[0]
+    return view
+
+
+def _shortened(x: Array) -> str:
+    return np.array2string(x, threshold=8, edgeitems=3)
+
+
+def _window(op: str, window: int | None) -> int:
+    if window is None:
+        return 0
+    if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 1:
+        raise ValueError(f"[{op}] window must be a whole number of keys, at least 1, or None, got {window!r}.")
+    return int(window)
 
 
 def _bias(x: Any, B: int, T: int, S: int, H: int) -> Array:

@@ -15,6 +15,9 @@ struct AttentionInputs {
     const float* v;          // (B, S, G, E)
     const float* bias;       // (1 or B, 1 or H, T, S) or null
     const int32_t* lengths;  // (B,) or null: S
+    const int32_t* offsets;  // (B + 1,) or null. Packed: sequence b has the rows offsets[b] .. offsets[b + 1] of q (R, H, D), of
+                             // k, v (R, G, .) and of every output; T = S = the longest, no lengths, no bias, batch strides 0
+    int64_t rows;            // R; B T where not packed
     int64_t q_batch, q_time, k_batch, k_time, v_batch, v_time;
     int64_t bias_batch, bias_head, bias_time;  // 0 where the axis is broadcast
     int64_t B, T, S, H, G, D, E;
@@ -25,7 +28,7 @@ struct AttentionInputs {
 
 struct AttentionForward {
     float* y;        // (B, T, H, E)
-    float* stats;    // (B, H, T, 2) or null: the largest score and 1 / the sum of weights against it (0: the query sees nothing).
+    float* stats;    // (B, T, H, 2) or null: the largest score and 1 / the sum of weights against it (0: the query sees nothing).
                      // The log-sum-exp in two parts: as one number its rounding would be the largest error of the backward pass.
     float* partial;  // (attention_chunks, R, E + 2) for decode.forward, R = T H / G; else null
     AttentionInputs in;
@@ -36,10 +39,10 @@ struct AttentionBackward {
     float* dk;                        // (B, S, G, D)  =
     float* dv;                        // (B, S, G, E)  =
     float* dbias;                     // as bias, contiguous  +=, or null
-    float* partial;                   // (chunks, B, T, H, D) workspace where chunks > 1
+    float* partial;                   // (chunks, rows, H, D) workspace where chunks > 1
     const float* dy;                  // (B, T, H, E)
     const float* y;                   // (B, T, H, E)
-    const float* stats;               // (B, H, T, 2), from the forward pass
+    const float* stats;               // (B, T, H, 2), from the forward pass
     int64_t dbias_batch, dbias_head;  // 0 where the axis is broadcast
     int64_t chunks, chunk;            // pieces of the keys, and keys in each: a multiple of kAttentionKeys
     AttentionInputs in;

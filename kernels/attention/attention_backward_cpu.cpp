@@ -105,14 +105,17 @@ void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t wid
         }
 }
 
-FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) {
-    return (t.b * p.T + t.time[r]) * p.H + t.head[r];
+// The row of dk and dv, (B, S, G, .) or packed (R, G, .).
+FASTLM_INLINE int64_t key_row(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
+    return ((p.offsets ? p.offsets[b] : b * p.S) + j) * p.G + g;
 }
+
+FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) { return output(p, t.b, t.time[r], t.head[r]); }
 
 void open_state(State& s, const AttentionBackward& p) {
     const AttentionInputs& in = p.in;
     const Tile& t = s.t;
-    auto q = [&](int64_t r) { return in.q + t.b * in.q_batch + t.time[r] * in.q_time + t.head[r] * in.D; };
+    auto q = [&](int64_t r) { return query(in, t.b, t.time[r], t.head[r]); };
     auto dy = [&](int64_t r) { return p.dy + row_at(in, t, r) * in.E; };
     pack_transposed(s.qt, t, in.D, units(in).sign, q);
     pack_transposed(s.dyt, t, in.E, 1.0f, dy);
@@ -126,7 +129,7 @@ void open_state(State& s, const AttentionBackward& p) {
         }
         copy_row(s.q + r * D, q(r), in.D);
         copy_row(s.dy + r * E, dy(r), in.E);
-        const float* stats = p.stats + 2 * ((t.b * in.H + t.head[r]) * in.T + t.time[r]);
+        const float* stats = p.stats + 2 * row_at(in, t, r);
         s.inverse[r] = stats[1];
         s.maximum[r] = stats[1] == 0.0f ? 0.0f : stats[0];
     }
@@ -167,7 +170,7 @@ void close_state(const State& s, const AttentionInputs& p, float* dq) {
 void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, int64_t b, int64_t g, int64_t first, int64_t tiles,
                    int64_t begin, int64_t end) {
     const AttentionInputs& in = p.in;
-    const int64_t R = in.T * (in.H / in.G), D = round_up(in.D), E = round_up(in.E);
+    const int64_t R = queries(in, b) * (in.H / in.G), D = round_up(in.D), E = round_up(in.E);
     int64_t low = end, high = begin;
     for (int64_t i = 0; i < tiles; ++i) {
         State& s = w.states[i];
@@ -179,9 +182,9 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
     }
     high = least(end, high);
     for (int64_t j = most(begin, low / kKeys * kKeys); j < high; j += kKeys) {
-        const int64_t n = least(kKeys, high - j), token = (b * in.S + j) * in.G + g;
-        const float* k = pack_rows(w.k, in.k + b * in.k_batch + j * in.k_time + g * in.D, in.k_time, n, in.D);
-        const float* v = pack_rows(w.v, in.v + b * in.v_batch + j * in.v_time + g * in.E, in.v_time, n, in.E);
+        const int64_t n = least(kKeys, high - j), token = key_row(in, b, j, g);
+        const float* k = pack_rows(w.k, key(in, b, j, g), in.k_time, n, in.D);
+        const float* v = pack_rows(w.v, value(in, b, j, g), in.v_time, n, in.E);
         std::memset(w.dk, 0, size_t(n * D) * sizeof(float));
         std::memset(w.dv, 0, size_t(n * E) * sizeof(float));
         for (int64_t i = 0; i < tiles; ++i) {
@@ -198,7 +201,7 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
 // nothing is added by two threads. Where dbias is summed over sequences or heads, a piece runs through these in order.
 void backward(const AttentionBackward& p) {
     const AttentionInputs& in = p.in;
-    const int64_t R = in.T * (in.H / in.G), dq_size = in.B * in.T * in.H * in.D;
+    const int64_t share = in.H / in.G, R = in.T * share, dq_size = in.rows * in.H * in.D;
     const bool over_b = p.dbias && p.dbias_batch == 0, over_g = p.dbias && p.dbias_head == 0;
     const int64_t nb = over_b ? 1 : in.B, ng = over_g ? 1 : in.G;
     const int64_t width =
@@ -212,17 +215,19 @@ void backward(const AttentionBackward& p) {
         workspace(w, tiles, in, static_cast<float*>(scratch(size_t(workspace(w, tiles, in, nullptr)) * sizeof(float))));
         for (int64_t piece = from; piece < to; ++piece) {
             const int64_t c = piece % p.chunks, g0 = piece / p.chunks % ng, b0 = piece / p.chunks / ng;
-            const int64_t begin = c * p.chunk, end = least(in.S, begin + p.chunk);
+            const int64_t begin = c * p.chunk;
             float* dq = p.chunks > 1 ? p.partial + c * dq_size : p.dq;
             for (int64_t b = b0; b < (over_b ? in.B : b0 + 1); ++b)
                 for (int64_t g = g0; g < (over_g ? in.G : g0 + 1); ++g) {
+                    const int64_t end = least(in.offsets ? length(in, b) : in.S, begin + p.chunk);
+                    const int64_t rows = queries(in, b) * share, own = least(tiles, (rows + kRows - 1) / kRows);
                     for (int64_t j = begin; j < end; ++j) {
-                        const int64_t token = (b * in.S + j) * in.G + g;
+                        const int64_t token = key_row(in, b, j, g);
                         std::memset(p.dk + token * in.D, 0, size_t(in.D) * sizeof(float));
                         std::memset(p.dv + token * in.E, 0, size_t(in.E) * sizeof(float));
                     }
-                    for (int64_t r = 0; r < R; r += tiles * kRows)
-                        backward_rows(p, w, dq, b, g, r, least(tiles, (R - r + kRows - 1) / kRows), begin, end);
+                    for (int64_t r = 0; r < rows; r += own * kRows)
+                        backward_rows(p, w, dq, b, g, r, least(own, (rows - r + kRows - 1) / kRows), begin, end);
                 }
         }
     });

@@ -67,7 +67,7 @@ bool close_tile(const State& state, const AttentionForward& p) {
         float part[W];
         store(part, inverse);
         for (int64_t i = 0; p.stats && i < least(W, t.rows - v * W); ++i) {
-            float* stats = p.stats + 2 * ((t.b * in.H + t.head[v * W + i]) * in.T + t.time[v * W + i]);
+            float* stats = p.stats + 2 * output(in, t.b, t.time[v * W + i], t.head[v * W + i]);
             stats[0] = state.maximum[v * W + i], stats[1] = part[i];
         }
         vf check = zero();
@@ -77,7 +77,7 @@ bool close_tile(const State& state, const AttentionForward& p) {
             for (int64_t i = 0; i < W; ++i) check = fma(a[i], zero(), check);
             transpose(a);
             for (int64_t i = 0; i < least(W, t.rows - v * W); ++i)
-                store_n(p.y + ((t.b * in.T + t.time[v * W + i]) * in.H + t.head[v * W + i]) * in.E + e, a[i], in.E - e);
+                store_n(p.y + output(in, t.b, t.time[v * W + i], t.head[v * W + i]) * in.E + e, a[i], in.E - e);
         }
         bad = bad || any(is_nan(check));
     }
@@ -94,14 +94,12 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
     float* k_copy = scores + kKeys * kRows;
     float* v_copy = k_copy + kKeys * in.D;
     float* at = v_copy + kKeys * in.E;
-    const float* q = in.q + b * in.q_batch;
     int64_t low = in.S, high = 0;
     for (int64_t i = 0; i < tiles; ++i, at += (in.D + in.E) * kRows) {
         State& s = states[i];
         open_tile(s.t, in, b, g, first + i * kRows, least(kRows, rows - i * kRows));
         s.qt = at, s.ot = at + in.D * kRows;
-        pack_transposed(s.qt, s.t, in.D, units(in).sign,
-                        [&](int64_t r) { return q + s.t.time[r] * in.q_time + s.t.head[r] * in.D; });
+        pack_transposed(s.qt, s.t, in.D, units(in).sign, [&](int64_t r) { return query(in, b, s.t.time[r], s.t.head[r]); });
         for (int64_t r = 0; r < s.t.vectors * W; ++r) s.maximum[r] = -INFINITY, s.sum[r] = 0.0f;
         for (int64_t e = 0; e < in.E; ++e)
             for (int64_t v = 0; v < s.t.vectors; ++v) store(s.ot + e * kRows + v * W, zero());
@@ -109,8 +107,8 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
     }
     for (int64_t j = low / kKeys * kKeys; j < high; j += kKeys) {
         const int64_t n = least(kKeys, high - j);
-        const float* k = pack_rows(k_copy, in.k + b * in.k_batch + j * in.k_time + g * in.D, in.k_time, n, in.D);
-        const float* v = pack_rows(v_copy, in.v + b * in.v_batch + j * in.v_time + g * in.E, in.v_time, n, in.E);
+        const float* k = pack_rows(k_copy, key(in, b, j, g), in.k_time, n, in.D);
+        const float* v = pack_rows(v_copy, value(in, b, j, g), in.v_time, n, in.E);
         for (int64_t i = 0; i < tiles; ++i)
             if (j < states[i].t.high_max && j + n > states[i].t.low_min)
                 add_tile(states[i], in, scores, k, v, j, least(n, states[i].t.high_max - j));
@@ -124,7 +122,7 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
         // rows one by one, reading only what they see.
         for (int64_t r = 0; r < t.rows; ++r) {
             bool finite = true;
-            const float* y = p.y + ((b * in.T + t.time[r]) * in.H + t.head[r]) * in.E;
+            const float* y = p.y + output(in, b, t.time[r], t.head[r]) * in.E;
             for (int64_t e = 0; e < in.E; ++e) finite = finite && std::isfinite(y[e]);
             if (!finite) one_row(p, b, g, first + i * kRows + r);
         }
@@ -144,7 +142,8 @@ void forward(const AttentionForward& p) {
     parallel_for(in.B * in.G * pieces, most(1, 400000 / cost), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = (pieces - 1 - i % pieces) * rows;  // under a causal mask the last rows cost most: they go first
-            forward_piece(p, i / pieces / in.G, i / pieces % in.G, first, least(rows, R - first));
+            const int64_t b = i / pieces / in.G, n = least(rows, queries(in, b) * (in.H / in.G) - first);
+            if (n > 0) forward_piece(p, b, i / pieces % in.G, first, n);
         }
     });
 }

@@ -33,7 +33,7 @@ void forward(const AttentionForward& p) {
                 merge_row(p, b, t, h, p.partial + (i * chunks * R + r) * step, R * step, chunks);
                 if (in.T == 1) continue;  // every row sees the same keys
                 bool finite = true;
-                const float* y = p.y + ((b * in.T + t) * in.H + h) * in.E;
+                const float* y = p.y + output(in, b, t, h) * in.E;
                 for (int64_t e = 0; e < in.E; ++e) finite = finite && std::isfinite(y[e]);
                 if (!finite) one_row(p, b, i % in.G, r);  // see attention_cpu.cpp
             }

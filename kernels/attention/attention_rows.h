@@ -33,7 +33,7 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
         rows.time[i] = r / share;
         rows.head[i] = g * share + r % share;
         visible(p, b, rows.time[i], rows.low[i], rows.high[i]);
-        const float* q = p.q + b * p.q_batch + rows.time[i] * p.q_time + rows.head[i] * p.D;
+        const float* q = query(p, b, rows.time[i], rows.head[i]);
         for (int64_t c = 0; c < rows.width; c += W) store(rows.q + i * rows.width + c, load_n(q + c, p.D - c) * sign);
     }
 }
@@ -150,7 +150,7 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
     const int64_t begin = first / W * W;
     const int64_t n = rows.n, keys = end - begin, ldo = p.E + 2;
     const Units u = units(p);
-    const float* k = p.k + rows.b * p.k_batch + begin * p.k_time + rows.g * p.D;
+    const float* k = key(p, rows.b, begin, rows.g);
     for (int64_t j = 0; j < keys; j += W) {  // W keys at a time, so that further rows find them in cache
         const int64_t m = least(W, keys - j);
         for (int64_t i = j + 2 * W; i < least(keys, j + 3 * W); ++i)
@@ -185,7 +185,7 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
         out[r * ldo + p.E] = maximum;
         out[r * ldo + p.E + 1] = reduce_add(sum);
     }
-    const float* v = p.v + rows.b * p.v_batch + first * p.v_time + rows.g * p.E;
+    const float* v = value(p, rows.b, first, rows.g);
     const float* weights = rows.scores + (first - begin);
     int64_t r = 0;
     for (; r + 4 <= n; r += 4) mix<4>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
@@ -198,7 +198,7 @@ static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, i
 // What the chunks of one row give, added in order. part: the row in the first chunk's output; the next chunk's lies `step` on.
 static void merge_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h, const float* part, int64_t step, int64_t chunks) {
     const AttentionInputs& in = p.in;
-    float* y = p.y + ((b * in.T + t) * in.H + h) * in.E;
+    float* y = p.y + output(in, b, t, h) * in.E;
     const Units u = units(in);
     float maximum = -INFINITY, sum = 0.0f;
     for (int64_t c = 0; c < chunks; ++c) {
@@ -220,7 +220,7 @@ static void merge_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t e = 0; e < in.E; e += W) store_n(y + e, load_n(y + e, in.E - e) * set(inverse), in.E - e);
     if (p.stats) {
-        float* stats = p.stats + 2 * ((b * in.H + h) * in.T + t);
+        float* stats = p.stats + 2 * output(in, b, t, h);
         stats[0] = maximum, stats[1] = inverse;
     }
 }

@@ -48,12 +48,29 @@ constexpr bool kFused = false;
 FASTLM_INLINE int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTLM_INLINE int64_t length(const AttentionInputs& p, int64_t b) { return p.lengths ? p.lengths[b] : p.S; }
+// Sequence b: its queries, its keys, and where they lie.
+FASTLM_INLINE int64_t queries(const AttentionInputs& p, int64_t b) { return p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.T; }
+FASTLM_INLINE int64_t length(const AttentionInputs& p, int64_t b) {
+    return p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.lengths ? p.lengths[b] : p.S;
+}
+FASTLM_INLINE const float* query(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
+    return p.q + b * p.q_batch + ((p.offsets ? p.offsets[b] : 0) + t) * p.q_time + h * p.D;
+}
+FASTLM_INLINE const float* key(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
+    return p.k + b * p.k_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.k_time + g * p.D;
+}
+FASTLM_INLINE const float* value(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
+    return p.v + b * p.v_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.v_time + g * p.E;
+}
+// The row of an output (B, T, H, .), or packed (R, H, .).
+FASTLM_INLINE int64_t output(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
+    return ((p.offsets ? p.offsets[b] : b * p.T) + t) * p.H + h;
+}
 
 // The keys that query t of sequence b sees.
 FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64_t& low, int64_t& high) {
     const int64_t n = length(p, b);
-    high = p.causal ? most(0, n - p.T + t + 1) : n;
+    high = p.causal ? most(0, n - queries(p, b) + t + 1) : n;
     low = p.window ? most(0, high - p.window) : 0;
 }
 

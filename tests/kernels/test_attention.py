@@ -272,3 +272,53 @@ def test_refuses():
             attention(q, k, v, True, window=wrong_window)
     with pytest.raises(ValueError, match=r"\[attention\] scale must be"):
         attention(q, k, v, scale=float("nan"))
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 20)])
+@pytest.mark.parametrize("share", [1, 3])
+def test_packed(isa, threads, causal, window, share):
+    """Sequences one behind the other give the bits of each alone, and gradients as exact, on any number of threads."""
+    sizes, G, D = [1, 16, 0, 130, 7, 64, 300], 2, 24
+    R, offsets = sum(sizes), np.cumsum([0, *sizes]).astype(np.int32)
+    fused = random(R, 1, (share + 2) * G * D)
+    q, k, v = (_piece(fused, a * G, b * G, D)[:, 0] for a, b in ((0, share), (share, share + 1), (share + 1, share + 2)))
+    dy = random(R, G * share, D, seed=7)
+    kwargs = {"causal": causal, "window": window}
+    results = []
+    for n in (1, 3):
+        _C.set_num_threads(n)
+        tensors = [Tensor(x, requires_grad=True) for x in (q, k, v)]
+        y = ops.attention_packed(*tensors, offsets, **kwargs)
+        y.backward(dy)
+        np.testing.assert_array_equal(ops.attention_packed(q, k, v, offsets, **kwargs), y.numpy())
+        results.append((y.numpy(), *(t.grad for t in tensors)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+    ref, exact, naive = oracle("attention"), [], []
+    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+        x = dict(zip("qkv", (t[None, a:b].copy() for t in (q, k, v)), strict=True)) | kwargs
+        y = ops.attention(*(Tensor(x[n], requires_grad=True) for n in "qkv"), **kwargs)
+        np.testing.assert_array_equal(y.numpy()[0], results[0][0][a:b])
+        exact.append(ref.backward(dy[None, a:b].astype(np.float64), **widen(x)))
+        naive.append(ref.backward(dy[None, a:b], **x))
+    for name, gradient in zip("qkv", results[0][1:], strict=True):
+        want, bound = (np.concatenate([x[name][0] for x in part]) for part in (exact, naive))
+        assert_close(gradient, want, bound, name)
+
+
+def test_packed_refuses():
+    q, k = random(9, 4, 8), random(9, 2, 8)
+    for wrong in ([0, 5], [1, 9], [0, 5, 3, 9], [], [9]):
+        with pytest.raises(ValueError, match=r"\[attention_packed\] offsets must grow from 0 to R = 9, got"):
+            ops.attention_packed(q, k, k, np.array(wrong, np.int32))
+    with pytest.raises(TypeError, match=r"\[attention_packed\] offsets must be int32, got int64"):
+        ops.attention_packed(q, k, k, np.array([0, 9]))
+    with pytest.raises(ValueError, match=r"\[attention_packed\] k must be \(R, G, D\) = \(9, 2, 8\), got \(8, 2, 8\)"):
+        ops.attention_packed(q, k[:8], k, np.array([0, 9], np.int32))
+    with pytest.raises(ValueError, match=r"\[attention_packed\] v must be \(R, G, E\) = \(9, 2, 8\), got \(9, 1, 8\)"):
+        ops.attention_packed(q, k, k[:, :1], np.array([0, 9], np.int32))
+    with pytest.raises(ValueError, match=r"\[attention_packed\] q must have 3 axes, got shape \(1, 9, 4, 8\)"):
+        ops.attention_packed(q[None], k, k, np.array([0, 9], np.int32))
+    with pytest.raises(ValueError, match=r"\[attention_packed\] window must be"):
+        ops.attention_packed(q, k, k, np.array([0, 9], np.int32), window=0)
+    assert ops.attention_packed(q[:0], k[:0], k[:0], np.array([0], np.int32)).shape == (0, 4, 8)
