@@ -36,11 +36,13 @@ class EncoderDecoder(LanguageModel):
         """What the hidden states are multiplied by before the head."""
         return 1.0
 
+    def auxiliary_loss(self, encoder: Context, decoder: Context) -> Any:
+        """What `loss` adds to the cross-entropy after a call with these contexts, a scalar; None for nothing."""
+        return None
+
     def encode(self, source_ids: Any, mask: Any = None) -> Memory:
         """What the decoder reads of the source, recorded where parameters want gradients."""
-        ids = as_ids("source_ids", source_ids)
-        context = Context(ids.shape[0], ids.shape[1], mask=mask)
-        return Memory(self.encode_hidden(ids, context), Padding(mask, ids.shape))
+        return self._read(source_ids, mask)[0]
 
     def new_cache(self, memory: Memory, capacity: int) -> Cache:
         """Memory for up to `capacity` positions of the decoder, with the source that it reads. `select` and `row` take both along."""
@@ -51,15 +53,17 @@ class EncoderDecoder(LanguageModel):
 
     def __call__(self, source_ids: Any, decoder_ids: Any, mask: Any = None) -> Tensor:
         """Logits (B, T, V), recorded."""
-        return self._project(self._run(decoder_ids, self.encode(source_ids, mask)))
+        return self._project(self._run(decoder_ids, self.encode(source_ids, mask))[0])
 
     def loss(self, source_ids: Any, decoder_ids: Any, targets: Any, mask: Any = None, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy of targets (B, T) after decoder_ids (B, T), a scalar; the logits are never held as a whole."""
-        x = self._run(decoder_ids, self.encode(source_ids, mask))
+        memory, encoder = self._read(source_ids, mask)
+        x, decoder = self._run(decoder_ids, memory)
         targets = as_ids("targets", targets, x.shape[:-1])
         flat = self._scaled(ops.reshape(x, (-1, x.shape[-1])))
         loss: Tensor = ops.linear_cross_entropy(flat, self.head_weight(), targets.reshape(-1), ignore_index)
-        return loss
+        extra = self.auxiliary_loss(encoder, decoder)
+        return loss if extra is None else ops.add(loss, extra)
 
     def logits(self, source_ids: Any, decoder_ids: Any, mask: Any = None) -> Array:
         """float32 (B, T, V); nothing is recorded."""
@@ -70,13 +74,18 @@ class EncoderDecoder(LanguageModel):
     def decode(self, ids: Any, cache: Cache, last: bool = False) -> Array:
         """float32 (B, T, V) of T more positions of the decoder, or (B, V) of the last alone; they are appended to the cache."""
         with no_grad():
-            x = self._run(ids, None, cache)
+            x, _ = self._run(ids, None, cache)
             if last:
                 x = np.ascontiguousarray(data(x)[:, -1])
             out: Array = data(self._project(x))
             return out
 
-    def _run(self, ids: Any, memory: Memory | None, cache: Cache | None = None) -> Any:
+    def _read(self, source_ids: Any, mask: Any) -> tuple[Memory, Context]:
+        ids = as_ids("source_ids", source_ids)
+        context = Context(ids.shape[0], ids.shape[1], mask=mask)
+        return Memory(self.encode_hidden(ids, context), Padding(mask, ids.shape)), context
+
+    def _run(self, ids: Any, memory: Memory | None, cache: Cache | None = None) -> tuple[Any, Context]:
         ids = as_ids("decoder_ids", ids)
         context = Context(ids.shape[0], ids.shape[1], cache, memory=memory)
         assert context.memory is not None
@@ -86,7 +95,7 @@ class EncoderDecoder(LanguageModel):
             )
         x = self.decode_hidden(ids, context)
         context.finish()
-        return x
+        return x, context
 
     def _scaled(self, x: Any) -> Any:
         factor = self.head_scale()

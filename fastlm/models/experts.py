@@ -1,23 +1,38 @@
-"""What causal models with experts share: their auxiliary loss, what their experts were given, and the parameters that a token uses."""
+"""What models with experts share: their auxiliary loss, what their experts were given, and the parameters that a token uses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
-from fastlm.models.base import CausalLM, as_ids
+from fastlm.models.base import CausalLM, LanguageModel, as_ids
 from fastlm.nn import Context, Module, MoE, count_parameters
 from fastlm.tensor import Tensor
 
 
-class ExpertLM(CausalLM):
-    """A CausalLM with MoE parts. A subclass defines `auxiliary_loss`."""
+class WithExperts(LanguageModel):
+    """A model with MoE parts: its `loss` calls `count_experts`."""
 
     expert_counts: Array | None = None  # (layers with experts, E) int64: tokens that each expert took in the last loss
     dropped: int = 0  # choices that found their expert full in the last loss
+
+    def count_experts(self, routings: Sequence[ops.Routing]) -> None:
+        """Sets `expert_counts` and `dropped`."""
+        self.expert_counts = np.stack([r.counts for r in routings])
+        self.dropped = sum(r.dropped for r in routings)
+
+    def active_parameters(self) -> int:
+        """The parameters that one token uses: all but the experts that it is not sent to."""
+        idle = sum((len(m.experts) - m.k) * count_parameters(m.experts[0]) for m in _mixtures(self))
+        return count_parameters(self) - idle
+
+
+class ExpertLM(WithExperts, CausalLM):
+    """A CausalLM with MoE parts. A subclass defines `auxiliary_loss`."""
 
     def auxiliary_loss(self, context: Context) -> Any:
         """What `loss` adds to the cross-entropy, a scalar; None for nothing."""
@@ -30,17 +45,11 @@ class ExpertLM(CausalLM):
         context = Context(*ids.shape)
         context.training = True
         x = self.hidden(ids, context)
-        self.expert_counts = np.stack([r.counts for r in context.routings])
-        self.dropped = sum(r.dropped for r in context.routings)
+        self.count_experts(context.routings)
         flat = ops.reshape(x, (-1, x.shape[-1]))
         loss: Tensor = ops.linear_cross_entropy(flat, self._head_weight(), targets.reshape(-1), ignore_index)
         extra = self.auxiliary_loss(context)
         return loss if extra is None else ops.add(loss, extra)
-
-    def active_parameters(self) -> int:
-        """The parameters that one token uses: all but the experts that it is not sent to."""
-        idle = sum((len(m.experts) - m.k) * count_parameters(m.experts[0]) for m in _mixtures(self))
-        return count_parameters(self) - idle
 
 
 def _mixtures(module: Module) -> list[MoE]:

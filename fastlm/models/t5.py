@@ -105,7 +105,7 @@ class RelativePosition(Module):
         return ops.relative_bias(buckets(queries, keys, self.count, self.max_distance, self.both), self.weight)
 
 
-def _attention(kind: type[Attention], c: T5Config, sees: Sees) -> Attention:
+def attention(kind: type[Attention], c: T5Config, sees: Sees) -> Attention:
     """With the reference's distribution: the missing 1 / sqrt(head_dim) is in the queries' first weights."""
     width = c.n_head * c.head_dim
     part = kind(c.d_model, c.n_head, head_dim=c.head_dim, sees=sees, scale=1.0, std=c.d_model**-0.5, out_std=width**-0.5)
@@ -113,43 +113,49 @@ def _attention(kind: type[Attention], c: T5Config, sees: Sees) -> Attention:
     return part
 
 
-def _mlp(c: T5Config) -> MLP | GatedMLP:
-    """Likewise: 1 / sqrt of what is summed over."""
+def mlp(c: T5Config, out_std: float | None = None) -> MLP | GatedMLP:
+    """Likewise: 1 / sqrt of what is summed over, unless out_std says else."""
     gated, _, activation = c.activation.rpartition("-")
     part: MLP | GatedMLP
     if gated:
-        part = GatedMLP(c.d_model, c.d_ff, activation, out_std=c.d_ff**-0.5)
+        part = GatedMLP(c.d_model, c.d_ff, activation, out_std=out_std or c.d_ff**-0.5)
         part.gate.weight = parameter(c.d_ff, c.d_model, std=c.d_model**-0.5)
     else:
-        part = MLP(c.d_model, c.d_ff, activation, bias=False, out_std=c.d_ff**-0.5)
+        part = MLP(c.d_model, c.d_ff, activation, bias=False, out_std=out_std or c.d_ff**-0.5)
     part.up.weight = parameter(c.d_ff, c.d_model, std=c.d_model**-0.5)
     return part
 
 
 class EncoderBlock(Module):
-    def __init__(self, c: T5Config) -> None:
-        self.attention = _attention(Attention, c, EVERYTHING)
+    def __init__(self, c: T5Config, feed_forward: Module | None = None) -> None:
+        self.attention = attention(Attention, c, EVERYTHING)
         self.attention_norm = RMSNorm(c.d_model, c.eps)
-        self.mlp = _mlp(c)
+        self.mlp: Module = feed_forward or mlp(c)
         self.mlp_norm = RMSNorm(c.d_model, c.eps)
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
         x = self.attention(self.attention_norm(x), context, layer, residual=x)
+        return self.feed_forward(x, context)
+
+    def feed_forward(self, x: Any, context: Context) -> Any:
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class DecoderBlock(Module):
-    def __init__(self, c: T5Config) -> None:
-        self.attention = _attention(Attention, c, CAUSAL)
+    def __init__(self, c: T5Config, feed_forward: Module | None = None) -> None:
+        self.attention = attention(Attention, c, CAUSAL)
         self.attention_norm = RMSNorm(c.d_model, c.eps)
-        self.cross = _attention(CrossAttention, c, EVERYTHING)
+        self.cross = attention(CrossAttention, c, EVERYTHING)
         self.cross_norm = RMSNorm(c.d_model, c.eps)
-        self.mlp = _mlp(c)
+        self.mlp: Module = feed_forward or mlp(c)
         self.mlp_norm = RMSNorm(c.d_model, c.eps)
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
         x = self.attention(self.attention_norm(x), context, layer, residual=x)
         x = self.cross(self.cross_norm(x), context, layer, residual=x)
+        return self.feed_forward(x, context)
+
+    def feed_forward(self, x: Any, context: Context) -> Any:
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
@@ -273,9 +279,9 @@ def hf_found(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, An
 
 def hf_read(tensors: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
     """`wi_1` of a gated feed-forward is its `up`, which the others call `wi`."""
-    return {name.replace("DenseReluDense.wi_1.", "DenseReluDense.wi."): tensor for name, tensor in tensors.items()}
+    return {name.replace(".wi_1.", ".wi."): tensor for name, tensor in tensors.items()}
 
 
 def hf_write(tensors: Mapping[str, Any], model: T5) -> dict[str, Any]:
     gated = model.config.activation.startswith("gated-")
-    return {k.replace("DenseReluDense.wi.", "DenseReluDense.wi_1.") if gated else k: v for k, v in tensors.items()}
+    return {k.replace(".wi.", ".wi_1.") if gated else k: v for k, v in tensors.items()}

@@ -18,8 +18,9 @@ class MoE(Module):
 
     experts: MLPs or GatedMLPs without biases, all alike. renormalise: the weights of the chosen add up to one (Mixtral, GShard); else
     they are the probabilities (Switch). capacity_factor: None, or each expert takes at most ceil(capacity_factor * k * T / E) tokens
-    of a sequence while recording, and the rest pass by (GShard); without recording nothing is dropped, so that a token's output does
-    not depend on its neighbours. What was chosen is appended to `context.routings`.
+    of a sequence in training, and the rest pass by (GShard); otherwise nothing is dropped, so that a token's output does not depend
+    on its neighbours. capacity: None, or the most tokens of a sequence that an expert takes in any call, the first ones (Switch).
+    What was chosen is appended to `context.routings`.
     """
 
     def __init__(
@@ -30,16 +31,17 @@ class MoE(Module):
         *,
         renormalise: bool = True,
         capacity_factor: float | None = None,
+        capacity: int | None = None,
         std: float = 0.02,
     ) -> None:
         self.router = Linear(d_model, len(experts), bias=False, std=std)
         self.experts = list(experts)
-        self.k, self.renormalise, self.capacity_factor = k, renormalise, capacity_factor
+        self.k, self.renormalise, self.capacity_factor, self.capacity = k, renormalise, capacity_factor, capacity
 
     def __call__(self, x: Any, context: Context, residual: Any = None) -> Any:
         B, T, C = x.shape
         flat = ops.reshape(x, (B * T, C))
-        capacity = None
+        capacity = self.capacity
         if self.capacity_factor is not None and context.training:
             capacity = math.ceil(self.capacity_factor * self.k * T / len(self.experts))
         routing = ops.route(self.router(flat), self.k, renormalise=self.renormalise, capacity=capacity, groups=B)
