@@ -4,6 +4,7 @@ GGUF's architecture, `PRESETS` a published configuration by its name."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,22 @@ def create(config: Any, seed: int = 0) -> Any:
     return model
 
 
+def with_head(
+    model: Encoder, head: str | None, labels: Sequence[str] = ("LABEL_0", "LABEL_1"), problem: str | None = None, seed: int = 0
+) -> Any:
+    """A copy of an encoder with another head, which is drawn anew, as is all that the old one had no use for (a pooler): what a task is
+    learnt on. labels: the names of what it tells apart; problem: see heads.SequenceClassifier."""
+    if not isinstance(model, Encoder):
+        raise TypeError(f"[with_head] model must be an encoder, got {type(model).__name__}.")
+    new = create(dataclasses.replace(model.config, head=head, labels=tuple(labels), problem=problem), seed)
+    new.pooling = model.pooling
+    theirs = model.named_parameters()
+    for name, p in new.named_parameters().items():
+        if name in theirs and not name.startswith("head."):
+            p.data[...] = theirs[name].data
+    return new
+
+
 __all__ = [
     "ARCHITECTURES",
     "GPT",
@@ -71,4 +88,5 @@ __all__ = [
     "llama",
     "module_of",
     "preset",
+    "with_head",
 ]

@@ -75,12 +75,13 @@ class Electra(Encoder):
 
 def joint_loss(
     generator: Encoder, discriminator: Encoder, ids: Any, targets: Any, mask: Any = None, segments: Any = None, *, seed: int = 0,
-    weight: float = 50.0,
+    weight: float = 50.0, uniforms: Any = None,
 ) -> Any:  # fmt: skip
     """The generator's masked loss + weight * the discriminator's on the generator's samples; section 2 of the paper.
 
     ids (B, T) with masks in place, targets (B, T): the token that was there, -100 elsewhere. A sample that happens to be that token
-    counts as original. Nothing flows back through sampling. The two share embeddings if they are given one Tensor:
+    counts as original. Samples are drawn by the seed, or by uniforms (B, T), numbers from 0 to 1, a token each. Nothing flows back
+    through sampling. The two share embeddings if they are given one Tensor:
     `generator.embeddings.tokens.weight = discriminator.embeddings.tokens.weight`, and so on.
     """
     ids, targets = as_ids("ids", ids), heads.labels_of(targets, np.shape(ids))
@@ -90,9 +91,12 @@ def joint_loss(
     with no_grad():
         rows = ops.embedding(asked, np.ascontiguousarray(data(x)).reshape(-1, x.shape[-1]))
         logits = data(generator.need_head()(generator, rows))
-    noise = np.random.Generator(np.random.Philox(key=[seed, 0])).gumbel(size=logits.shape)
+    if uniforms is None:
+        chosen = np.random.Generator(np.random.Philox(key=[seed, 0])).random(len(asked), np.float32)
+    else:
+        chosen = np.asarray(uniforms, np.float32).reshape(-1)[asked]
     replaced = ids.copy()
-    replaced.reshape(-1)[asked] = (logits + noise).argmax(-1)  # a draw from softmax(logits)
+    replaced.reshape(-1)[asked] = ops.sample(np.nan_to_num(logits), uniform=chosen)  # the loss shows what is not finite
     original = np.where(targets == -100, ids, targets)
     labels = (replaced != original).astype(np.int32)
     if mask is not None:

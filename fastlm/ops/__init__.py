@@ -5,6 +5,7 @@ from fastlm.ops.adamw import adamw, adamw_step, global_norm
 from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
+from fastlm.ops.distillation import cosine_distance, kl_divergence
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
@@ -44,12 +45,14 @@ __all__ = [
     "binary_cross_entropy",
     "cache_append",
     "combine",
+    "cosine_distance",
     "cross_entropy",
     "dispatch",
     "embedding",
     "gated",
     "global_norm",
     "grouped_linear",
+    "kl_divergence",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

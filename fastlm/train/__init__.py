@@ -7,9 +7,11 @@ from types import ModuleType
 from typing import Any
 
 from fastlm.train.checkpoint import checkpoints
-from fastlm.train.loop import Step, evaluate, flops_per_token, read_log, train
+from fastlm.train.joint import Distilled, Electra, student_of, teacher
+from fastlm.train.loop import Step, evaluate, read_log, train
 from fastlm.train.optimizer import AdamW
 from fastlm.train.schedule import default_lr, warmup_cosine
+from fastlm.train.sources import flops_per_token
 
 
 class _Callable(ModuleType):
@@ -21,4 +23,18 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["AdamW", "Step", "checkpoints", "default_lr", "evaluate", "flops_per_token", "read_log", "train", "warmup_cosine"]
+__all__ = [
+    "AdamW",
+    "Distilled",
+    "Electra",
+    "Step",
+    "checkpoints",
+    "default_lr",
+    "evaluate",
+    "flops_per_token",
+    "read_log",
+    "student_of",
+    "teacher",
+    "train",
+    "warmup_cosine",
+]

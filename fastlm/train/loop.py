@@ -7,24 +7,21 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlm import backend
-from fastlm.backend import Array
 from fastlm.checkpoint import atomic_write
-from fastlm.data import Batch, Corpus, Loader, open_corpus, windows
-from fastlm.models.base import CausalLM
+from fastlm.data import Corpus, Labelled, Objective
 from fastlm.tensor import no_grad
 from fastlm.train import checkpoint
 from fastlm.train.optimizer import AdamW
 from fastlm.train.schedule import default_lr, warmup_cosine
-
-Data = Corpus | Array | str | os.PathLike[str] | Callable[[int], Batch]
+from fastlm.train.sources import Data, asked, source, work
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,11 @@ class Step:
 
 
 def train(
-    model: CausalLM,
+    model: Any,
     data: Data,
     *,
     steps: int,
+    objective: Objective | None = None,
     batch: int = 12,
     context: int | None = None,
     lr: float | None = None,
@@ -80,39 +78,38 @@ def train(
 
     lr: the highest rate (default: by width, see default_lr); min_lr: the last (lr / 10).
 
-    data: a Corpus or its folder, a token array, or a function from a batch's number to a Batch. batch sequences of `context`
-    tokens (default: the model's) make a forward pass; `accumulate` of these make an update. eval_every: how often the loss over
-    the held-out tokens is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
+    data: a Corpus or its folder, a token array, Documents, Labelled examples for an encoder's task head, or a function from a batch's
+    number to a Batch, whose fields are the arguments of the model's loss. objective: what is learnt from text, one of fastlm.data
+    (default, for causal models: the next token). batch sequences of `context` tokens (default: the model's, at most 512 where nothing
+    in it sets a limit) make a forward pass; `accumulate` of these make an update. eval_every: how often the objective's loss over the
+    held-out data is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
     save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
     in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
 
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
     """
-    context = context or int(model.config.context)
+    longest = int(getattr(model, "max_tokens", model.config.context))
+    context = context or (longest if longest < 1 << 16 else 512)
     for name, value, low in (("steps", steps, 1), ("batch", batch, 1), ("accumulate", accumulate, 1), ("warmup", warmup, 0)):
         if not isinstance(value, int) or value < low:
             raise ValueError(f"[train] {name} must be an integer of at least {low}, got {value!r}.")
-    if not 0 < context <= model.config.context:
-        raise ValueError(f"[train] context must be from 1 to the model's {model.config.context}, got {context}.")
+    if not 0 < context <= longest:
+        raise ValueError(f"[train] context must be from 1 to the model's {longest}, got {context}.")
     peak = default_lr(model.config.d_model) if lr is None else lr
     if not peak > 0 or (clip is not None and not clip > 0):
         raise ValueError(f"[train] lr and clip must be positive, got {peak} and {clip}.")
     if (resume or save_every) and out is None:
         raise ValueError("[train] out must be a folder where save_every or resume is given.")
-    if not getattr(model, "predicts_next", True):
-        raise ValueError(
-            f"[train] {type(model).__name__} sees the tokens that it would predict here. Train it step by step with "
-            "model.loss(ids, targets, perm_mask=..., target_mapping=...)."
-        )
-    source, held_out = _sources(data, batch, context, seed, model.config.vocab_size)
-    if eval_every and held_out is None:
-        raise ValueError("[train] eval_every needs held-out tokens: give a Corpus with a validation part longer than the context.")
+    batches = source(model, data, objective, batch, context, seed, eval_batches)
+    if eval_every and batches.held_out is None:
+        raise ValueError("[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context.")
     model.train()
     optimizer = AdamW(model, betas, eps, weight_decay)
-    settings = {"seed": seed, "batch": batch, "context": context, "accumulate": accumulate}
+    settings: dict[str, Any] = {"seed": seed, "batch": batch, "context": context, "accumulate": accumulate}
+    if objective is not None:
+        settings["objective"] = repr(objective)
     folder = None if out is None else Path(out)
-    tokens, flops = accumulate * batch * context, flops_per_token(model, context)
 
     def run() -> Generator[Step, None, None]:
         first = 0
@@ -122,13 +119,13 @@ def train(
         for n in range(first, steps):
             start = time.perf_counter()
             rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
-            loss, norm = _update(model, optimizer, source, n, accumulate, rate, clip)
+            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, n, accumulate, rate, clip)
             seconds = time.perf_counter() - start
             validation = None
-            if held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
-                validation = evaluate(model, held_out, batch, context, eval_batches)
+            if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
+                validation = mean_loss(model, batches.held_out())
             step = Step(
-                n + 1, steps, loss, rate, norm, tokens / seconds, flops * tokens / seconds, seconds * (steps - n - 1),
+                n + 1, steps, loss, rate, norm, tokens / seconds, flops / seconds, seconds * (steps - n - 1),
                 validation, not math.isfinite(loss + norm),
             )  # fmt: skip
             if step.skipped:
@@ -150,55 +147,48 @@ def train(
 
 
 def _update(
-    model: CausalLM, optimizer: AdamW, source: Callable[[int], Batch], n: int, accumulate: int, lr: float, clip: float | None
-) -> tuple[float, float]:
-    """One update from `accumulate` batches: their mean loss, and the gradient's norm."""
+    model: Any, optimizer: AdamW, batches: Callable[[int], Any], n: int, accumulate: int, lr: float, clip: float | None
+) -> tuple[float, float, int, float]:
+    """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
     model.zero_grad()
-    total = 0.0
+    total, tokens, flops = 0.0, 0, 0.0
     share = np.array(1.0 / accumulate, np.float32)
     for i in range(accumulate):
-        batch = source(n * accumulate + i)
-        loss = model.loss(batch.tokens, batch.targets)
+        batch = batches(n * accumulate + i)
+        loss = model.loss(**batch._asdict())
         loss.backward(share)
         total += loss.item()
-    if not math.isfinite(total):
-        return total / accumulate, math.nan
-    return total / accumulate, optimizer.update(lr, clip)
+        cost = work(model, batch)
+        tokens, flops = tokens + cost[0], flops + cost[1]
+    norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
+    return total / accumulate, norm, tokens, flops
 
 
-def evaluate(model: CausalLM, tokens: Array, batch: int, context: int, limit: int | None = None) -> float:
-    """Mean loss over held-out tokens in windows that do not overlap; at most `limit` batches."""
+def evaluate(
+    model: Any, data: Data, batch: int, context: int, limit: int | None = None, objective: Objective | None = None, seed: int = 0
+) -> float:
+    """Mean loss of the objective (default: the next token) over a token array, in windows that do not overlap, or over the held-out
+    part of a Corpus; at most `limit` batches. What is drawn is drawn from the seed, the same every time. Labelled: over its examples.
+    """
+    if isinstance(data, Labelled):
+        whole = source(model, replace(data, validation=data), None, batch, context, seed, limit)
+    else:
+        held = data.validation if isinstance(data, Corpus) else np.asarray(data)
+        whole = source(model, Corpus(held, held, int(held.max(initial=0)) + 1), objective, batch, context, seed, limit)
+    if whole.held_out is None:
+        raise ValueError(f"[evaluate] data must be longer than the context of {context}.")
+    return mean_loss(model, whole.held_out())
+
+
+def mean_loss(model: Any, batches: Iterable[Any]) -> float:
+    """Over all that is asked in the batches."""
     total, count = 0.0, 0
     with no_grad():
-        for b in windows(tokens, batch, context, limit):
-            total += model.loss(b.tokens, b.targets).item() * b.targets.size
-            count += b.targets.size
+        for batch in batches:
+            n = asked(batch)
+            total += model.loss(**batch._asdict()).item() * n
+            count += n
     return float(total / count)
-
-
-def flops_per_token(model: CausalLM, context: int) -> float:
-    """Multiply-adds count as two. 6 for every weight that multiplies (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and for
-    causal attention's two products, which see half of the context on average: 6 L H D T (Chowdhery et al. 2022, appendix B, halved)."""
-    c = model.config
-    matrices = sum(p.size for k, p in model.named_parameters().items() if p.ndim == 2 and "embedding" not in k)
-    head = c.vocab_size * c.d_model if model.head is None else 0
-    return float(6.0 * (matrices + head) + 6.0 * c.n_layer * c.n_head * c.head_dim * context)
-
-
-def _sources(data: Data, batch: int, context: int, seed: int, vocab_size: int) -> tuple[Callable[[int], Batch], Array | None]:
-    """Where batches come from, and the held-out tokens if there are enough for one window."""
-    if callable(data):
-        return data, None
-    corpus = open_corpus(data) if isinstance(data, (str, os.PathLike)) else data
-    if not isinstance(corpus, Corpus):
-        tokens = np.asarray(corpus)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"[train] data must be a Corpus, its folder, or (n,) integers, got {tokens.dtype} {tokens.shape}.")
-        corpus = Corpus(tokens, tokens[:0], vocab_size)
-    if corpus.vocab_size > vocab_size:
-        raise ValueError(f"[train] the model's vocab_size must be at least the data's {corpus.vocab_size}, got {vocab_size}.")
-    held_out = corpus.validation if len(corpus.validation) > context else None
-    return Loader(corpus.train, batch, context, seed).batch, held_out
 
 
 class Log:

@@ -73,31 +73,31 @@ def test_loader():
     tokens = np.arange(1000, dtype=np.uint16)
     loader = data.Loader(tokens, 4, 16, seed=3)
     a, b = loader.batch(7), data.Loader(tokens, 4, 16, seed=3).batch(7)
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-    np.testing.assert_array_equal(a.targets, a.tokens + 1)
-    assert a.tokens.shape == (4, 16)
-    assert a.tokens.dtype == np.int32
-    assert not np.array_equal(a.tokens, loader.batch(8).tokens)
-    assert not np.array_equal(a.tokens, data.Loader(tokens, 4, 16, seed=4).batch(7).tokens)
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.targets, a.ids + 1)
+    assert a.ids.shape == (4, 16)
+    assert a.ids.dtype == np.int32
+    assert not np.array_equal(a.ids, loader.batch(8).ids)
+    assert not np.array_equal(a.ids, data.Loader(tokens, 4, 16, seed=4).batch(7).ids)
     for n in (17, 18, 32, 33, 50):  # small arrays: never beyond the end
         for number in range(9):
             batch = data.Loader(tokens[:n], 8, 16).batch(number)
-            np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
+            np.testing.assert_array_equal(batch.targets, batch.ids + 1)
             assert batch.targets.max() < n
-    with pytest.raises(ValueError, match="more than the context of 16, got 16"):
+    with pytest.raises(ValueError, match="at least 17, what a row of 16 reads, got 16"):
         data.Loader(tokens[:16], 4, 16)
 
 
 def test_loader_visits_every_window_once_an_epoch():
     loader = data.Loader(np.arange(1000, dtype=np.uint16), 7, 16, seed=3)
     assert loader.per_epoch == 61
-    starts = np.concatenate([loader.batch(n).tokens[:, 0] for n in range(18)])
+    starts = np.concatenate([loader.batch(n).ids[:, 0] for n in range(18)])
     first, second = starts[:61], starts[61:122]
     for epoch in (first, second):
         assert len(set(epoch.tolist())) == 61
         assert len(set((epoch % 16).tolist())) == 1
     assert first.tolist() != second.tolist()
-    np.testing.assert_array_equal(loader.batch(2).tokens[:, 0], starts[14:21])  # back again
+    np.testing.assert_array_equal(loader.batch(2).ids[:, 0], starts[14:21])  # back again
 
 
 def test_windows():
@@ -105,6 +105,6 @@ def test_windows():
     batches = list(data.windows(tokens, 4, 9))
     targets = np.concatenate([b.targets.reshape(-1) for b in batches])
     np.testing.assert_array_equal(targets, np.arange(1, 100))
-    assert [len(b.tokens) for b in batches] == [4, 4, 3]
+    assert [len(b.ids) for b in batches] == [4, 4, 3]
     assert len(list(data.windows(tokens, 4, 9, limit=2))) == 2
     assert not list(data.windows(tokens[:9], 4, 9))

@@ -199,7 +199,7 @@ def test_refuses(corpus, tmp_path):
             train(small(), corpus, **({"steps": 3} | change))
     with pytest.raises(ValueError, match=r"the model's vocab_size must be at least the data's 128, got 65"):
         train(models.create("gpt-char"), corpus, steps=1)
-    with pytest.raises(ValueError, match="needs held-out tokens"):
+    with pytest.raises(ValueError, match="needs held-out data"):
         train(small(), corpus.train, steps=1, eval_every=1)
     with pytest.raises(ValueError, match=r"\(n,\) integers, got float64"):
         train(small(), np.zeros(100), steps=1)

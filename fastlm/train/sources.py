@@ -1,0 +1,187 @@
+"""What a run learns from: batches by their number, held-out batches, whether model and objective fit, and what a batch costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastlm.backend import Array
+from fastlm.data import Causal, Corpus, Documents, Examples, Labelled, Loader, open_corpus, windows
+from fastlm.data.objectives import IGNORED, SentencePairs
+from fastlm.models.base import CausalLM
+from fastlm.models.encoder import Encoder
+from fastlm.models.encoder_decoder import EncoderDecoder
+from fastlm.models.xlnet import XLNet
+
+Data = Corpus | Documents | Labelled | Array | str | os.PathLike[str] | Callable[[int], Any]
+# What a model learns by, by the `trains` of the objective.
+OBJECTIVES = {
+    "causal": "data.Causal",
+    "masked_lm": "data.Masked",
+    "pretraining": "data.SentencePairs",
+    "next_sentence": "data.SentencePairs(..., tokens=False)",
+    "encoder-decoder": "data.SpanCorruption",
+    "permutation": "data.Permutation",
+    "electra": "data.Replaced",
+    "distillation": "data.Distillation",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """batch(n): batch number n. held_out(): the held-out batches from the first, the same every time; None where there are none."""
+
+    batch: Callable[[int], Any]
+    held_out: Callable[[], Iterator[Any]] | None = None
+
+
+def trains(model: Any) -> tuple[str, ...]:
+    """What a model can learn: the `trains` of objectives that fit it."""
+    if hasattr(model, "trains"):  # a pair of models, see fastlm.train.joint
+        return (model.trains,)
+    if isinstance(model, CausalLM):
+        if isinstance(model, XLNet):
+            return ("permutation", "causal") if model.predicts_next else ("permutation",)
+        return ("causal",)
+    if isinstance(model, EncoderDecoder):
+        return ("encoder-decoder",)
+    if isinstance(model, Encoder):
+        return () if model.config.head is None else (model.config.head,)
+    raise TypeError(f"[train] model must be a language model, got {type(model).__name__}.")
+
+
+def objective_for(model: Any, objective: Any) -> Any:
+    """The objective, the next token where None; ValueError where the model cannot learn it."""
+    able = trains(model)
+    head = f" with the head {model.config.head}" if isinstance(model, Encoder) else ""
+    fitting = ", ".join(OBJECTIVES.get(name, "labelled examples (data.Labelled)") for name in able) or "nothing: it has no head"
+    if objective is None and "causal" not in able:
+        raise ValueError(f"[train] objective must be given: {type(model).__name__}{head} learns by {fitting}.")
+    objective = Causal() if objective is None else objective
+    if objective.trains not in able:
+        raise ValueError(
+            f"[train] objective must be one that the model can learn, {fitting} for {type(model).__name__}{head}, got "
+            f"{type(objective).__name__}."
+        )
+    return objective
+
+
+def source(model: Any, data: Data, objective: Any, batch: int, context: int, seed: int, eval_batches: int | None = None) -> Source:
+    """Checked: model, data and objective fit each other."""
+    if isinstance(data, Labelled) or callable(data):
+        if objective is not None:
+            raise ValueError(f"[train] objective must be None: {type(data).__name__} gives batches that have their targets.")
+        return _labelled(model, data, batch, context, seed, eval_batches) if isinstance(data, Labelled) else Source(data)
+    objective, vocab_size = objective_for(model, objective), int(model.config.vocab_size)
+    known = getattr(getattr(objective, "masked", objective), "vocabulary", None)
+    if known is not None and known.size > vocab_size:
+        raise ValueError(f"[train] the model's vocab_size must be at least the objective's {known.size}, got {vocab_size}.")
+    if isinstance(data, Documents):
+        return _pairs(objective, data, data.validation, batch, context, seed, eval_batches)
+    corpus = open_corpus(data) if isinstance(data, (str, os.PathLike)) else data
+    if not isinstance(corpus, Corpus):
+        tokens = np.asarray(corpus)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"[train] data must be a Corpus, its folder, or (n,) integers, got {tokens.dtype} {tokens.shape}.")
+        corpus = Corpus(tokens, tokens[:0], vocab_size if known is None else known.size)
+    if corpus.vocab_size > vocab_size:
+        raise ValueError(f"[train] the model's vocab_size must be at least the data's {corpus.vocab_size}, got {vocab_size}.")
+    held = corpus.validation
+    if isinstance(objective, SentencePairs):
+        if not objective.ends:
+            raise ValueError(
+                "[train] data must be Documents for data.SentencePairs, or its `ends` must say which ids end a sentence."
+            )
+        whole, rest = (Documents.cut(part, objective.ends) if len(part) else None for part in (corpus.train, held))
+        assert whole is not None
+        return _pairs(objective, whole, rest, batch, context, seed, eval_batches)
+    enough = len(held) >= objective.window(context)
+    return Source(
+        Loader(corpus.train, batch, context, seed, objective).batch,
+        (lambda: windows(held, batch, context, eval_batches, objective, seed)) if enough else None,
+    )
+
+
+def _pairs(
+    objective: Any, data: Documents, held_out: Documents | None, batch: int, context: int, seed: int, limit: int | None
+) -> Source:
+    if not isinstance(objective, SentencePairs):
+        raise ValueError(f"[train] objective must be data.SentencePairs for Documents, got {type(objective).__name__}.")
+    chunks = objective.chunks(data, context)
+    examples = Examples(len(chunks), batch, seed, lambda seed, epochs, numbers: objective(chunks, seed, epochs, numbers))
+    if held_out is None:
+        return Source(examples.batch)
+    rest = objective.chunks(held_out, context)
+
+    def batches() -> Iterator[Any]:
+        starts = range(0, len(rest), batch)[:limit]
+        return (objective(rest, seed, 0, np.arange(i, min(i + batch, len(rest)))) for i in starts)
+
+    return Source(examples.batch, batches)
+
+
+def _labelled(model: Any, data: Labelled, batch: int, context: int, seed: int, limit: int | None) -> Source:
+    able = trains(model)
+    if not isinstance(model, Encoder) or not able or able[0] in OBJECTIVES:
+        raise ValueError(
+            f"[train] data must not be Labelled for {type(model).__name__}: that takes an encoder with a task head "
+            '(fastlm.models.with_head(model, "sequence_classification", labels=...)).'
+        )
+    for part in (data, data.validation):
+        if part is not None and part.longest > context:
+            raise ValueError(
+                f"[train] data must have at most {context} tokens in an example, got {part.longest}: cut it or give context."
+            )
+    held = data.validation
+
+    def batches() -> Iterator[Any]:
+        assert held is not None
+        starts = range(0, len(held), batch)[:limit]
+        return (held.batch(range(i, min(i + batch, len(held)))) for i in starts)
+
+    examples = Examples(len(data), batch, seed, lambda seed, epochs, numbers: data.batch(numbers))
+    return Source(examples.batch, None if held is None else batches)
+
+
+def asked(batch: Any) -> int:
+    """How many targets a batch's loss is the mean of; of tokens and sentences, the sentences."""
+    targets = np.asarray(batch.targets[1] if isinstance(batch.targets, tuple) else batch.targets)
+    return int((targets != IGNORED).sum()) if targets.dtype.kind in "iu" else len(targets)
+
+
+def work(model: Any, batch: Any) -> tuple[int, float]:
+    """Tokens of a batch, and the floating-point operations of its forward and backward pass, about.
+
+    Multiply-adds count as two. 6 for every weight that multiplies (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and 12 L H D T
+    for attention's two products (Chowdhery et al. 2022, appendix B), half of it where it is causal. Heads are counted for what is asked.
+    A weight that several layers share counts once, a teacher not at all.
+    """
+    main = getattr(model, "model", model)
+    c, sizes = main.config, [getattr(batch, name).size for name in ("ids", "source_ids", "decoder_ids") if hasattr(batch, name)]
+    if isinstance(main, CausalLM) and not hasattr(batch, "perm_mask"):
+        return sizes[0], flops_per_token(main, batch.ids.shape[1]) * sizes[0]
+    width = batch[0].shape[-1]
+    matrices = {k: p.size for k, p in model.named_parameters().items() if p.ndim == 2 and "embedding" not in k}
+    head_dim = getattr(c, "head_dim", c.d_model // c.n_head)
+    attention = 12.0 * c.n_head * head_dim * width
+    if isinstance(main, EncoderDecoder):
+        source_side = sum(size for k, size in matrices.items() if k.startswith("encoder."))
+        flops = sizes[0] * (6.0 * source_side + c.n_encoder_layer * attention)
+        flops += sizes[1] * (6.0 * (sum(matrices.values()) - source_side) + 1.5 * c.n_layer * attention)
+        return sum(sizes), flops
+    streams = sizes[0] + (batch.targets.size if hasattr(batch, "perm_mask") else 0)
+    body = sum(size for k, size in matrices.items() if not k.startswith("head."))
+    head = c.vocab_size * c.d_model if getattr(c, "head", None) in ("masked_lm", "pretraining", "language_model") else 0
+    return sizes[0], streams * (6.0 * body + c.n_layer * attention) + 6.0 * head * asked(batch)
+
+
+def flops_per_token(model: CausalLM, context: int) -> float:
+    """Of a causal model, which sees half of the context on average."""
+    c = model.config
+    matrices = sum(p.size for k, p in model.named_parameters().items() if p.ndim == 2 and "embedding" not in k)
+    head = c.vocab_size * c.d_model if model.head is None else 0
+    return float(6.0 * (matrices + head) + 6.0 * c.n_layer * c.n_head * c.head_dim * context)
