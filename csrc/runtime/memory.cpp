@@ -1,5 +1,7 @@
 #include "csrc/runtime/memory.h"
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <map>
@@ -29,6 +31,16 @@ size_t size_class(size_t bytes) {
     return (bytes + step - 1) / step * step;
 }
 
+// Large blocks ask for huge pages: a product walks over more small ones than the TLB holds, and 512 page faults become one.
+void* allocate(size_t size) {
+    constexpr size_t huge = size_t(2) << 20;
+    void* memory = std::aligned_alloc(size >= huge ? huge : 64, size);
+#ifdef MADV_HUGEPAGE
+    if (memory && size >= huge) madvise(memory, size / huge * huge, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
 }  // namespace
 
 void* cached_allocate(size_t bytes) {
@@ -45,10 +57,10 @@ void* cached_allocate(size_t bytes) {
             return memory;
         }
     }
-    void* memory = std::aligned_alloc(64, size);
+    void* memory = allocate(size);
     if (!memory) {
         release_cached();
-        memory = std::aligned_alloc(64, size);
+        memory = allocate(size);
     }
     if (!memory) throw std::bad_alloc();
     return memory;

@@ -26,8 +26,8 @@ constexpr int MR = 8, NV = 2, kFused = 8, kRegisters = 32;
 constexpr int MR = 4, NV = 2, kFused = 4, kRegisters = 16;
 #endif
 constexpr int64_t NR = NV * W;
-constexpr int64_t kDepth = 512;        // of a packed panel of B: 64 KB in L2 at most
-constexpr int64_t kPanels = 4;         // panels of B that a piece packs at once
+constexpr int64_t kDepth = 1024;       // of a packed panel of B
+constexpr int64_t kPanels = 3;         // panels of B that a piece packs at once: 384 KB in L2 at most
 constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
 constexpr int64_t kAloneFused = 1 << 18;
@@ -36,25 +36,34 @@ constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thr
 FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Memory that a later panel will be packed from, touched line by line while this one is multiplied: without it, memory would stand
-// still during the product and the product during the packing, which for few rows take the same time.
+// Memory that is needed soon, touched line by line while something else is multiplied: without it, memory would stand still during
+// the product and the product during the packing, which for few rows take the same time.
 struct Ahead {
     const char* at = nullptr;  // null: nothing to fetch
     int64_t lines = 0;         // of a run
     int64_t skip = 0;          // bytes from the end of a run to the next
+    int64_t runs = 0;          // that are left, this one included
     int64_t left = 0;          // lines left in this run
 
     FASTLM_MEMBER void next() {
         __builtin_prefetch(at, 0, 2);
         at += 64;
-        if (--left == 0) at += skip, left = lines;
+        if (--left > 0) return;
+        left = lines;
+        at = --runs > 0 ? at + skip : nullptr;
     }
 };
-constexpr int64_t kAheadPanels = 8;  // up to so many panels of rows
+
+// What a product of two panels fetches: first `lines` lines from `a`, of the next panel of A, then lines of `b`.
+struct Fetch {
+    const char* a = nullptr;
+    int64_t lines = 0;
+    Ahead b;
+};
 
 // sum (M, columns) = or += A panel (kc, M) times B panel (kc, NR). The loop over k is the chain: nothing may reorder it.
 template <int M> void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns, bool from_zero,
-                            const float* bias, Ahead& fetch) {
+                            const float* bias, Fetch& fetch) {
     vf acc[M][NV];
     const bool whole = columns >= NR;
     if (from_zero) {
@@ -73,9 +82,7 @@ template <int M> void micro(const float* a, const float* b, int64_t kc, float* s
 #pragma GCC unroll 4
             for (int j = 0; j < NV; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
     }
-    Ahead ahead = fetch;
-    for (int64_t k = 0; k < kc; ++k) {
-        if (ahead.at) ahead.next();
+    const auto step = [&]() FASTLM_LAMBDA {
         vf v[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
@@ -87,8 +94,18 @@ template <int M> void micro(const float* a, const float* b, int64_t kc, float* s
         }
         a += M;
         b += NR;
+    };
+    const int64_t lines = least(fetch.lines, kc);
+    for (int64_t k = 0; k < lines; ++k) {
+        __builtin_prefetch(fetch.a + k * 64, 0, 2);
+        step();
     }
-    fetch = ahead;
+    Ahead ahead = fetch.b;
+    for (int64_t k = lines; k < kc; ++k) {
+        if (ahead.at) ahead.next();
+        step();
+    }
+    fetch.b = ahead;
     if (bias) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
@@ -111,7 +128,7 @@ template <int M> void micro(const float* a, const float* b, int64_t kc, float* s
     }
 }
 
-using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Ahead&);
+using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Fetch&);
 const Micro micros[MR + 1] = {
     nullptr,  micro<1>,  micro<2>,  micro<3>,  micro<4>,
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
@@ -237,19 +254,21 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                 const int64_t kc = least(depth, kb - k);
                 const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + k + kc == p.K;
                 b.pack(packed, k0 + k, kc, n0, n1 - n0);
-                Ahead ahead;
-                if (last - first <= kAheadPanels) {
-                    // The next block of k, or what this thread is likely to take next.
-                    const int64_t then = block + 1 < blocks ? n0 : n0 + (parallel ? num_threads() : 1) * group * NR;
-                    const int64_t k_then = block + 1 < blocks ? k + depth : 0;
-                    if (then < p.N) ahead = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(group * NR, p.N - then));
-                }
+                Fetch fetch;
+                // For B the next block of k, or what this thread is likely to take next.
+                const int64_t then = block + 1 < blocks ? n0 : n0 + (parallel ? num_threads() : 1) * group * NR;
+                const int64_t k_then = block + 1 < blocks ? k + depth : 0;
+                if (then < p.N) fetch.b = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(group * NR, p.N - then));
                 for (int64_t i = first; i < last; ++i) {
-                    const int64_t row = panels.begin(i), rows = panels.rows(i);
+                    const int64_t row = panels.begin(i), rows = panels.rows(i), below = i + 1 < last ? i + 1 : first;
+                    const char* a_then = reinterpret_cast<const char*>(a + panels.begin(below) * kb + k * panels.rows(below));
+                    const int64_t lines = last - first > 1 ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
                     for (int64_t n = n0; n < n1; n += NR) {
-                        const int64_t c = least(NR, n1 - n);
+                        const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / (n1 - n0);
+                        fetch.a = a_then + from * 64;
+                        fetch.lines = lines * (n + c - n0) / (n1 - n0) - from;
                         micros[rows](a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n,
-                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, ahead);
+                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                         if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                     }
                 }

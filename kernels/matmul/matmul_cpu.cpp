@@ -25,10 +25,10 @@ template <class T> FASTLM_INLINE vf load_as_float_n(const T* p, int64_t n) {
     return load_as_float(t);
 }
 
-// Runs of n elements, `stride` elements from one to the next.
-template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_t stride) {
+// `runs` runs of n elements, `stride` elements from one to the next.
+template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_t stride, int64_t runs) {
     const int64_t lines = ceil_div(n * int64_t(sizeof(T)), 64);
-    return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, lines};
+    return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, runs, lines};
 }
 
 // B as it lies, (K, N).
@@ -54,7 +54,9 @@ template <class T> struct Rows {
                 }
         }
     }
-    Ahead ahead(int64_t k0, int64_t, int64_t column, int64_t columns) const { return ahead_of(b + k0 * N + column, columns, N); }
+    Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
+        return ahead_of(b + k0 * N + column, columns, N, kc);
+    }
     template <int M> void fused(const float*, int64_t, int64_t, int64_t, float*, int64_t, const float*) const {}
 };
 
@@ -101,7 +103,9 @@ template <class T> struct Columns {
                 }
     }
 
-    Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t) const { return ahead_of(b + column * K + k0, kc, K); }
+    Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
+        return ahead_of(b + column * K + k0, kc, K, columns);
+    }
 
     template <int M>
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
