@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ import numpy as np
 
 from fastlm import models
 from fastlm.models import plan
-from fastlm.models.base import CausalLM
+from fastlm.models.encoder import Encoder
+from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.nn import count_parameters
 
 
@@ -34,8 +36,10 @@ def report(name: str, shape: plan.Shape, devices: int, context: int, memory: flo
     """The lines, as (label, text)."""
     forward = plan.flops(shape, context)
     found = plan.layout(shape, devices, context, memory)
+    note = getattr(models.module_of(models.PRESETS[name]), "NOTES", {}).get(name)
     rows = [
         ("model", f"{name}, {shape.n_layer} layers, context {context:,}"),
+        *([("note", note)] if note else []),
         ("parameters", f"{shape.total:,} in all, {shape.active:,} active for a token"),
         ("FLOPs a token", f"{quantity(forward)} forward, {quantity(3 * forward)} forward and backward"),
         ("training", kinds(plan.training_bytes(shape, context)) + " (bfloat16, Adam; activations of one sequence)"),
@@ -46,23 +50,29 @@ def report(name: str, shape: plan.Shape, devices: int, context: int, memory: flo
         advice = "no number of devices up to 65,536 will do" if need is None else f"the fewest that will do: {need:,}"
         return [*rows, ("layout", f"none fits {devices:,} devices of {quantity(memory)}B; {advice}")]
     parts = f"{found.tensor} tensor x {found.pipeline} pipeline x {found.data} data = {devices:,} devices"
+    if uneven := shape.n_layer % found.pipeline:
+        least = shape.n_layer // found.pipeline
+        parts += f"; {uneven} stages of {least + 1} layers, {found.pipeline - uneven} of {least}"
     return [*rows, ("layout", parts), ("each device", kinds(found.memory))]
 
 
 def step(name: str, layers: int | None, width: int | None, context: int) -> str:
     """Creates the reduced model and does one forward and backward pass; what came out."""
-    if name not in models.PRESETS:
-        raise ValueError(f"[plan] {name} is known by its sizes alone: this version has no model of it to run.")
-    if not issubclass(models.module_of(models.PRESETS[name]).Model, CausalLM):
-        raise ValueError(f"[plan] a step here is for causal models, {name} is another kind.")
     config = plan.reduced(models.PRESETS[name], layers, width)
+    if issubclass(models.module_of(config).Model, Encoder):
+        config = dataclasses.replace(config, head="masked_lm")
     count = count_parameters(models.declare(config))
     if count > 500_000_000:
         raise ValueError(f"[plan] a step here is for small models, got {count:,} parameters. Give --layers 2 --width 64.")
     model = models.create(config)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(context, config.context, 128) + 1), dtype=np.int32)
     start = time.perf_counter()
-    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    if isinstance(model, Encoder):
+        loss = model.loss(ids, ids)
+    elif isinstance(model, EncoderDecoder):
+        loss = model.loss(ids, ids[:, :-1], ids[:, 1:])
+    else:
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
     loss.backward()
     seconds = time.perf_counter() - start
     square = sum(float(np.square(p.grad_buffer()).sum()) for p in model.named_parameters().values())
@@ -75,7 +85,7 @@ def step(name: str, layers: int | None, width: int | None, context: int) -> str:
 def run(arguments: argparse.Namespace) -> None:
     name = arguments.name
     shape = plan.shape_of(name)
-    context = arguments.context or shape.context
+    context = arguments.context or shape.usual_context
     if context > shape.context:
         raise ValueError(f"[plan] context must be at most {shape.context:,}, that of {name}, got {context:,}.")
     for label, text in report(name, shape, arguments.devices, context, arguments.memory * 1e9):

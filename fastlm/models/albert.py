@@ -58,9 +58,10 @@ HEADS = heads.STANDARD | {
 
 
 class Group(Module):
-    """The blocks of a layer."""
+    """The blocks of a layer. times: layers that share them."""
 
-    def __init__(self, c: AlbertConfig) -> None:
+    def __init__(self, c: AlbertConfig, times: int) -> None:
+        self.times = times
         self.blocks = [Block(c) for _ in range(c.n_inner)]
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
@@ -74,15 +75,15 @@ class Albert(Encoder):
         c = self.config = check_config(config)
         self.embeddings = Embeddings(c.vocab_size, c.context, c.n_segment, c.d_embedding, c.eps)
         self.project = Linear(c.d_embedding, c.d_model)
-        self.groups = [Group(c) for _ in range(c.n_group)]
+        self.group_of = [layer * c.n_group // c.n_layer for layer in range(c.n_layer)]
+        self.groups = [Group(c, self.group_of.count(group)) for group in range(c.n_group)]
         self.pooler = heads.Summary(c.d_model, "tanh") if c.head in POOLED else None
         self.head = heads.make(HEADS, c)
 
     def hidden(self, ids: Array, context: Context) -> Any:
-        c = self.config
         x = self.project(self.embeddings(ids, np.arange(context.time, dtype=np.int32), context.segments))
-        for layer in range(c.n_layer):
-            x = self.groups[layer * c.n_group // c.n_layer](x, context, layer)
+        for layer, group in enumerate(self.group_of):
+            x = self.groups[group](x, context, layer)
         return x
 
 

@@ -22,7 +22,7 @@ class WithExperts(LanguageModel):
 
     def count_experts(self, routings: Sequence[ops.Routing]) -> None:
         """Sets `expert_counts` and `dropped`."""
-        self.expert_counts = np.stack([r.counts for r in routings])
+        self.expert_counts = np.stack([r.counts for r in routings]) if routings else None
         self.dropped = sum(r.dropped for r in routings)
 
     def active_parameters(self) -> int:

@@ -50,6 +50,10 @@ PRESETS = {
     "gpt3-13b": GPT3Config(d_model=5120, n_layer=40, n_head=40),
     "gpt3-175b": GPT3Config(),
 }
+NOTES = {
+    "gpt3-xl": "the paper prints 24 heads of 128, which are not 2048; here 16",
+    "gpt3-13b": "the paper prints a width of 5140, which is not 40 heads of 128; here 5120",
+}
 
 
 class Block(Module):

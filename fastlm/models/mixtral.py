@@ -47,6 +47,22 @@ PRESETS = {
     "mixtral-8x22b": MixtralConfig(
         vocab_size=32768, context=65536, d_model=6144, d_ff=16384, n_layer=56, n_head=48, balance_weight=0.001
     ),
+    "gpt4-like": MixtralConfig(
+        vocab_size=100277,
+        context=8192,
+        d_model=10240,
+        d_ff=30720,
+        n_layer=120,
+        n_head=80,
+        n_expert=16,
+        rope_base=1e4,
+        balance_loss=True,
+    ),
+}
+NOTES = {
+    "gpt4-like": "a guess, not GPT-4, whose architecture, size, data and training are undisclosed (OpenAI 2023, arXiv:2303.08774, "
+    "section 2). Known: a Transformer that predicts the next token, contexts of 8,192 and 32,768, a byte-level BPE of 100,277 ids. "
+    "Assumed: rotary positions, grouped heads, SwiGLU, 16 experts of which a token uses 2, and every size",
 }
 
 

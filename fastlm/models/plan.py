@@ -8,13 +8,13 @@ arXiv:1910.02054); tensor, pipeline and data parallelism together (Narayanan et 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastlm import models
-from fastlm.nn import Attention, CrossAttention, Module, count_parameters
+from fastlm.models.encoder import Encoder
+from fastlm.nn import CrossAttention, Linear, Module, MoE, count_parameters
 
 WEIGHT, GRADIENT, OPTIMISER = 2, 2, 12  # bytes a parameter: bfloat16, bfloat16, float32 copy and two moments
 KEPT = 2  # bytes of an activation or of a number in the cache: bfloat16
@@ -23,13 +23,14 @@ TENSOR = (1, 2, 4, 8)  # devices that share each matrix: within one machine
 
 @dataclass(frozen=True)
 class Scores:
-    """One attention: widths of all query heads and of all key heads, what a query sees, and whether generation keeps its keys."""
+    """One attention: the width of all its query heads, the numbers that generation keeps of a position (0: none), what a query sees,
+    and the products of that size: scores and values, of XLNet also positions."""
 
     heads: int
-    kv: int
+    cache: int
     window: int | None = None
     causal: bool = True
-    cached: bool = True
+    products: int = 2
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,17 @@ class Shape:
 
     total: int
     active: int
-    multiplied: int  # active parameters that are matrices of a product: no looked-up tables, no norms
-    n_layer: int
+    multiplied: (
+        int  # active parameters that are matrices of a product, as often as layers share them: no looked-up tables, no norms
+    )
+    n_layer: int  # that a pipeline can be cut into: of an encoder-decoder, of both
     n_head: int
     attention: tuple[Scores, ...]
     kept: int  # numbers that a token leaves for the backward pass, over all layers
     n_expert: int = 1
     experts: int = 0
-    context: int = 2048
+    context: int = 2048  # the longest
+    usual_context: int = 2048  # what it was trained on, where that is not the longest
 
 
 @dataclass(frozen=True)
@@ -62,76 +66,80 @@ class Layout:
         return sum(self.memory.values())
 
 
-def _glam() -> Shape:
-    """GLaM 64B/64E (Du et al. 2022, arXiv:2112.06905): 64 layers, every other one 64 experts of two matrices, each token using 2."""
-    d, ff, n_layer, heads, vocab, n_expert = 8192, 32768, 64, 128 * 128, 256_000, 64
-    pairs = n_layer // 2
-    expert, attention = 2 * d * ff, 4 * d * heads
-    rest = vocab * d + n_layer * attention + pairs * (3 * d * ff + d * n_expert)  # matrices alone, as the paper counts
-    kept = n_layer * (5 * heads + 3 * d) + pairs * (3 * ff + 2 * (2 * ff + d))
-    active = rest + pairs * 2 * expert
-    return Shape(
-        rest + pairs * n_expert * expert, active, active, n_layer, 128,
-        (Scores(heads, heads),) * n_layer, kept, n_expert, pairs * n_expert * expert, 1024,
-    )  # fmt: skip
-
-
-# Known by their sizes alone: planned, but not run. A preset of the same name goes first.
-SIZES = {"glam-1.2t": _glam}
-
-
 def shape_of(name: str) -> Shape:
     """The Shape of a preset. ValueError for an unknown name and for what the plan cannot count."""
-    if name == "gpt4-like":
-        raise ValueError(
-            "[plan] GPT-4's architecture, size and training are undisclosed, so there is nothing exact to plan. "
-            "What is often assumed, and not confirmed: rotary positions, grouped heads, SwiGLU, top-2 experts, a vocabulary of 100k."
-        )
-    if name in SIZES and name not in models.PRESETS:
-        return SIZES[name]()
     return shape_of_model(models.declare(name))
 
 
 def shape_of_model(model: Any) -> Shape:
-    """The Shape of a declared model, read off its parts. A model with experts says `active_parameters()` itself."""
-    c, parts = model.config, list(_walk(model))
-    attentions = [part for part in parts if isinstance(part, Attention)]
-    if len(attentions) < c.n_layer:
-        raise ValueError(
-            f"[plan] {type(model).__name__} has layers that the plan cannot count: used more than once, or with an attention of their own."
-        )
+    """The Shape of a declared model, read off its parts. A model with experts says `active_parameters()` itself; a part that more
+    than one layer goes through says how many, `times`; an attention of another kind has `n_head`, `n_kv_head`, `head_dim`, `sees`
+    and may say what it keeps, `cached`, and how many `products` it has."""
+    c, layers = model.config, list(_blocks(model))
+    attentions = [(part, times) for block, times in layers for part in _used(block) if hasattr(part, "n_kv_head")]
+    n_layer = sum(times for _, times in layers)
     parameters = model.named_parameters()
     total = count_parameters(model)
     active = int(model.active_parameters()) if hasattr(model, "active_parameters") else total
+    blocks = sum(times * part.weight.size for block, times in layers for part in _linears(block))
+    once = sum(part.weight.size for part in _linears(model)) - sum(p.weight.size for b, _ in layers for p in _linears(b))
+    tied = model.token_embedding.weight.size if not isinstance(model, Encoder) and model.head is None else 0
+    kept = sum(times * _left(block) for block, times in layers)
+    scores = tuple(_scores(part) for part, times in attentions for _ in range(times))
     experts = sum(p.size for k, p in parameters.items() if ".experts." in k)
-    tied = getattr(model, "head", None) is None
-    tables = [k for k in parameters if "embedding" in k and not (tied and k.startswith("token_embedding"))]
-    unused = sum(p.size for k, p in parameters.items() if p.ndim < 2 or k in tables)
-    kept = 2 * c.d_model * c.n_layer  # what the norms give
-    kept += sum(a.n_head * a.head_dim for a in attentions)
-    idle = re.compile(r"\.experts\.(\d+)\.")  # of the experts, a token leaves something at as many as it uses
-    for name, p in parameters.items():
-        if p.ndim == 2 and name.startswith(("blocks.", "encoder.", "decoder.")):
-            expert = idle.search(name)
-            if expert is None or int(expert[1]) < c.n_expert_used:
-                kept += p.data.shape[0] + (p.data.shape[1] if name.endswith(".down.weight") else 0)
+    context = int(c.context)
     return Shape(
-        total, active, active - unused, c.n_layer, c.n_head,
-        tuple(_scores(a) for a in attentions), kept, getattr(c, "n_expert", 1), experts, getattr(c, "context", 512),
+        total, active, blocks + once + tied, n_layer, c.n_head, scores, kept, getattr(c, "n_expert", 1), experts, context,
+        getattr(c, "usual_context", context),
     )  # fmt: skip
 
 
-def _scores(a: Attention) -> Scores:
+def _left(block: Module) -> int:
+    """What a token leaves in a block for its backward pass: the outputs of norms, of products, of the heads, of activations."""
+    left = 0
+    part: Any
+    for part in _used(block):
+        if isinstance(part, Linear):
+            left += int(part.weight.shape[0])
+        elif hasattr(part, "down"):
+            left += int(part.down.weight.shape[1])
+        elif hasattr(part, "n_kv_head"):
+            normed = 0 if getattr(part, "q_norm", None) is None else part.n_head + part.n_kv_head
+            left += (part.n_head + normed) * part.head_dim
+        elif (weight := getattr(part, "weight", None)) is not None and weight.ndim == 1:
+            left += weight.size
+    return left
+
+
+def _scores(a: Any) -> Scores:
     crossing = isinstance(a, CrossAttention)
     causal = a.sees.causal and not crossing
-    return Scores(a.n_head * a.head_dim, a.n_kv_head * a.head_dim, a.sees.window, causal, causal or crossing)
+    cache = getattr(a, "cached", 2 * a.n_kv_head * a.head_dim if causal or crossing else 0)
+    return Scores(a.n_head * a.head_dim, cache, a.sees.window, causal, getattr(a, "products", 2))
 
 
-def _walk(module: Module) -> Iterator[Module]:
-    yield module
-    for _, part in module.parts():
+def _blocks(module: Module, times: int = 1) -> Iterator[tuple[Module, int]]:
+    """Every block of the model, and how many layers go through it."""
+    for name, part in module.parts():
         if isinstance(part, Module):
-            yield from _walk(part)
+            often = times * getattr(part, "times", 1)
+            if name.startswith("blocks."):
+                yield part, often
+            else:
+                yield from _blocks(part, often)
+
+
+def _used(module: Module) -> Iterator[Module]:
+    """The module and its parts; of experts as many as a token uses."""
+    yield module
+    for name, part in module.parts():
+        idle = isinstance(module, MoE) and name.startswith("experts.") and int(name.split(".")[1]) >= module.k
+        if isinstance(part, Module) and not idle:
+            yield from _used(part)
+
+
+def _linears(module: Module) -> Iterator[Linear]:
+    return (part for part in _used(module) if isinstance(part, Linear))
 
 
 def flops(shape: Shape, context: int) -> float:
@@ -141,13 +149,13 @@ def flops(shape: Shape, context: int) -> float:
     for a in shape.attention:
         w = min(a.window or context, context)
         seen = (w * (w + 1) / 2 + (context - w) * w) / context if a.causal else float(w)  # keys that a query sees, on average
-        scores += 4 * a.heads * seen  # two products
+        scores += 2 * a.products * a.heads * seen
     return 2 * shape.multiplied + scores
 
 
 def cache_bytes(shape: Shape, context: int) -> float:
-    """Keys and values of one sequence; a layer with a window needs no more than its window."""
-    return float(sum(2 * KEPT * a.kv * min(a.window or context, context) for a in shape.attention if a.cached))
+    """Keys and values of one sequence, and those of its source; a layer with a window needs no more than its window."""
+    return float(sum(KEPT * a.cache * min(a.window or context, context) for a in shape.attention))
 
 
 def training_bytes(shape: Shape, context: int, batch: int = 1) -> dict[str, float]:
@@ -184,7 +192,10 @@ def place(shape: Shape, context: int, tensor: int, pipeline: int, data: int) -> 
 
 
 def layout(shape: Shape, devices: int, context: int, memory: float) -> Layout | None:
-    """The layout that fits into 90 % of `memory` bytes a device with the least cutting up of the model, or None."""
+    """The layout that fits into 90 % of `memory` bytes a device with the least cutting up of the model, or None.
+
+    Heads are divided evenly; layers too, unless only stages of unequal length fit the number of devices.
+    """
     fits = []
     for tensor in TENSOR:
         if devices % tensor or shape.n_head % tensor:
@@ -194,7 +205,7 @@ def layout(shape: Shape, devices: int, context: int, memory: float) -> Layout | 
                 found = place(shape, context, tensor, pipeline, devices // tensor // pipeline)
                 if found.bytes <= 0.9 * memory:
                     fits.append(found)
-    return min(fits, key=lambda found: (found.tensor * found.pipeline, found.pipeline), default=None)
+    return min(fits, key=lambda l: (shape.n_layer % l.pipeline != 0, l.tensor * l.pipeline, l.pipeline), default=None)
 
 
 def fewest_devices(shape: Shape, context: int, memory: float) -> int | None:
@@ -211,7 +222,10 @@ def reduced(config: Any, layers: int | None, width: int | None) -> Any:
     fields = {field.name for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"vocab_size": min(config.vocab_size, 256)}
     if layers is not None:
-        changes["n_layer"] = layers
+        changes |= {"n_layer": layers, "n_encoder_layer": layers}
+        for sparse, dense in (("n_sparse", "n_layer"), ("n_encoder_sparse", "n_encoder_layer")):
+            if sparse in fields:
+                changes[sparse] = max(1, round(getattr(config, sparse) * layers / getattr(config, dense)))
     if width is not None:
         if width < 16 or width % 16:
             raise ValueError(f"[plan] width must be a multiple of 16, got {width}.")
@@ -222,7 +236,9 @@ def reduced(config: Any, layers: int | None, width: int | None) -> Any:
         changes |= {"d_model": width, "n_head": heads, "n_kv_head": groups, "head_dim": width // heads}
         if getattr(config, "d_ff", None) is not None:
             changes["d_ff"] = max(16, round(config.d_ff * width / config.d_model))
-        if getattr(config, "n_expert", None) is not None:
+        if "d_embedding" in fields:
+            changes["d_embedding"] = width if config.d_embedding == config.d_model else min(config.d_embedding, width)
+        if "n_expert" in fields:
             changes["n_expert"] = max(min(config.n_expert, 8), config.n_expert_used)
         if getattr(config, "pad", None) is not None:
             changes["pad"] = 0

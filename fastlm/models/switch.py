@@ -49,9 +49,12 @@ def _published(d_model: int, d_ff: int, n_layer: int, n_head: int, n_sparse: int
 PRESETS = {
     **{f"switch-base-{n}": _published(768, 3072, 12, 12, 6, n) for n in (8, 16, 32, 64, 128, 256)},
     "switch-large-128": _published(1024, 4096, 24, 16, 12, 128),
-    # Table 9 prints 64 experts, with which 395B do not come out; the published file has 128. Gated, as transformers has none.
     "switch-xxl-128": _published(4096, 10240, 24, 64, 12, 128, activation="gated-gelu_tanh"),
     "switch-c-2048": _published(2080, 6144, 15, 32, 15, 2048),
+}
+NOTES = {
+    "switch-xxl-128": "the paper prints 64 experts, with which its 395B do not come out; the published file has 128. Gated feed-forward "
+    "parts, for which transformers has no class",
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class T5Config:
     scaled: bool = True  # states x d_model^-0.5 before the head
     start: Id = 0  # the decoder's first id: pad
     context: int = 1 << 20  # relative positions set no limit; this bounds generation
+    usual_context: ClassVar[int] = 512  # of its training
 
     @property
     def n_kv_head(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fastlm.backend import Array
 from fastlm.models.base import CausalLM, as_ids, check_config
 from fastlm.models.heads import labels_of
 from fastlm.nn import MLP, Embedding, LayerNorm, Linear, Module, parameter
+from fastlm.nn.attention import EVERYTHING
 from fastlm.tensor import Tensor, data, no_grad, record, recording
 
 Distance = int  # a field of the Config that may be negative
@@ -40,6 +41,7 @@ class XLNetConfig:
     reuse_len: int | None = None  # of a segment, the first positions go into the memory; None: all
     clamp_len: Distance = -1  # greater distances count as this one; -1: none is
     context: int = 65536  # nothing in the architecture limits it
+    usual_context: ClassVar[int] = 512  # of its training
     head: str | None = "language_model"  # None: no head
 
     @property
@@ -71,23 +73,26 @@ class Stream:
 class RelativeAttention(Module):
     """softmax(scale ((q + u) k + rel_shift((q + w) r) + (q + s) e)) v: content, position and segment each with a bias of its own."""
 
+    products, sees = 3, EVERYTHING  # what `fastlm plan` counts
+
     def __init__(self, d_model: int, n_head: int) -> None:
-        self.shape = n_head, d_model // n_head
+        self.n_head = self.n_kv_head = n_head
+        self.head_dim, self.cached = d_model // n_head, d_model  # a memory holds hidden states
         self.q, self.k, self.v, self.r, self.out = (Linear(d_model, d_model, bias=False) for _ in range(5))
         self.content_bias, self.position_bias, self.segment_bias = (parameter(d_model, std=0.02) for _ in range(3))
         self.segment_embedding = parameter(2 * d_model, std=0.02)
 
     def heads(self, x: Any) -> Any:
         """(..., C) -> (..., H, D)."""
-        return ops.reshape(x, (*x.shape[:-1], *self.shape))
+        return ops.reshape(x, (*x.shape[:-1], self.n_head, self.head_dim))
 
     def __call__(self, x: Any, keys: Any, values: Any, r: Any, stream: Stream) -> Any:
         """x (B, T, C), keys and values (B, S, H, D), r (P, H, D) the distances -> x + attention (B, T, C)."""
-        q, scale = self.heads(self.q(x)), self.shape[1] ** -0.5
+        q, scale = self.heads(self.q(x)), self.head_dim**-0.5
         segments = {}
         if stream.segments is not None:
             segments["segment_bias"] = self.heads(self.segment_bias)
-            segments["segment_embedding"] = ops.reshape(self.segment_embedding, (2, *self.shape))
+            segments["segment_embedding"] = ops.reshape(self.segment_embedding, (2, self.n_head, self.head_dim))
             segments |= {"query_segments": stream.segments, "key_segments": stream.key_segments}
         bias = ops.rel_shift(
             q, r, self.heads(self.position_bias), stream.starts, keys.shape[1], scale, mask=stream.mask, **segments
