@@ -15,9 +15,12 @@ CASES = [
     {"model": "gpt2", "task": "decode"},
     {"model": "gpt2", "task": "prompt", "tokens": 512},
     {"model": "gpt2", "task": "train", "batch": 4, "context": 256},
+    {"model": "gpt2", "task": "train", "batch": 1, "context": 1024},
+    {"model": "gpt-char-6x384", "task": "train", "batch": 12, "context": 256},
 ]
 SIZES = {  # weights that multiply in a token (embedding tables count once: the tied head), layers, width
     "gpt-char": (4 * 12 * 128**2 + 65 * 128, 4, 128),
+    "gpt-char-6x384": (6 * 12 * 384**2 + 65 * 384, 6, 384),
     "gpt2": (12 * 12 * 768**2 + 50257 * 768, 12, 768),
     "smollm2": (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49152 * 576, 30, 576),
 }
@@ -85,13 +88,21 @@ def prompt_ours(case):
     return lm and (lambda: lm.generate_ids(prompt_ids(case, case["tokens"]), max_tokens=1))
 
 
+def train_config(case):
+    from fastlm import models
+
+    if case["model"] == "gpt-char-6x384":  # nanoGPT's character model
+        return models.GPTConfig(vocab_size=65, context=256, d_model=384, n_layer=6, n_head=6, bias=False)
+    return case["model"]
+
+
 def train_ours(case):
     import numpy as np
 
     import fastlm
     from fastlm import models
 
-    model = models.create(case["model"])
+    model = models.create(train_config(case))
     text = np.random.default_rng(0).integers(0, model.config.vocab_size, 100_000)
     steps = fastlm.train(model, text, steps=1 << 30, batch=case["batch"], context=case["context"])
     return lambda: next(steps).loss
@@ -143,7 +154,12 @@ def prompt_transformers(case):
     return run
 
 
-def train_torch(case):
+def train_torch_compile(case):
+    """The same, compiled; the optimiser is torch's fused AdamW."""
+    return train_torch(case, compiled=True)
+
+
+def train_torch(case, compiled=False):
     """A step of nanoGPT's model.py and train.py (no dropout, no bias, scaled_dot_product_attention, AdamW with clipping), in eager mode."""
     import math
 
@@ -151,8 +167,8 @@ def train_torch(case):
     import torch.nn.functional as F
     from torch import nn
 
-    V, C, L, H = (65, 128, 4, 4) if case["model"] == "gpt-char" else (50257, 768, 12, 12)
-    bias = case["model"] != "gpt-char"
+    V, C, L, H = {"gpt-char": (65, 128, 4, 4), "gpt-char-6x384": (65, 384, 6, 6), "gpt2": (50257, 768, 12, 12)}[case["model"]]
+    bias = case["model"] == "gpt2"
 
     class Block(nn.Module):
         def __init__(self):
@@ -186,13 +202,14 @@ def train_torch(case):
     model = Model()
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    forward = torch.compile(model) if compiled else model
     text = torch.randint(V, (100_000,))
 
     def run():
         starts = torch.randint(len(text) - case["context"] - 1, (case["batch"],))
         cut = torch.stack([text[i : i + case["context"] + 1] for i in starts])
-        loss = model(cut[:, :-1], cut[:, 1:].contiguous())
+        loss = forward(cut[:, :-1], cut[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

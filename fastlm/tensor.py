@@ -3,11 +3,16 @@
 An operation computes with NumPy arrays and, where a gradient will be asked for, calls `record` with a function that maps the
 output's gradient to its inputs' gradients. `Tensor.backward` runs these functions in reverse order of recording. Parameter gradients
 are accumulated in place (`grad_buffer`), activation gradients are handed on and dropped.
+
+Memory: the tape holds nodes, not tensors, so an operation keeps alive only what its backward function refers to: it should refer to
+arrays, not to Tensors. An output that is cheap to compute again is not kept at all (`Remade`, `keep`). Each node's function is
+dropped as soon as it has run. A gradient that nothing else refers to is overwritten where it saves a copy (`Spare`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +22,7 @@ import numpy as np
 from fastlm import backend
 from fastlm.backend import Array
 
-Backward = Callable[[Array], Sequence[Array | None]]
+Backward = Callable[..., Sequence[Array | None]]
 
 
 class _State(threading.local):
@@ -29,12 +34,42 @@ _state = _State()
 
 
 class _Node:
-    __slots__ = ("backward", "order", "parents")
+    __slots__ = ("backward", "order", "parents", "reuses")
 
-    def __init__(self, parents: tuple[Tensor | None, ...], backward: Backward, order: int) -> None:
-        self.parents = parents
-        self.backward = backward
+    def __init__(self, parents: tuple[_Node | Tensor | None, ...], backward: Backward | None, order: int, reuses: bool) -> None:
+        self.parents = parents  # a leaf is its own Tensor
+        self.backward = backward  # None once it has run
         self.order = order
+        self.reuses = reuses
+
+
+class Spare:
+    """What a backward function recorded with `reuses=True` gets beside dy.
+
+    `dy`: the output's gradient again where nothing else refers to it, so that it may be overwritten; else None. `onto`: the gradient
+    that the first parent has so far, to be added to in place and returned as that parent's gradient, or None where it has none.
+    """
+
+    __slots__ = ("dy", "onto")
+
+    def __init__(self, dy: Array | None, onto: Array | None) -> None:
+        self.dy, self.onto = dy, onto
+
+
+class Remade:
+    """An output that the backward pass computes again instead of keeping it. `users`: those that will ask for it."""
+
+    __slots__ = ("array", "make", "users")
+
+    def __init__(self, make: Callable[[], Array]) -> None:
+        self.make, self.users = make, 0
+        self.array: Array | None = None
+
+    def __call__(self) -> Array:
+        array = self.make() if self.array is None else self.array
+        self.users -= 1
+        self.array = array if self.users > 0 else None
+        return array
 
 
 class Tensor:
@@ -44,13 +79,14 @@ class Tensor:
     shape of `data` and is float32.
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_node", "_remade", "data", "grad", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         self.data: Any = data
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self._node: _Node | None = None
+        self._remade: Remade | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,6 +126,13 @@ class Tensor:
             self.grad = backend.zeros(self.shape)
         return self.grad
 
+    def grad_target(self) -> tuple[Array, bool]:
+        """`grad` and True: add to it. Where there was none, fresh memory and False: assign."""
+        if self.grad is not None:
+            return self.grad, True
+        self.grad = backend.empty(self.shape)
+        return self.grad, False
+
     def backward(self, gradient: Array | None = None) -> None:
         """Adds d(self)/d(leaf) * gradient to the `grad` of every leaf. `gradient` is ones where self has one element.
 
@@ -107,59 +150,71 @@ class Tensor:
             gradient = np.ones(self.shape, np.float32)
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"[backward] gradient must have the tensor's shape {self.shape}, got {tuple(gradient.shape)}")
-        _run(self, gradient)
+        _run(self._node, gradient)
 
 
-def _run(root: Tensor, gradient: Array) -> None:
-    nodes: dict[int, Tensor] = {}
+def _run(root: _Node, gradient: Array) -> None:
+    nodes: dict[int, _Node] = {}
     stack = [root]
     while stack:
-        tensor = stack.pop()
-        node = tensor._node
-        if node is None or node.order in nodes:
+        node = stack.pop()
+        if node.order in nodes:
             continue
-        if node is _USED:
+        if node.backward is None:
             raise RuntimeError("[backward] this part of the tape was used already: run the forward pass again")
-        nodes[node.order] = tensor
-        stack.extend(p for p in node.parents if p is not None)
-    gradients: dict[int, Array] = {id(root): gradient}
-    owned: set[int] = set()  # gradients that this function made, and may add to
-    handed = {id(gradient)}  # arrays that were a gradient of something: the caller's, and those passed on
+        nodes[node.order] = node
+        stack.extend(p for p in node.parents if p.__class__ is _Node)  # type: ignore[misc]
+    gradients: dict[int, Array] = {root.order: gradient}  # of nodes that have not run yet
     for order in sorted(nodes, reverse=True):
-        tensor = nodes.pop(order)
-        node = tensor._node
-        assert node is not None
-        tensor._node = _USED
-        dy = gradients.pop(id(tensor), None)
-        owned.discard(id(tensor))
-        if dy is None:
+        _step(nodes.pop(order), gradients)
+
+
+def _step(node: _Node, gradients: dict[int, Array]) -> None:
+    """Runs a node's function, drops it, and hands on what it gave. What this leaves alone is freed before the next node runs."""
+    parents, backward = node.parents, node.backward
+    assert backward is not None
+    node.parents, node.backward = (), None
+    dy = gradients.pop(node.order, None)
+    if dy is None:
+        return
+    first = parents[0] if parents else None
+    if node.reuses:
+        onto = gradients.pop(first.order, None) if first.__class__ is _Node else None  # type: ignore[union-attr]
+        if onto is not None and not _alone(onto, 2):
+            onto = np.array(onto, order="C")
+        spare = Spare(dy if _alone(dy, 2) else None, onto)
+        ds = backward(dy, spare)
+        if onto is not None and ds[0] is None:
+            gradients[first.order] = onto  # type: ignore[union-attr]
+        del spare, onto
+    else:
+        ds = backward(dy)
+    del backward, dy
+    for i, parent in enumerate(parents):
+        if parent is None or (d := ds[i]) is None:
             continue
-        ds = node.backward(dy)
-        for parent, d in zip(node.parents, ds, strict=True):
-            if parent is None or d is None or not parent.requires_grad:
-                continue
-            if parent._node is None:
-                if parent.grad is None and id(d) not in handed and _ours_alone(d, ds):
-                    parent.grad = d
-                else:
-                    np.add(parent.grad_buffer(), d, out=parent.grad)
-                continue
-            handed.add(id(d))
-            if id(parent) not in gradients:
-                gradients[id(parent)] = d
-            elif id(parent) in owned:
-                gradients[id(parent)] += d
+        if parent.__class__ is _Node:
+            order = parent.order  # type: ignore[union-attr]
+            old = gradients.pop(order, None)
+            gradients[order] = d if old is None else old.__iadd__(d) if _alone(old, 2) else old + d
+        else:
+            assert isinstance(parent, Tensor)
+            if parent.grad is None and d.base.__class__ is not np.ndarray and _alone(d, 3) and d.dtype == np.float32:
+                parent.grad = d
             else:
-                gradients[id(parent)] = gradients[id(parent)] + d
-                owned.add(id(parent))
+                np.add(parent.grad_buffer(), d, out=parent.grad)
 
 
-def _ours_alone(d: Array, ds: Sequence[Array | None]) -> bool:
-    """Whether a leaf may keep d as its `grad`, to be added to in place later: no view, and returned for no other parent."""
-    return d.base.__class__ is not np.ndarray and d.flags.c_contiguous and d.dtype == np.float32 and sum(e is d for e in ds) == 1
-
-
-_USED = _Node((), lambda _: (), -1)  # what stands in for a node whose backward has run
+def _alone(d: Array, held: int) -> bool:
+    """Whether nothing but the caller refers to d: with `held` references, that of the call to sys.getrefcount not counted. A view counts
+    those to its memory's owner: it alone."""
+    base = d.base
+    return (
+        sys.getrefcount(d) <= held + 1
+        and (base.__class__ is not np.ndarray or (sys.getrefcount(base) <= 3 and base.base.__class__ is not np.ndarray))
+        and d.flags.c_contiguous
+        and d.flags.writeable
+    )
 
 
 @contextlib.contextmanager
@@ -194,33 +249,66 @@ def wrap(y: Any, *xs: Any) -> Any:
     return y
 
 
-def record(y: Any, parents: Sequence[Any], backward: Backward) -> Tensor:
+def record(y: Any, parents: Sequence[Any], backward: Backward, reuses: bool = False, remade: Remade | None = None) -> Tensor:
     """Puts an operation on the tape.
 
     `backward(dy)` returns one gradient for each parent, None where there is none or where it was already added to the parent's
     `grad_buffer()` (see `leaf`). A gradient is an array that `backward` made, or dy: a leaf may keep it as its `grad`.
+    reuses: it is called as `backward(dy, spare)`, see `Spare`. remade: what `keep` gives for the output.
     """
     _state.counter += 1
     out = Tensor(y, requires_grad=True)
-    out._node = _Node(tuple(p if isinstance(p, Tensor) else None for p in parents), backward, _state.counter)
+    out._node = _Node(tuple([_parent(p) for p in parents]), backward, _state.counter, reuses)
+    out._remade = remade
     return out
+
+
+def _parent(p: Any) -> _Node | Tensor | None:
+    if p.__class__ is not Tensor or not p.requires_grad:
+        return None
+    node: _Node | None = p._node
+    return p if node is None else node
 
 
 def record_many(ys: Sequence[Any], parents: Sequence[Any], backward: Callable[..., Sequence[Array | None]]) -> tuple[Tensor, ...]:
     """As `record`, for an operation with several outputs: `backward(*dys)` gets None for an output that had no gradient."""
     dys: list[Array | None] = [None] * len(ys)
+
+    def joint_backward(_: Array) -> Sequence[Array | None]:
+        given = tuple(dys)
+        dys.clear()  # so that nothing here keeps them alive
+        return backward(*given)
+
     # A node between the parents and the outputs: recorded before the outputs, it runs when all of their gradients are there.
-    joint = record(ys[0], parents, lambda _: backward(*dys))
+    joint = record(ys[0], parents, joint_backward)
 
     def output(i: int) -> Backward:
         def keep(dy: Array) -> Sequence[Array | None]:
             first = all(d is None for d in dys)
             dys[i] = dy
-            return (dy if first else None,)  # any gradient will do to have the joint node run, once
+            return (_TOKEN if first else None,)  # any gradient will do to have the joint node run, once
 
         return keep
 
     return tuple(record(y, (joint,), output(i)) for i, y in enumerate(ys))
+
+
+_TOKEN = np.zeros((), np.float32)
+_REMADE = 1 << 21  # bytes from which an output is rather computed again than kept
+
+
+def remade(y: Array, make: Callable[[], Array]) -> Remade | None:
+    """A `Remade` for an output that is worth it, else None."""
+    return Remade(make) if y.nbytes >= _REMADE else None
+
+
+def keep(x: Any, array: Array) -> Callable[[], Array]:
+    """How the backward pass gets x's array again: a function that is called once at most. `array` is `data(x)` as the kernel read it."""
+    made = x._remade if x.__class__ is Tensor else None
+    if made is None or array is not x.data:
+        return lambda: array
+    made.users += 1
+    return made
 
 
 def accumulator(parameter: Any) -> tuple[Array | None, Array | None]:

@@ -53,6 +53,9 @@ PYBIND11_MODULE(_C, m) {
     num_threads();  // refuses a bad FASTLM_NUM_THREADS here, not in the first kernel
     m.def("empty", &empty, py::arg("shape"), py::arg("dtype"));
     m.def("cached_bytes", &cached_bytes);
+    m.def("live_bytes", &live_bytes);
+    m.def("peak_bytes", &peak_bytes);
+    m.def("reset_peak", &reset_peak);
     m.def("release_cached", &release_cached);
     m.def("isa", [] { return isa_name(active_isa()); });
     m.def("isas", &isa_names);

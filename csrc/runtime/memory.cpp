@@ -2,96 +2,180 @@
 
 #include <sys/mman.h>
 
+#include <chrono>
 #include <cstdint>
-#include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
-#include <vector>
+#include <set>
+#include <utility>
 
 namespace fastlm {
 namespace {
 
-constexpr size_t kMostCached = size_t(4) << 30;
+using Clock = std::chrono::steady_clock;
 
-struct Cache {
-    std::mutex mutex;
-    std::map<size_t, std::vector<void*>> free_blocks;
-    size_t bytes = 0;
+constexpr size_t kPage = 4096, kHuge = size_t(2) << 20;
+constexpr size_t kMapping = size_t(64) << 20;  // the least that is mapped at once: address space, not memory
+constexpr size_t kStagger = 320;  // five cache lines between blocks, else arrays of one size would compete for the same cache sets
+constexpr auto kIdle = std::chrono::seconds(10);
+
+struct Hole {
+    size_t size, used;  // used: bytes at its beginning, about, that were written to once and still have pages
 };
-Cache& cache() {
-    static Cache* c = new Cache;  // never destroyed: arrays may die after static destructors
-    return *c;
-}
 
-// Eight sizes an octave: a block is at most one eighth larger than what was asked for.
-size_t size_class(size_t bytes) {
-    size_t step = 4096;
-    while (step * 16 < bytes) step *= 2;
-    return (bytes + step - 1) / step * step;
-}
+class Heap {
+  public:
+    char* take(size_t size) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto found = by_size_.lower_bound({size, nullptr});
+        if (found == by_size_.end()) {
+            if (!map(size)) {
+                release(held_);
+                if (!map(size)) return nullptr;
+            }
+            found = by_size_.lower_bound({size, nullptr});
+        }
+        char* at = found->second;
+        const Hole hole = holes_.at(at);
+        erase(at, hole.size);
+        const size_t used = hole.used < size ? hole.used : size;
+        held_ -= used;
+        if (hole.size > size) insert(at + size, {hole.size - size, hole.used - used});
+        live_ += size;
+        if (live_ > peak_) peak_ = live_;
+        if (held_ < least_held_) least_held_ = held_;
+        return at;
+    }
 
-// Large blocks ask for huge pages: a product walks over more small ones than the TLB holds, and 512 page faults become one.
-void* allocate(size_t size) {
-    constexpr size_t huge = size_t(2) << 20;
-    void* memory = std::aligned_alloc(size >= huge ? huge : 64, size);
+    void give(char* at, size_t size) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        live_ -= size;
+        held_ += size;
+        Hole hole{size, size};
+        auto next = holes_.lower_bound(at);
+        if (next != holes_.end() && next->first == at + size) {
+            hole.size += next->second.size, hole.used += next->second.used;
+            by_size_.erase({next->second.size, next->first});
+            next = holes_.erase(next);
+        }
+        if (next != holes_.begin()) {
+            const auto before = std::prev(next);
+            if (before->first + before->second.size == at) {
+                at = before->first;
+                hole.size += before->second.size, hole.used += before->second.used;
+                erase(at, before->second.size);
+            }
+        }
+        insert(at, hole);
+        const auto now = Clock::now();
+        if (now - since_ > kIdle) {  // what lay idle all this time is not needed
+            release(least_held_);
+            since_ = now, least_held_ = held_;
+        }
+    }
+
+    size_t held() { return locked(held_); }
+    size_t live() { return locked(live_); }
+    size_t peak() { return locked(peak_); }
+    void reset_peak() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        peak_ = live_;
+    }
+    void release_all() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        release(held_);
+    }
+
+  private:
+    size_t locked(const size_t& value) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return value;
+    }
+
+    void insert(char* at, Hole hole) {
+        holes_.emplace(at, hole);
+        by_size_.emplace(hole.size, at);
+    }
+    void erase(char* at, size_t size) {
+        holes_.erase(at);
+        by_size_.erase({size, at});
+    }
+
+    // A new hole of at least `size`, joined to the one behind it: the system puts mappings next to one another where it can.
+    bool map(size_t size) {
+        size = size < kMapping ? kMapping : (size + kHuge - 1) / kHuge * kHuge;
+        void* found = mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (found == MAP_FAILED) return false;
+        char* begin = static_cast<char*>(found);  // the end is aligned, so that the next mapping can touch this one
+        char* at = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin) + kHuge - 1) / kHuge * kHuge);
+        if (at > begin) munmap(begin, size_t(at - begin));
+        if (at + size < begin + size + kHuge) munmap(at + size, size_t(begin + kHuge - at));
 #ifdef MADV_HUGEPAGE
-    if (memory && size >= huge) madvise(memory, size / huge * huge, MADV_HUGEPAGE);
+        madvise(at, size, MADV_HUGEPAGE);
 #endif
-    return memory;
+        Hole hole{size, 0};
+        const auto next = holes_.find(at + size);
+        if (next != holes_.end()) {
+            hole.size += next->second.size, hole.used += next->second.used;
+            erase(next->first, next->second.size);
+        }
+        insert(at, hole);
+        return true;
+    }
+
+    // Gives the pages of about `bytes` back, those of the largest holes first.
+    void release(size_t bytes) {
+        for (auto i = by_size_.rbegin(); i != by_size_.rend() && bytes >= kPage; ++i) {
+            Hole& hole = holes_.at(i->second);
+            if (hole.used < kPage) continue;
+            // Pages that lie within the hole as a whole; where all are to go, those behind `used` as well, which is an estimate.
+            char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(i->second) + kPage - 1) / kPage * kPage);
+            char* last = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(i->second + hole.size) / kPage * kPage);
+            size_t gone = hole.used;
+            if (gone > bytes) {
+                gone = bytes;
+                first += (hole.used - bytes) / kPage * kPage;
+            }
+            if (last > first) madvise(first, size_t(last - first), MADV_DONTNEED);
+            hole.used -= gone;
+            held_ -= gone;
+            bytes -= gone;
+        }
+    }
+
+    std::mutex mutex_;
+    std::map<char*, Hole> holes_;
+    std::set<std::pair<size_t, char*>> by_size_;
+    size_t held_ = 0, live_ = 0, peak_ = 0, least_held_ = 0;
+    Clock::time_point since_ = Clock::now();
+};
+
+Heap& heap() {
+    static Heap* h = new Heap;  // never destroyed: arrays may die after static destructors
+    return *h;
 }
+
+size_t block(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage + kStagger; }
 
 }  // namespace
 
 void* cached_allocate(size_t bytes) {
-    if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
-    const size_t size = size_class(bytes ? bytes : 1);
-    {
-        Cache& c = cache();
-        std::lock_guard<std::mutex> lock(c.mutex);
-        auto it = c.free_blocks.find(size);
-        if (it != c.free_blocks.end() && !it->second.empty()) {
-            void* memory = it->second.back();
-            it->second.pop_back();
-            c.bytes -= size;
-            return memory;
-        }
-    }
-    void* memory = allocate(size);
-    if (!memory) {
-        release_cached();
-        memory = allocate(size);
-    }
+    if (bytes > SIZE_MAX / 4) throw std::bad_alloc();
+    void* memory = heap().take(block(bytes));
     if (!memory) throw std::bad_alloc();
     return memory;
 }
 
 void cached_free(void* memory, size_t bytes) {
-    if (!memory) return;
-    const size_t size = size_class(bytes ? bytes : 1);
-    Cache& c = cache();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    if (c.bytes + size > kMostCached) {
-        std::free(memory);
-        return;
-    }
-    c.free_blocks[size].push_back(memory);
-    c.bytes += size;
+    if (memory) heap().give(static_cast<char*>(memory), block(bytes));
 }
 
-size_t cached_bytes() {
-    Cache& c = cache();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    return c.bytes;
-}
-
-void release_cached() {
-    Cache& c = cache();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    for (auto& entry : c.free_blocks)
-        for (void* memory : entry.second) std::free(memory);
-    c.free_blocks.clear();
-    c.bytes = 0;
-}
+size_t cached_bytes() { return heap().held(); }
+size_t live_bytes() { return heap().live(); }
+size_t peak_bytes() { return heap().peak(); }
+void reset_peak() { heap().reset_peak(); }
+void release_cached() { heap().release_all(); }
 
 }  // namespace fastlm

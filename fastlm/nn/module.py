@@ -82,10 +82,9 @@ class Module:
         return self
 
     def zero_grad(self) -> None:
-        """Clears the gradients, and keeps their memory."""
+        """Drops the gradients: the next backward pass assigns, and until then other arrays have their memory."""
         for p in self.named_parameters().values():
-            if p.grad is not None:
-                p.grad.fill(0)
+            p.grad = None
 
 
 def count_parameters(module: Module) -> int:

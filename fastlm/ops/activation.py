@@ -10,7 +10,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.tensor import data, record, recording, wrap
+from fastlm.tensor import Spare, data, record, recording, remade, wrap
 
 KINDS: dict[str, int] = _C.activation_kinds
 
@@ -29,12 +29,19 @@ def activation(x: Any, kind: str) -> Any:
     if not recording(x):
         return wrap(y, x)
 
-    def backward(dy: Array) -> Sequence[Array]:
-        dx = backend.empty(xd.shape)
+    def again() -> Array:
+        y = backend.empty(xd.shape)
+        _C.activation_forward(y, xd, number)
+        return y
+
+    def backward(dy: Array, spare: Spare) -> Sequence[Array]:
+        dx = backend.empty(xd.shape) if spare.dy is None else spare.dy
         _C.activation_backward(dx, np.ascontiguousarray(dy), xd, number)
+        if spare.onto is not None:
+            dx += spare.onto
         return (dx,)
 
-    return record(y, (x,), backward)
+    return record(y, (x,), backward, reuses=True, remade=remade(y, again))
 
 
 def tanh(x: Any) -> Any:

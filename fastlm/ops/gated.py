@@ -12,7 +12,7 @@ from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.shape import gradients_like
-from fastlm.tensor import data, needs_grad, record, recording, wrap
+from fastlm.tensor import data, needs_grad, record, recording, remade, wrap
 
 
 def gated(gate: Any, up: Any, kind: str) -> Any:
@@ -31,12 +31,19 @@ def gated(gate: Any, up: Any, kind: str) -> Any:
     if not recording(gate, up):
         return wrap(y, gate, up)
 
+    want_gate, want_up = needs_grad(gate), needs_grad(up)
+
+    def again() -> Array:
+        y = backend.empty(gd.shape)
+        _C.gated_forward(y, gd, ud, number)
+        return y
+
     def backward(dy: Array) -> Sequence[Array | None]:
         dgate, dup = gradients_like(gd, ud)
         _C.gated_backward(dgate, dup, np.ascontiguousarray(dy), gd, ud, number)
-        return dgate if needs_grad(gate) else None, dup if needs_grad(up) else None
+        return dgate if want_gate else None, dup if want_up else None
 
-    return record(y, (gate, up), backward)
+    return record(y, (gate, up), backward, remade=remade(y, again))
 
 
 def _rows(x: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.tensor import accumulator, data, record, record_many, recording, wrap
+from fastlm.tensor import Spare, accumulator, data, record, record_many, recording, remade, wrap
 
 
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
@@ -29,7 +29,17 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
         return wrap(y, x, weight, bias)
     stats = backend.empty((*xd.shape[:-1], 3))
     _C.layer_norm_forward(y, None, stats, xd, None, wd, bd, eps)
-    return record(y, (x, weight, bias), lambda dy: _backward(dy, None, xd, weight, bias, wd, stats))
+
+
+    def again() -> Array:
+        y = backend.empty(xd.shape)
+        _C.layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
+        return y
+
+    def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
+        return _backward(dy, spare.onto, xd, weight, bias, wd, stats, spare.dy if spare.onto is None else spare.onto)
+
+    return record(y, (x, weight, bias), backward, reuses=True, remade=remade(y, again))
 
 
 def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> tuple[Any, Any]:
@@ -62,9 +72,10 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any = None, eps: fl
 
 
 def _backward(
-    dy: Array, dtotal: Array | None, xd: Array, weight: Any, bias: Any, wd: Array, stats: Array
+    dy: Array, dtotal: Array | None, xd: Array, weight: Any, bias: Any, wd: Array, stats: Array, into: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    dx = backend.empty(xd.shape)
+    """`into`: where the gradient of x is written; dy or dtotal may be the place."""
+    dx = backend.empty(xd.shape) if into is None else into
     weight_target, dweight = accumulator(weight)
     bias_target, dbias = accumulator(bias)
     partial = None

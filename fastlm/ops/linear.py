@@ -13,7 +13,7 @@ from fastlm.backend import Array
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.matmul import STORAGE, product
-from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
+from fastlm.tensor import Spare, accumulator, data, keep, leaf, needs_grad, record, recording, remade, wrap
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
@@ -56,25 +56,39 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     if not recorded:
         return wrap(y, x, weight, bias, residual)
 
-    def backward(dy: Array) -> Sequence[Array | None]:
-        dz = backend.empty(shape) if kind else dy
-        target = leaf(bias)
-        dbias = target.grad_buffer() if target is not None else backend.zeros((N,)) if needs_grad(bias) else None
-        if kind or dbias is not None:
-            partial = backend.empty((-(-M // _C.linear_rows), N)) if dbias is not None else None
-            _C.linear_backward(dz if kind else None, dbias, partial, dy.reshape(M, N), z, kind)
-        dx = dw = None
-        if needs_grad(x):
-            dx = backend.empty(xd.shape)
-            product(dx, dz, wd.dequantize() if isinstance(wd, QuantizedArray) else wd, M, K, N)
-        if needs_grad(weight) and isinstance(wd, np.ndarray) and wd.dtype == np.float32:
-            owner = leaf(weight)
-            dw = owner.grad_buffer() if owner else backend.zeros((N, K))
-            product(dw, dz, xd, N, K, M, a_transposed=True, accumulate=True)
-            dw = None if owner else dw
-        return dx, dw, None if target is not None else dbias, dy if needs_grad(residual) else None
+    kept, want_x, want_residual = keep(x, xd), needs_grad(x), needs_grad(residual)
+    want_weight = needs_grad(weight) and isinstance(wd, np.ndarray) and wd.dtype == np.float32
+    shape_x = xd.shape
 
-    return record(y, (x, weight, bias, residual), backward)
+    def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
+        dz = dy
+        if kind:
+            dz = spare.dy if spare.dy is not None and not want_residual else backend.empty(shape)
+        bias_target, dbias = accumulator(bias)
+        if kind or bias_target is not None:
+            partial = backend.empty((-(-M // _C.linear_rows), N)) if bias_target is not None else None
+            _C.linear_backward(dz if kind else None, bias_target, partial, dy.reshape(M, N), z, kind)
+        dx = dw = None
+        if want_weight:
+            owner = leaf(weight)
+            target, add = owner.grad_target() if owner else (backend.empty((N, K)), False)
+            product(target, dz, kept(), N, K, M, a_transposed=True, accumulate=add)
+            dw = None if owner else target
+        if want_x:
+            dx = backend.empty(shape_x) if spare.onto is None else spare.onto
+            back = wd.dequantize() if isinstance(wd, QuantizedArray) else wd
+            product(dx, dz, back, M, K, N, accumulate=spare.onto is not None)
+        return dx, dw, dbias, dy if want_residual else None
+
+    # The activation's output is computed again from z, not kept for the next layer.
+    again = remade(y, lambda: _activated(z, kind)) if z is not None and not want_residual else None
+    return record(y, (x, weight, bias, residual), backward, reuses=True, remade=again)
+
+
+def _activated(z: Array, kind: int) -> Array:
+    y = backend.empty(z.shape)
+    _C.activation_forward(y, z, kind)
+    return y
 
 
 def packed(weight: QuantizedArray) -> Array:

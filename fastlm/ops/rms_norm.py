@@ -10,7 +10,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.tensor import accumulator, data, record, record_many, recording, wrap
+from fastlm.tensor import Spare, accumulator, data, record, record_many, recording, remade, wrap
 
 
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
@@ -28,7 +28,17 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
         return wrap(y, x, weight)
     rstd = backend.empty(xd.shape[:-1])
     _C.rms_norm_forward(y, None, rstd, xd, None, wd, eps)
-    return record(y, (x, weight), lambda dy: _backward(dy, None, xd, weight, wd, rstd))
+
+
+    def again() -> Array:
+        y = backend.empty(xd.shape)
+        _C.rms_norm_forward(y, None, None, xd, None, wd, eps)
+        return y
+
+    def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
+        return _backward(dy, spare.onto, xd, weight, wd, rstd, spare.dy if spare.onto is None else spare.onto)
+
+    return record(y, (x, weight), backward, reuses=True, remade=remade(y, again))
 
 
 def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float = 1e-6) -> tuple[Any, Any]:
@@ -59,8 +69,11 @@ def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float = 1e-6) -> tuple
     return normed, summed
 
 
-def _backward(dy: Array, dtotal: Array | None, xd: Array, weight: Any, wd: Array, rstd: Array) -> tuple[Array, Array | None]:
-    dx = backend.empty(xd.shape)
+def _backward(
+    dy: Array, dtotal: Array | None, xd: Array, weight: Any, wd: Array, rstd: Array, into: Array | None = None
+) -> tuple[Array, Array | None]:
+    """`into`: where the gradient of x is written; dy or dtotal may be the place."""
+    dx = backend.empty(xd.shape) if into is None else into
     target, dweight = accumulator(weight)
     partial = None
     if target is not None:

@@ -161,6 +161,7 @@ def _update(
         cost = work(model, batch)
         tokens, flops = tokens + cost[0], flops + cost[1]
     norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
+    model.zero_grad()  # the next forward pass has their memory
     return total / accumulate, norm, tokens, flops
 
 
