@@ -163,7 +163,7 @@ def _run(root: _Node, gradient: Array) -> None:
         if node.backward is None:
             raise RuntimeError("[backward] this part of the tape was used already: run the forward pass again")
         nodes[node.order] = node
-        stack.extend(p for p in node.parents if p.__class__ is _Node)  # type: ignore[misc]
+        stack.extend(p for p in node.parents if p.__class__ is _Node)
     gradients: dict[int, Array] = {root.order: gradient}  # of nodes that have not run yet
     for order in sorted(nodes, reverse=True):
         _step(nodes.pop(order), gradients)
@@ -179,7 +179,7 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
         return
     first = parents[0] if parents else None
     if node.reuses:
-        onto = gradients.pop(first.order, None) if first.__class__ is _Node else None  # type: ignore[union-attr]
+        onto = gradients.pop(first.order, None) if first.__class__ is _Node else None
         if onto is not None and not _alone(onto, 2):
             onto = np.array(onto, order="C")
         spare = Spare(dy if _alone(dy, 2) else None, onto)
@@ -194,7 +194,7 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
         if parent is None or (d := ds[i]) is None:
             continue
         if parent.__class__ is _Node:
-            order = parent.order  # type: ignore[union-attr]
+            order = parent.order
             old = gradients.pop(order, None)
             gradients[order] = d if old is None else old.__iadd__(d) if _alone(old, 2) else old + d
         else:

@@ -30,7 +30,6 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     stats = backend.empty((*xd.shape[:-1], 3))
     _C.layer_norm_forward(y, None, stats, xd, None, wd, bd, eps)
 
-
     def again() -> Array:
         y = backend.empty(xd.shape)
         _C.layer_norm_forward(y, None, None, xd, None, wd, bd, eps)

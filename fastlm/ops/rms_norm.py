@@ -29,7 +29,6 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
     rstd = backend.empty(xd.shape[:-1])
     _C.rms_norm_forward(y, None, rstd, xd, None, wd, eps)
 
-
     def again() -> Array:
         y = backend.empty(xd.shape)
         _C.rms_norm_forward(y, None, None, xd, None, wd, eps)
