@@ -95,7 +95,22 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", choices=["char", "bpe"], default="char", help="a token is a character, or a piece learned from the text"
     )
     p.add_argument("--vocab-size", type=_positive, default=2048, help="for --tokenizer bpe")
-    p.add_argument("--model", choices=["gpt2", "llama"], default="gpt2", help="architecture")
+    p.add_argument(
+        "--objective",
+        choices=["causal", "masked", "next-sentence", "sentence-order", "replaced", "spans", "permutation"],
+        default="causal",
+        help="what is learnt: the next token; hidden tokens; these and how two pieces follow each other (lines are sentences, blank "
+        "lines end documents); which tokens were replaced; spans cut out; tokens in any order",
+    )
+    p.add_argument(
+        "--model",
+        choices=["gpt2", "llama", "bert", "albert", "electra", "t5", "xlnet"],
+        help="architecture (default: by the objective)",
+    )
+    p.add_argument("--whole-word", action="store_true", help="masked: words are hidden whole")
+    p.add_argument(
+        "--copies", type=_positive, metavar="N", help="masked: go round through N maskings of a text (default: always another)"
+    )
     p.add_argument("--layers", type=_positive, default=4, help="transformer blocks")
     p.add_argument("--heads", type=_positive, default=4, help="attention heads of a block")
     p.add_argument("--width", type=_positive, default=128, help="of the model; a multiple of the heads")

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from fastlm import backend
+from fastlm.cli import objectives
 from fastlm.cli.progress import Progress, clock, plot
 from fastlm.cli.text import read, unigram
 from fastlm.data import Corpus, open_corpus, prepare
 from fastlm.lm import LM
-from fastlm.models import CausalLM, GPTConfig, LlamaConfig, create
+from fastlm.models import CausalLM
 from fastlm.nn import count_parameters
 from fastlm.tokenizers import Tokenizer
 from fastlm.train import checkpoints, evaluate, read_log, train
 
 # What a run is; --resume takes these from the run's folder.
-SETTINGS = """text tokenizer vocab_size model layers heads width context batch accumulate steps lr warmup weight_decay clip held_out
-    eval_every save_every seed""".split()
+SETTINGS = """text objective whole_word copies tokenizer vocab_size model layers heads width context batch accumulate steps
+    lr warmup weight_decay clip held_out eval_every save_every seed""".split()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not (out / "run.json").exists():
             raise FileNotFoundError(f"{out} holds no run to go on with: {out / 'run.json'} is missing")
         for name, value in json.loads((out / "run.json").read_text(encoding="utf-8")).items():
-            setattr(arguments, name, value)
+            setattr(arguments, name, value)  # what an older run does not have keeps its default
     elif arguments.text is None:
         raise ValueError("train needs a text file (or --resume with the --out of a run)")
     elif (out / "run.json").exists():
@@ -45,17 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     assert lm.tokenizer is not None
     word = lm.tokenizer.decode(open_corpus(out / "tokens").train[:40]).split()[0]
-    print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(word)}")
+    if isinstance(lm.model, CausalLM):
+        print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(word)}")
     return 0
 
 
 def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, bool]:
     """Trains on a text, or goes on in arguments.out where it is None. Returns the model and whether it was not interrupted."""
     out = Path(arguments.out)
+    objectives.check(arguments)
     if text is not None:
-        tokenizer = (
-            Tokenizer.characters(text) if arguments.tokenizer == "char" else Tokenizer.train_bpe([text], arguments.vocab_size)
-        )
+        tokenizer = objectives.tokenizer(text, arguments)
         size = tokenizer.vocab_size
         corpus = prepare(text, lambda t: tokenizer.encode(t, special_tokens=False), out / "tokens", size, arguments.held_out)
         if len(corpus.train) <= arguments.context:
@@ -65,14 +66,16 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         (out / "run.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     else:
         tokenizer, corpus = Tokenizer.from_folder(out / "tokenizer"), open_corpus(out / "tokens")
-    lm = LM(create(config(arguments, tokenizer.vocab_size), arguments.seed), tokenizer)
-    guess = describe(lm.causal, corpus, arguments)
+    objective, model = objectives.objective(tokenizer, arguments), objectives.model(arguments, tokenizer.vocab_size)
+    lm = LM(getattr(model, "model", model), tokenizer)
+    guess = describe(model, corpus, objective, arguments)
 
     finished = True
     steps = train(
-        lm.causal, corpus, steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
+        model, corpus, objective=objective, context=arguments.context,
+        steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
         weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
-        eval_every=arguments.eval_every if len(corpus.validation) > arguments.context else 0, save_every=arguments.save_every,
+        eval_every=arguments.eval_every if holds_out(corpus, objective, arguments) else 0, save_every=arguments.save_every,
         eval_batches=20, resume=text is None, tokenizer=tokenizer,
     )  # fmt: skip
     started = time.perf_counter()
@@ -90,61 +93,49 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         saved = checkpoints(out)[-1]
         print(f"\nstopped after step {done}, saved in {saved}. Go on with:\n  fastlm train --resume --out {shlex.quote(str(out))}")
         return lm, False
-    report(lm, corpus, arguments, guess, seconds)
+    report(lm, model, corpus, objective, arguments, guess, seconds)
     return lm, True
 
 
-def config(arguments: argparse.Namespace, vocab_size: int) -> Any:
-    """The model that the options describe."""
-    C, H = arguments.width, arguments.heads
-    if C % H:
-        raise ValueError(f"--width must be a multiple of --heads, got {C} and {H}")
-    common = {
-        "vocab_size": vocab_size,
-        "context": arguments.context,
-        "d_model": C,
-        "n_layer": arguments.layers,
-        "n_head": H,
-        "tied": True,
-    }
-    if arguments.model == "gpt2":
-        return GPTConfig(**common, bias=False)
-    if C // H % 2:
-        raise ValueError(f"--width / --heads must be even for rotary positions, got {C // H}")
-    hidden = -(-8 * C // 3 // 32) * 32  # two thirds of 4 C, since there are three matrices
-    return LlamaConfig(**common, d_ff=hidden, n_kv_head=H, head_dim=C // H)
+def holds_out(corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> bool:
+    """Whether a row can be made of the held-out text."""
+    reads: int = objective.window(arguments.context) if hasattr(objective, "window") else arguments.context + 1
+    return len(corpus.validation) >= reads
 
 
-def describe(model: CausalLM, corpus: Corpus, arguments: argparse.Namespace) -> float:
+def describe(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> float:
     """Says what is trained on what; returns the loss of guessing by frequency."""
     held = corpus.validation if len(corpus.validation) else corpus.train
-    guess = unigram(held, corpus.train)
+    guess = unigram(held, corpus.train) if objective is None else objectives.guess(model, corpus, objective, arguments)
     roof = backend.roof()
     print(
         f"text       {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} held out, vocabulary {corpus.vocab_size:,}"
     )
     print(
-        f"model      {arguments.model}, {count_parameters(model):,} parameters: {arguments.layers} layers, {arguments.heads} heads, "
-        f"width {arguments.width}, context {arguments.context}"
+        f"model      {arguments.model}, {arguments.objective}, {count_parameters(model):,} parameters: {arguments.layers} layers, "
+        f"{arguments.heads} heads, width {arguments.width}, context {arguments.context}"
     )
     print(f"machine    {backend.isa()}, {backend.num_threads()} threads, {roof['gflops']:.0f} GFLOP/s at most")
     print(f"to beat    loss {math.log(corpus.vocab_size):.3f} guessing blindly, {guess:.3f} guessing by frequency\n", flush=True)
     return guess
 
 
-def report(lm: LM, corpus: Corpus, arguments: argparse.Namespace, guess: float, seconds: float) -> None:
+def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace, guess: float, seconds: float) -> None:
     """What came out: losses beside the baseline, plot, model folder, sample."""
     out = Path(arguments.out)
     print(f"\ntrained in {clock(seconds)}")
-    if len(corpus.validation) > arguments.context:
-        held = evaluate(lm.causal, corpus.validation, arguments.batch, arguments.context)
-        print(
-            f"held-out   loss {held:.4f} (by frequency {guess:.4f}), perplexity {math.exp(held):.2f} a token, over the whole held-out text"
-        )
+    if holds_out(corpus, objective, arguments):
+        held = evaluate(model, corpus, arguments.batch, arguments.context, objective=objective, seed=arguments.seed)
+        per_token = f", perplexity {math.exp(held):.2f} a token" if objective is None else ""
+        print(f"held-out   loss {held:.4f} (by frequency {guess:.4f}){per_token}, over the whole held-out text")
     picture = plot(read_log(out), guess, out / "loss.png")
     print(f"plot       {picture}" if picture else "plot       none: pip install 'fastlm[plot]' draws it")
     lm.save(out / "model")
-    print(f"model      {out / 'model'}, a Hugging Face folder\n\nIt writes:")
+    print(f"model      {out / 'model'}, a Hugging Face folder")
+    if not isinstance(lm.model, CausalLM):
+        objectives.show(lm, corpus, objective, arguments)
+        return
+    print("\nIt writes:")
     length = min(300, arguments.context * 4)
     sys.stdout.write(_opening(lm))
     for piece in continuation(lm, length, arguments.seed):

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fastlm.tokenizers import chat as chat_templates
@@ -73,6 +74,13 @@ class Tokenizer:
     def characters(cls, text: str) -> Tokenizer:
         """One id for each character of the text, in code point order; nothing else can be encoded."""
         return cls(character_backend(text))
+
+    def with_special(self, roles: Mapping[str, str], more: Sequence[str] = ()) -> Tokenizer:
+        """The same vocabulary with special tokens behind it, in the order given: `roles` maps pad, mask, cls, sep ... to a token; `more`
+        have no role. What is there already keeps its id."""
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*roles.values(), *more)])
+        return Tokenizer(backend, {**self.special, **roles}, self.end_ids, self.chat_template, self._config)
 
     # Text and ids
 

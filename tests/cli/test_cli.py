@@ -13,7 +13,7 @@ import pytest
 
 import fastlm
 from fastlm import _C, models
-from fastlm.cli import main, parser
+from fastlm.cli import main, objectives, parser
 
 TREE = Path(fastlm.__file__).parent.parent
 DATA = Path(__file__).parent.parent / "data"
@@ -114,6 +114,31 @@ def test_train_generate_eval(text, tmp_path, capsys, kind):
     assert "perplexity" in capsys.readouterr().out
     assert main(["train", str(text), "--out", str(out)]) == 2  # the run that is there is not overwritten
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", [name for name in objectives.MODELS if name != "causal"])
+def test_train_by_other_objectives(tmp_path, capsys, objective):
+    """Each learns, says so beside its baseline, saves a folder that loads, and goes on; the longer run is that of one piece."""
+    text = tmp_path / "speeches.txt"
+    text.write_text("".join(f"Speaker {i % 7}:\nI have {i} things to say,\nand not {i + 1}.\n\n" for i in range(400)))
+    options = (
+        "--tokenizer bpe --vocab-size 290 --layers 1 --heads 2 --width 32 --context 32 --batch 16 --warmup 10 --lr 5e-3".split()
+    )
+    out = tmp_path / "run"
+    assert main(["train", str(text), "--out", str(out), "--steps", "150", "--objective", objective, *options]) == 0
+    printed = capsys.readouterr().out
+    guess, held = (float(printed.split(mark)[1].split()[0].rstrip(",)")) for mark in ("guessing blindly, ", "held-out   loss "))
+    assert held < guess - 0.1, (held, guess)
+    assert f"{objectives.MODELS[objective][0]}, {objective}, " in printed
+    lm = fastlm.load(out / "model")
+    assert lm.tokenizer is not None
+    assert main(["train", "--out", str(out), "--resume"]) == 0  # nothing is left to do: the same held-out loss
+    assert f"held-out   loss {held:.4f}" in capsys.readouterr().out
+
+
+def test_objectives_and_models_that_do_not_fit(text, capsys):
+    assert main(["train", str(text), "--objective", "masked", "--model", "gpt2"]) == 2
+    assert "--model must be bert or albert for --objective masked, got gpt2" in capsys.readouterr().err
 
 
 def test_interrupted_training_goes_on(text, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import fastlm
 from fastlm import data, hub, models
+from fastlm.cli.objectives import guess
 from fastlm.models.albert import AlbertConfig
 from fastlm.models.bert import BertConfig
 from fastlm.models.electra import ElectraConfig
@@ -100,14 +102,15 @@ def _changed(objective):
     return replace(objective, **({"K": 7} if isinstance(objective, data.Permutation) else {"rate": 0.2}))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_objective_lowers_its_held_out_loss(name):
-    model, _ = run(name, steps=150, eval_every=1000, accumulate=1, batch=8)
-    before = RUNS[name][0](1)
+@pytest.mark.parametrize("name", ["masked", "next", "spans", "permutation", "replaced"])
+def test_every_objective_beats_guessing_by_frequency(name):
+    """On held-out text, by more than chance could: what is around a token was used."""
     objective = RUNS[name][1]
-    first, last = (evaluate(m, CORPUS, 8, 24, objective=objective) for m in (before, model))
-    assert last < first - (0.1 if name in ("distillation", "replaced") else 0.3), (first, last)
-    assert evaluate(model, CORPUS, 8, 24, objective=objective) == last
+    model, _ = run(name, steps=250, eval_every=0, accumulate=1, batch=16, lr=2e-3 if name == "replaced" else 5e-3)
+    held = evaluate(model, CORPUS, 8, 24, objective=objective)
+    guessed = guess(model, CORPUS, objective, Namespace(batch=8, context=24, seed=0))
+    assert held < guessed - 0.1, (held, guessed)
+    assert evaluate(model, CORPUS, 8, 24, objective=objective) == held
 
 
 # Fit

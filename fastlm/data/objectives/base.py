@@ -95,8 +95,8 @@ class Vocabulary:
             return next((i for t in tokens if t is not None and (i := tokenizer.id(t)) is not None), None)
 
         role = tokenizer.special.get
-        sentinels = 0
-        while tokenizer.id(f"<extra_id_{sentinels}>") is not None:
+        first, sentinels = tokenizer.id("<extra_id_0>"), 0
+        while first is not None and tokenizer.id(f"<extra_id_{sentinels}>") == first - sentinels:
             sentinels += 1
         count = tokenizer.vocab_size
         continues = np.zeros(size or count, bool)
@@ -104,7 +104,7 @@ class Vocabulary:
         return cls(
             size or count, frozenset(tokenizer.special_ids), find(role("pad"), "[PAD]", "<pad>"), find(role("cls"), "[CLS]", "<cls>"),
             find(role("sep"), "[SEP]", "<sep>"), find(role("mask"), "[MASK]", "<mask>"), find(role("eos"), "</s>"),
-            tokenizer.id("<extra_id_0>"), sentinels, continues,
+            first, sentinels, continues,
         )  # fmt: skip
 
     def need(self, objective: str, *names: str) -> None:
