@@ -84,6 +84,7 @@ class Row:
     tokens: int | None = None  # of one call of a model
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
     problems: dict[str, str] = field(default_factory=dict)
+    ceiling: str = "gflops"  # of `roof`: what its operations are compared with
 
     @property
     def seconds(self) -> float:
@@ -101,7 +102,7 @@ class Row:
         if not self.work or not self.roof:
             return None
         flops, size = self.work
-        return max(flops / self.roof["gflops"], size / self.bandwidth(size)) / 1e9 / self.seconds
+        return max(flops / self.roof[self.ceiling], size / self.bandwidth(size)) / 1e9 / self.seconds
 
     def bandwidth(self, size: float) -> float:
         """GB/s of reading `size` bytes that were used a moment ago: small operands stay in cache."""
@@ -245,6 +246,7 @@ def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False
             for index, case in enumerate(whole[:2] if quick else whole):
                 for backward in worker.passes(op, index):
                     row = Row(op, case_id(case), backward, threads, roof=roof)
+                    row.ceiling = getattr(worker.bench(op), "CEILING", row.ceiling)
                     yield run_case(row, index, contestants, 2 if quick else 5, 0.05 if quick else 0.3)
     finally:
         for contestant in contestants.values():

@@ -9,6 +9,7 @@ A benchmark file `bench_<op>.py` is as short as its operation lets it be:
     BACKWARD = True                               the backward pass is timed as well; or a function of the case that says whether
     torch(**inputs)                               the same with torch tensors; any other peer by its name
     ours(**inputs), numpy(**inputs)               where `fastlm.ops.<op>` or the oracle is not what should be timed
+    CEILING = "int8_scaled_gops"                  the key of `backend.roof()` that operations are compared with; "gflops" by default
     setup(case, who) -> callable                  for whole models: CASES is then in the file too, and `tokens(case)` of one call
 """
 

@@ -60,7 +60,8 @@ def roof() -> dict[str, float]:
     """This machine's ceilings with the instruction set and the threads in use, measured once per process (about 0.3 s).
 
     gflops: float32 multiply-adds from registers, 10^9 operations a second. read_gbs: reading memory, 10^9 bytes a second.
-    copy_gbs: copying memory, bytes read + bytes written.
+    copy_gbs: copying memory, bytes read + bytes written. int8_gops: dot products of bytes from registers, int8_scaled_gops: with a
+    scale for every 32 of them, as quantised weights have.
     """
     key = isa(), num_threads()
     if key not in _roofs:
@@ -84,9 +85,15 @@ def measure_roof(bytes: int = 1 << 28) -> dict[str, float]:
     flops = _C.roof_fma(pieces, rounds)
     gflops = flops / best(lambda: _C.roof_fma(pieces, rounds)) / 1e9
 
+    def int8(scaled: bool) -> float:
+        return _C.roof_int8(pieces, rounds // 10, scaled) / best(lambda: _C.roof_int8(pieces, rounds // 10, scaled), 0.04) / 1e9
+
     x = np.full(bytes // 8, 1.0, np.float32)  # half of `bytes` for the source, half for the copy; more than any last cache here
     y = np.full_like(x, 0.0)
     sums = np.empty(-(-x.size // _C.roof_piece), np.float32)
     read_gbs = x.nbytes / best(lambda: _C.roof_read(sums, x)) / 1e9
     copy_gbs = 2 * x.nbytes / best(lambda: _C.roof_copy(y, x)) / 1e9
-    return {"gflops": gflops, "read_gbs": read_gbs, "copy_gbs": copy_gbs}
+    return {"gflops": gflops, "read_gbs": read_gbs, "copy_gbs": copy_gbs} | {
+        "int8_gops": int8(False),
+        "int8_scaled_gops": int8(True),
+    }

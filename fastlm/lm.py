@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import evaluate, generate, hub
 from fastlm.backend import Array
+from fastlm.models import quantize as storage
 from fastlm.models.base import CausalLM, LanguageModel
 from fastlm.models.encoder import Encoder
 from fastlm.models.encoder_decoder import EncoderDecoder
@@ -43,13 +44,16 @@ _WIDTH = 16  # attention sums in another order over fewer queries; padding to as
 _BEAMS = {"length_penalty", "early_stopping"}
 
 
-def load(path_or_id: str | os.PathLike[str], dtype: str | None = None) -> LM:
+def load(path_or_id: str | os.PathLike[str], dtype: str | None = None, activations: str = "float32") -> LM:
     """The language model of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
 
-    dtype None keeps the weights as they are stored (quantised ones too); "float32" or "bfloat16" converts them. Raises
-    FileNotFoundError where nothing is found, and a ValueError that lists what is wrong with a file.
+    dtype None keeps the weights as they are stored (quantised ones too); "float32" or "bfloat16" converts them. activations: what
+    quantised weights are multiplied with, see LM.activations. Raises FileNotFoundError where nothing is found, and a ValueError that
+    lists what is wrong with a file.
     """
-    return LM(*hub.load_folder_or_gguf(path_or_id, dtype))
+    lm = LM(*hub.load_folder_or_gguf(path_or_id, dtype))
+    lm.activations = activations
+    return lm
 
 
 class LM:
@@ -72,6 +76,39 @@ class LM:
         if not isinstance(self.model, CausalLM):
             raise ValueError(f"[lm] {type(self.model).__name__} is not a causal model: it does not continue text")
         return self.model
+
+    # Storage
+
+    def quantize(self, kind: str, activations: str | None = None) -> LM:
+        """Puts the matrices into ggml's blocks, in place: "Q8_0", "Q4_0", "Q4_1", "Q5_0" or "Q5_1". Returns self.
+
+        These are the weights of the linear layers, the token embedding and the head; those whose rows are no multiple of 32 long, and
+        routers of experts, stay as they are. The bytes are those of ggml's reference quantisers. activations: None keeps what is set.
+        The model can then not be trained; `save` writes the quantised weights as float32, which no file of the hub's kind can hold
+        otherwise.
+        """
+        storage.quantize(self.model, kind, activations or self.activations)
+        return self
+
+    def to(self, dtype: str) -> LM:
+        """Every matrix as "float32" or "bfloat16", in place; vectors stay float32. Returns self."""
+        storage.convert(self.model, dtype)
+        return self
+
+    @property
+    def activations(self) -> str:
+        """What quantised weights are multiplied with: "float32", the default, or "int8".
+
+        With float32 a quantised model gives every bit of its dequantised copy. With int8 the input of each product is rounded to 8 bits
+        in groups of 32 and the products are sums of integers, as llama.cpp does it: several times faster on prompts and batches, at
+        an error like that of Q8_0 weights. Either way the result does not depend on the batch or the threads. Setting "int8" raises
+        ValueError where no weight is quantised.
+        """
+        return storage.activations_of(self.model)
+
+    @activations.setter
+    def activations(self, activations: str) -> None:
+        storage.set_activations(self.model, activations)
 
     # Text
 

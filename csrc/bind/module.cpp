@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return isa_name(active_isa()); });
     m.def("isas", &isa_names);
     m.def("set_isa", &set_isa, py::arg("name"));
+    m.def("has_vnni", &has_vnni);
+    m.def("set_vnni", &set_vnni, py::arg("on"));
     m.def("cpu_name", &cpu_name);
     m.def("cpu_features", &cpu_features);
     m.def("num_threads", &num_threads);

@@ -4,10 +4,22 @@
 #include <fstream>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastlm {
 namespace {
 
 Isa active = Isa::scalar;
+bool vnni = true;
+
+#if defined(__x86_64__)
+bool cpu_avx_vnni() {  // gcc 12 does not know the name
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
 
 bool cpu_runs(Isa isa) {
     switch (isa) {
@@ -55,7 +67,19 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("FASTLM_ISA must be one of " + known + ", got \"" + name + "\"");
 }
 
+bool has_vnni() {
+#if defined(__x86_64__)
+    static const bool avx = cpu_avx_vnni(), avx512 = __builtin_cpu_supports("avx512vnni");
+    return vnni && ((active == Isa::avx512 && avx512) || (active == Isa::avx2 && avx));
+#else
+    return false;
+#endif
+}
+
+void set_vnni(bool on) { vnni = on; }
+
 void choose_isa() {
+    if (const char* bit = std::getenv("FASTLM_VNNI")) vnni = std::string(bit) != "0";
     if (const char* name = std::getenv("FASTLM_ISA"); name && *name) set_isa(name);
     else active = available_isas().back();
 }
@@ -81,6 +105,7 @@ std::vector<std::string> cpu_features() {
     FASTLM_FEATURE("avx512dq")
     FASTLM_FEATURE("avx512vl")
     FASTLM_FEATURE("avx512vnni")
+    if (cpu_avx_vnni()) found.push_back("avxvnni");
     FASTLM_FEATURE("avx512bf16")
 #undef FASTLM_FEATURE
 #elif defined(__aarch64__)

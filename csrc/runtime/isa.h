@@ -14,6 +14,10 @@ std::vector<Isa> available_isas();  // best last
 Isa active_isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument where the name is unknown or the CPU lacks it
 void choose_isa();                      // at import: FASTLM_ISA, else the best
+// Whether dot products of bytes (VNNI) are there beside the instruction set in use: a feature of its own, on avx2 (AVX-VNNI) and on
+// avx512. FASTLM_VNNI=0 turns it off.
+bool has_vnni();
+void set_vnni(bool on);  // off, or whatever the CPU has
 std::string cpu_name();
 std::vector<std::string> cpu_features();
 

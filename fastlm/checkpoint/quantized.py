@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from fastlm import _C
 
 # kind -> (ggml type id, weights in a block, bytes of a block)
 FORMATS: dict[str, tuple[int, int, int]] = dict(_C.quant_formats)
+ACTIVATIONS = ("float32", "int8")
+WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # the kinds that `quantize` makes
 _POOLED = 1 << 16  # bytes from which the block cache is worth its call
 
 
@@ -20,18 +23,21 @@ class QuantizedArray:
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K" or "Q6_K". shape: (out, in), or more axes before `in`; `in` is a
     multiple of the kind's block. blocks: (rows, bytes of a row) uint8 with rows = the product of all axes but the last, possibly
     memory-mapped. cache: where an operation keeps a repacked copy; it takes no part in comparison.
+    activations: what `linear` multiplies the weights with: "float32", the default (every bit as if they had been dequantised), or
+    "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it.
 
     Raises TypeError and ValueError for arguments that do not fit together.
     """
 
-    __slots__ = ("__weakref__", "blocks", "cache", "kind", "shape")
+    __slots__ = ("__weakref__", "activations", "blocks", "cache", "kind", "shape")
 
     kind: str
     shape: tuple[int, ...]
     blocks: NDArray[np.uint8]
     cache: dict[str, Any]
+    activations: str
 
-    def __init__(self, kind: str, shape: tuple[int, ...], blocks: NDArray[np.uint8]) -> None:
+    def __init__(self, kind: str, shape: tuple[int, ...], blocks: NDArray[np.uint8], activations: str = "float32") -> None:
         if kind not in FORMATS:
             raise ValueError(f"[QuantizedArray] kind must be one of {', '.join(FORMATS)}, got {kind!r}.")
         shape = tuple(int(n) for n in shape)
@@ -56,6 +62,9 @@ class QuantizedArray:
         set_(self, "shape", shape)
         set_(self, "blocks", np.ascontiguousarray(blocks))
         set_(self, "cache", {})
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"[QuantizedArray] activations must be 'float32' or 'int8', got {activations!r}.")
+        set_(self, "activations", activations)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"[QuantizedArray] {name} cannot be set: the array is read-only.")
@@ -86,10 +95,17 @@ class QuantizedArray:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({self.kind}, {self.shape}, {self.nbytes} bytes)"
+        more = "" if self.activations == "float32" else f", {self.activations} activations"
+        return f"QuantizedArray({self.kind}, {self.shape}, {self.nbytes} bytes{more})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return QuantizedArray, (self.kind, self.shape, np.array(self.blocks))
+        return QuantizedArray, (self.kind, self.shape, np.array(self.blocks), self.activations)
+
+    def with_activations(self, activations: str) -> QuantizedArray:
+        """The same weights, in the same memory, for "float32" or "int8" activations."""
+        other = QuantizedArray(self.kind, self.shape, self.blocks, activations)
+        object.__setattr__(other, "cache", self.cache)  # the layout of the packed copy is one for both
+        return other
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weights as float32, (out, in): the bits of ggml's reference."""
@@ -115,6 +131,29 @@ class QuantizedArray:
         w = _empty((flat.size, self.shape[1]))
         _C.dequantize(w, self.blocks, flat, FORMATS[self.kind][0])
         return w.reshape(*index.shape, self.shape[1])
+
+
+def quantize(w: Any, kind: str) -> QuantizedArray:
+    """w (..., in) of float32, bfloat16 or float16 in blocks of 32: the bytes of ggml's reference and of `gguf.quants.quantize`.
+
+    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1" or "Q8_0". `in` is a multiple of 32. Raises TypeError for a dtype; ValueError for another
+    kind, a size, a number that is not finite, and numbers so large that float16 does not hold their scale.
+    """
+    if kind not in WRITTEN:
+        raise ValueError(f"[quantize] kind must be one of {', '.join(WRITTEN)}, got {kind!r}.")
+    if not isinstance(w, np.ndarray) or w.dtype.name not in ("float32", "float16", "bfloat16"):
+        got = w.dtype if isinstance(w, np.ndarray) else type(w).__name__
+        raise TypeError(f"[quantize] w must be a float32, bfloat16 or float16 array, got {got}.")
+    type_id, values, size = FORMATS[kind]
+    if not w.ndim or w.shape[-1] % values:
+        raise ValueError(f"[quantize] the last axis must be a multiple of {values} for {kind}, got shape {w.shape}.")
+    K = w.shape[-1]
+    x = np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), K), np.float32)
+    blocks = np.empty((x.shape[0], K // values * size), np.uint8)
+    bad = _C.quantize(blocks, x, type_id)
+    if bad >= 0:
+        raise ValueError(f"[quantize] every number must be finite and its block's scale at most 65504, row {bad} has others.")
+    return QuantizedArray(kind, w.shape, blocks)
 
 
 def _empty(shape: tuple[int, int]) -> NDArray[np.float32]:

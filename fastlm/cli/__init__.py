@@ -175,8 +175,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
 def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a GGUF file")
+    p.add_argument("--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)}")
+    p.add_argument("--activations", choices=["float32", "int8"], default="float32", help="of quantised weights; int8 is faster")
 
 
 def _sampling(p: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:

@@ -45,9 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if arguments.roof:
         roof = backend.roof()
-        rows.append(
-            ("roof", f"{roof['gflops']:.0f} GFLOP/s float32, read {roof['read_gbs']:.1f} GB/s, copy {roof['copy_gbs']:.1f} GB/s")
-        )
+        compute = f"{roof['gflops']:.0f} GFLOP/s float32, {roof['int8_gops']:.0f} int8"
+        rows.append(("roof", f"{compute}, read {roof['read_gbs']:.1f} GB/s, copy {roof['copy_gbs']:.1f} GB/s"))
     for name, value in rows:
         print(f"{name:<10} {value}")
     print("\noperation              kernel")

@@ -13,8 +13,17 @@ from typing import Any
 from fastlm.lm import LM, load
 
 
-def generate(arguments: argparse.Namespace) -> None:
+def loaded(arguments: argparse.Namespace) -> LM:
+    """The model, in the storage that the command line asks for."""
     lm = load(arguments.model)
+    if arguments.quantize:
+        lm.quantize(arguments.quantize)
+    lm.activations = arguments.activations
+    return lm
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    lm = loaded(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     print(prompt, end="", flush=True)
     if arguments.beams > 1:
@@ -25,7 +34,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def chat(arguments: argparse.Namespace) -> None:
-    lm = load(arguments.model)
+    lm = loaded(arguments)
     messages: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.message is not None:
         messages.append({"role": "user", "content": arguments.message})
@@ -66,7 +75,7 @@ def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace
 
 def evaluate(arguments: argparse.Namespace) -> None:
     text = read(arguments.text)
-    lm = load(arguments.model)
+    lm = loaded(arguments)
     if lm.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer: a text cannot be evaluated")
     ids = lm.tokenizer.encode(text)

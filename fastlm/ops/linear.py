@@ -50,7 +50,8 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     recorded = recording(x, weight, bias, residual)
     z = backend.empty(shape) if recorded and kind else None
     if isinstance(wd, QuantizedArray):
-        _C.quantized_matmul(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
+        multiply = _C.int8_matmul if wd.activations == "int8" else _C.quantized_matmul
+        multiply(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
     else:
         _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
     if not recorded:

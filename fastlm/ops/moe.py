@@ -228,7 +228,8 @@ def _forward(y: Array, z: Array | None, x: Array, each: Sequence[Any], spans: Se
         if isinstance(w := each[e], QuantizedArray):
             s, (N, K) = spans[e], w.shape
             part = None if z is None else z[s]
-            _C.quantized_matmul(y[s], part, x[s], packed(w), None, None, s.stop - s.start, N, K, FORMATS[w.kind][0], kind)
+            multiply = _C.int8_matmul if w.activations == "int8" else _C.quantized_matmul
+            multiply(y[s], part, x[s], packed(w), None, None, s.stop - s.start, N, K, FORMATS[w.kind][0], kind)
 
 
 def _products(

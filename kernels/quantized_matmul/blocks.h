@@ -5,10 +5,15 @@
 //     head    d (and dmin): float16 x 16 each                                              K formats only, before each 8 units
 //     unit    scales: d (and m): float16 x 16 each; K formats: 6-bit scale (and minimum): a byte x 16 each; Q6_K: a byte x 16 per
 //     16 k
-//             codes:  4 words x 16 rows; word t holds the low four bits of k = 8 t .. 8 t + 7. Q8_0: 32 x 16 bytes
-//             high:   5 bits: a word x 16 rows, bit k. 6 bits: two words x 16 rows, 16 pairs of bits each
+//             codes:  4 words x 16 rows; word t holds the low four bits of k = 8 t .. 8 t + 7. Q8_0: 8 words, word t holds the
+//                     bytes of k = 4 t .. 4 t + 3, 128 added
+//             high:   5 bits: a word x 16 rows; 6 bits: two. Byte b of it holds what is above the low four bits of k = 8 t + 2 b
+//             and
+//                     8 t + 2 b + 1, for all four t (6 bits: for t = 0, 1 and 2, 3) from the lowest bit up
 //
-// Every format is w = d * q + m with q >= 0 (Q8_0: m = 0): Q4_0 has m = -8 d. d * q has at most 24 bits in all of them, so the
+// So the low, and the high, halves of the bytes of a word are four values of k of each row: what a dot product of bytes takes.
+//
+// Every format is w = d * q + m with q >= 0: Q4_0 has m = -8 d. d * q has at most 24 bits in all of them, so the
 // fused multiply-add rounds once, where ggml's d * (q - 8) or d * q + m rounds once too: the weights have its bits.
 #pragma once
 
@@ -40,7 +45,12 @@ template <Quant Q> struct Layout {
     static constexpr int64_t kHigh = kBits == 5 ? 64 : kBits == 6 ? 128 : 0;
     static constexpr int64_t kUnitBytes = kScales + kCodes + kHigh;
     static constexpr int64_t kSetBytes = kHead + kUnits * kUnitBytes;
-    static constexpr float kOffset = Q == Quant::Q4_0 ? -8.0f : Q == Quant::Q5_0 ? -16.0f : Q == Quant::Q6_K ? -32.0f : 0.0f;
+    static constexpr int kMore = kBits - 4;  // bits above the low four
+    static constexpr int kOffset = Q == Quant::Q4_0   ? -8
+                                   : Q == Quant::Q5_0 ? -16
+                                   : Q == Quant::Q6_K ? -32
+                                   : Q == Quant::Q8_0 ? -128
+                                                      : 0;
 
     static constexpr int64_t group_bytes(int64_t K) { return K / (kUnits * kUnit) * kSetBytes; }
     static FASTLM_MEMBER const uint8_t* head(const uint8_t* group, int64_t u) { return group + u / kUnits * kSetBytes; }
@@ -69,7 +79,7 @@ template <Quant Q, int S> struct Decoder {
     int64_t lane[S];
     const uint8_t* at[S];  // this unit
     vf d[S], m[S];
-    vi code[S], high[S];
+    vi code[S], high[S], more[S];
 
     FASTLM_MEMBER Decoder(const uint8_t* packed, int64_t K, int64_t row) {
 #pragma GCC unroll 8
@@ -94,7 +104,7 @@ template <Quant Q, int S> struct Decoder {
                 d[s] = load_half(p + 2 * lane[s]);
                 if constexpr (L::kMinimum) m[s] = load_half(p + 32 + 2 * lane[s]);
             }
-            if constexpr (L::kOffset != 0.0f) m[s] = d[s] * set(L::kOffset);
+            if constexpr (L::kOffset != 0) m[s] = d[s] * set(float(L::kOffset));
         }
     }
 
@@ -107,22 +117,52 @@ template <Quant Q, int S> struct Decoder {
                 if (t == 0) high[s] = load_words(at[s] + 256 + 4 * lane[s]);
             if constexpr (L::kBits == 6)
                 if (t % 2 == 0) high[s] = load_words(at[s] + 256 + 32 * t + 4 * lane[s]);
+            if constexpr (L::kHigh != 0) {
+                more[s] = high[s];
+                high[s] = shr<2 * L::kMore>(high[s]);
+            }
+        }
+    }
+
+    // The codes of word t as bytes: q[s][0] those of k = 8 t, + 2, + 4, + 6 (Q8_0: + 1, + 2, + 3), q[s][1] the others.
+    FASTLM_MEMBER void bytes(int t, vi (&q)[S][2]) {
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+            if constexpr (L::kBits == 8) {
+                q[s][0] = load_words(at[s] + 128 * t + 4 * lane[s]);
+                q[s][1] = load_words(at[s] + 128 * t + 64 + 4 * lane[s]);
+            } else {
+                const vi low = seti(0x0F0F0F0F), c = load_words(at[s] + 64 * t + 4 * lane[s]);
+                q[s][0] = andi(c, low);
+                q[s][1] = andi(shr<4>(c), low);
+                if constexpr (L::kHigh != 0) {
+                    const vi mask = seti(L::kMore == 1 ? 0x10101010 : 0x30303030);
+                    if (t % (L::kMore == 1 ? 4 : 2) == 0)
+                        high[s] = load_words(at[s] + 256 + (L::kMore == 1 ? 0 : 32 * t) + 4 * lane[s]);
+                    q[s][0] = ori(q[s][0], andi(shl<4>(high[s]), mask));
+                    q[s][1] = ori(q[s][1], andi(shl<4 - L::kMore>(high[s]), mask));
+                    high[s] = shr<2 * L::kMore>(high[s]);
+                }
+            }
         }
     }
 
     // The weights at k of vector s; k goes through 0 .. 31 of the unit in order.
     FASTLM_MEMBER vf next(int k, int s) {
+        vf q;
         if constexpr (L::kBits == 8) {
-            return d[s] * load_i8(reinterpret_cast<const int8_t*>(at[s] + 16 * k + lane[s]));
+            if (k % 4 == 0) code[s] = load_words(at[s] + 16 * k + 4 * lane[s]);
+            q = to_float(andi(code[s], seti(255)));
+            code[s] = shr<8>(code[s]);
         } else {
-            vf q = low_nibble(code[s]);
-            if constexpr (L::kBits > 4) {
-                q = q + high_part<L::kBits - 4>(high[s]);
-                high[s] = shr<L::kBits - 4>(high[s]);
+            q = low_nibble(code[s]);
+            if constexpr (L::kHigh != 0) {
+                q = q + high_part<L::kMore>(more[s]);
+                more[s] = k % 2 ? shr<8 - L::kMore>(more[s]) : shr<L::kMore>(more[s]);
             }
             code[s] = shr<4>(code[s]);
-            return fma(d[s], q, m[s]);
         }
+        return fma(d[s], q, m[s]);
     }
 
     // f(k of the unit, vector, weights) for all 32 k in order.
@@ -143,6 +183,20 @@ template <Quant Q, int S> struct Decoder {
         }
     }
 };
+
+// f.template run<Q>() for the kind.
+template <class F> void dispatch(Quant kind, const F& f) {
+    switch (kind) {
+        case Quant::Q4_0: return f.template run<Quant::Q4_0>();
+        case Quant::Q4_1: return f.template run<Quant::Q4_1>();
+        case Quant::Q5_0: return f.template run<Quant::Q5_0>();
+        case Quant::Q5_1: return f.template run<Quant::Q5_1>();
+        case Quant::Q8_0: return f.template run<Quant::Q8_0>();
+        case Quant::Q4_K: return f.template run<Quant::Q4_K>();
+        case Quant::Q5_K: return f.template run<Quant::Q5_K>();
+        case Quant::Q6_K: return f.template run<Quant::Q6_K>();
+    }
+}
 
 // What one row has in one unit, before packing: codes q >= 0 (Q8_0: signed) and scales as they are stored.
 struct Unpacked {
@@ -206,7 +260,7 @@ template <Quant Q> void pack_row(uint8_t* group, int64_t r, const uint8_t* row, 
         if (L::kMinimum) put(halves + 32 + 2 * r, x.m);
         if (L::kK) p[r] = x.scale[0], p[16 + r] = x.scale[1];
         if (L::kBits == 8) {
-            for (int k = 0; k < kUnit; ++k) codes[16 * k + r] = x.q[k];
+            for (int k = 0; k < kUnit; ++k) codes[64 * (k / 4) + 4 * r + k % 4] = x.q[k] ^ 0x80;
             continue;
         }
         for (int t = 0; t < 4; ++t) {
@@ -214,11 +268,12 @@ template <Quant Q> void pack_row(uint8_t* group, int64_t r, const uint8_t* row, 
             for (int j = 0; j < 8; ++j) low |= uint32_t(x.q[8 * t + j] & 15) << 4 * j;
             put(codes + 64 * t + 4 * r, low);
         }
-        constexpr int kMore = L::kBits - 4, kEach = kMore == 1 ? 32 : 16;
-        for (int t = 0; t < L::kHigh / 64; ++t) {
+        constexpr int kWords = L::kHigh / 64, kEach = kWords ? 32 / kWords : 0;
+        for (int w = 0; w < kWords; ++w) {
             uint32_t high = 0;
-            for (int j = 0; j < kEach; ++j) high |= uint32_t(x.q[kEach * t + j] >> 4) << (kMore == 1 ? j : 2 * j);
-            put(codes + 256 + 64 * t + 4 * r, high);
+            for (int j = 0; j < kEach; ++j)
+                high |= uint32_t(x.q[kEach * w + j] >> 4) << (8 * (j % 8 / 2) + L::kMore * (2 * (j / 8) + j % 2));
+            put(codes + 256 + 64 * w + 4 * r, high);
         }
     }
 }

@@ -56,20 +56,6 @@ template <Quant Q> struct Packed {
     }
 };
 
-// f.template run<Q>() for the kind.
-template <class F> void dispatch(Quant kind, const F& f) {
-    switch (kind) {
-        case Quant::Q4_0: return f.template run<Quant::Q4_0>();
-        case Quant::Q4_1: return f.template run<Quant::Q4_1>();
-        case Quant::Q5_0: return f.template run<Quant::Q5_0>();
-        case Quant::Q5_1: return f.template run<Quant::Q5_1>();
-        case Quant::Q8_0: return f.template run<Quant::Q8_0>();
-        case Quant::Q4_K: return f.template run<Quant::Q4_K>();
-        case Quant::Q5_K: return f.template run<Quant::Q5_K>();
-        case Quant::Q6_K: return f.template run<Quant::Q6_K>();
-    }
-}
-
 int64_t padded_rows(int64_t N) { return ceil_div(N, kRowMultiple) * kRowMultiple; }
 
 struct Bytes {

@@ -1,0 +1,88 @@
+"""A model's matrices in another storage: ggml's blocks, bfloat16, float32; and the activations that quantised ones are multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, WRITTEN, QuantizedArray
+from fastlm.checkpoint.quantized import quantize as quantized
+from fastlm.models.base import LanguageModel
+from fastlm.models.convert import BFLOAT16
+from fastlm.nn import Embedding, Linear, Module
+from fastlm.nn.module import Declared
+from fastlm.tensor import Tensor
+
+_TABLES = ("token_embedding", "tokens")  # embeddings of tokens, which may also be the head; those of positions stay
+
+
+def matrices(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The weights of all linear layers, routers of experts apart, and of the token embedding, by name."""
+    for name, part in module.parts():
+        if isinstance(part, Tensor):
+            continue
+        kind = name.split(".")[0]
+        if (isinstance(part, Linear) and kind != "router") or (isinstance(part, Embedding) and kind in _TABLES):
+            yield f"{prefix}{name}.weight", part.weight
+        else:
+            yield from matrices(part, f"{prefix}{name}.")
+
+
+def quantize(model: LanguageModel, kind: str, activations: str = "float32") -> None:
+    """Puts the matrices into blocks of `kind`, in place. Those whose rows are no multiple of 32 long stay as they are.
+
+    A matrix that is quantised already is dequantised first. They want no gradient afterwards. Raises ValueError for a kind, for a
+    model without a matrix that can be quantised, and, with the parameter's name, for weights that are not finite.
+    """
+    if kind not in WRITTEN:
+        raise ValueError(f"[quantize] kind must be one of {', '.join(WRITTEN)}, got {kind!r}.")
+    _check(activations)
+    found = [(name, p) for name, p in matrices(model) if p.shape[-1] % FORMATS[kind][1] == 0]
+    if not found:
+        raise ValueError("[quantize] the model has no matrix whose rows are a multiple of 32 long.")
+    for name, p in found:
+        try:
+            p.data = quantized(_float(name, p.data), kind).with_activations(activations)
+        except ValueError as error:
+            raise ValueError(f"[quantize] {name}: {str(error).removeprefix('[quantize] ')}") from None
+        p.requires_grad, p.grad = False, None
+
+
+def convert(model: LanguageModel, dtype: str) -> None:
+    """Every matrix as "float32" or "bfloat16", in place; vectors stay float32. What `load(..., dtype=)` gives."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"[to] dtype must be 'float32' or 'bfloat16', got {dtype!r}. Quantised kinds: lm.quantize.")
+    target: Any = np.float32 if dtype == "float32" else BFLOAT16
+    for name, p in model.named_parameters().items():
+        if p.ndim > 1 and p.dtype != target:
+            p.data = _float(name, p.data).astype(target)
+            p.requires_grad, p.grad = dtype == "float32", None
+
+
+def set_activations(model: LanguageModel, activations: str) -> None:
+    """What quantised matrices are multiplied with, "float32" or "int8". ValueError where the model has none."""
+    _check(activations)
+    found = [p for p in model.named_parameters().values() if isinstance(p.data, QuantizedArray)]
+    if not found and activations != "float32":
+        raise ValueError(f"[activations] {activations} activations need quantised weights: call lm.quantize('Q8_0') first.")
+    for p in found:
+        p.data = p.data.with_activations(activations)
+
+
+def activations_of(model: LanguageModel) -> str:
+    """ "int8" where the quantised matrices are multiplied with 8-bit activations, else "float32"."""
+    kinds = {p.data.activations for p in model.named_parameters().values() if isinstance(p.data, QuantizedArray)}
+    return "int8" if kinds == {"int8"} else "float32"
+
+
+def _check(activations: str) -> None:
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"[activations] must be 'float32' or 'int8', got {activations!r}.")
+
+
+def _float(name: str, w: Any) -> Any:
+    if isinstance(w, Declared):
+        raise ValueError(f"[quantize] {name} has no value yet: load or initialise the model first.")
+    return w.dequantize() if isinstance(w, QuantizedArray) else np.asarray(w, np.float32)

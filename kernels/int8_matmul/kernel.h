@@ -1,0 +1,262 @@
+// The kernel behind int8_matmul.h, compiled for every instruction set and, where a CPU has it, with VNNI.
+#pragma once
+
+#include "int8_matmul.h"
+
+#include "csrc/runtime/parallel.h"
+#include "csrc/simd/dot.h"
+#include "kernels/matmul/gemm.h"
+#include "kernels/quantized_matmul/blocks.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// Rows of A that go through the weights together: up to kFew in one pass, more in panels of kPanel.
+#if defined(FASTLM_ISA_AVX512)
+constexpr int kFew = 12, kPanel = 6;
+#else
+constexpr int kFew = 4, kPanel = 3;
+#endif
+constexpr int64_t kBlock = 384 << 10;        // bytes of quantised A that stay in L2 while the columns of a piece go by
+constexpr int64_t kAloneInt8 = 1 << 19;      // multiplications below which waking a thread costs more than it gives
+constexpr int64_t kAloneQuantise = 1 << 15;  // numbers
+
+// Vectors of rows of the weight that walk together.
+constexpr int int8_vectors(int rows) {
+#if defined(FASTLM_ISA_AVX512)
+    return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
+#else
+    return rows <= 1 ? 4 : rows <= 3 ? 2 : 1;
+#endif
+}
+
+// A panel of R quantised rows, for each group of 32: codes R x 32, scales R, and what each row adds to the integer sums or, where
+// the weights have minima, the float that multiplies them (Q6_K: for both halves).
+template <Quant Q> struct Rows8 {
+    using L = Layout<Q>;
+    static constexpr int kHalves = Q == Quant::Q6_K ? 2 : 1;
+    static constexpr int64_t kBytes = kUnit + 4 + 4 * kHalves;  // of one row in one group
+
+    // Row i of a panel of R.
+    static void quantise(const float* x, int64_t K, uint8_t* out, int64_t R, int64_t i) {
+        constexpr int V = int(kUnit / W);
+        for (int64_t u = 0; u < K / kUnit; ++u, x += kUnit, out += R * kBytes) {
+            vf v[V];
+            vf most = zero();
+            uint32_t finite = ~0u;
+#pragma GCC unroll 8
+            for (int j = 0; j < V; ++j) {
+                v[j] = load(x + j * W);
+                const vf a = abs(v[j]);
+                most = max(most, a);
+                finite &= bits(le(a, set(3.4028234e38f)));
+            }
+            const bool sane = (finite & ((1u << W) - 1)) == (1u << W) - 1;
+            const float largest = reduce_max(most);
+            float scale = 0.0f, inverse = 0.0f;
+            if (sane && largest >= 0x1p-100f) scale = largest * (1.0f / 127.0f), inverse = 127.0f / largest;
+            uint8_t* codes = out + i * kUnit;
+            vf sum[kHalves];
+#pragma GCC unroll 8
+            for (int j = 0; j < V; ++j) {
+                const vf r = sane ? round(v[j] * set(inverse)) : zero();
+                store_i8(codes + j * W, to_int(r));
+                vf& s = sum[j * kHalves / V];
+                s = j % (V / kHalves) ? s + r : r;
+            }
+            if (L::kBits < 8) even_first(codes);
+            if (!sane) scale = __builtin_nanf("");
+            uint8_t* to = out + R * kUnit + 4 * i;
+            std::memcpy(to, &scale, 4);
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) {
+                const float total = reduce_add(sum[h]);
+                if constexpr (L::kMinimum) {
+                    const float s = scale * total;
+                    std::memcpy(to + 4 * R * (1 + h), &s, 4);
+                } else {
+                    const int32_t offset = L::kOffset * int32_t(total);
+                    std::memcpy(to + 4 * R * (1 + h), &offset, 4);
+                }
+            }
+        }
+    }
+};
+
+FASTLM_INLINE vf set_float(const uint8_t* p) { return as_float(set_bytes(p)); }
+
+// sum (M, columns) = A panel times S vectors of rows of the weight.
+template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
+                                                 const uint8_t* a, float* sum, int64_t ld, const float* bias, bool ahead) {
+    using L = Layout<Q>;
+    using A = Rows8<Q>;
+    constexpr int kWords = 4 / A::kHalves;  // of the codes under one scale
+    Decoder<Q, S> decoder(packed, K, column);
+    vf acc[M][S];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) acc[i][s] = zero();
+    for (int64_t u = 0; u < K / kUnit; ++u, a += M * A::kBytes) {
+        const uint8_t* scales = a + M * kUnit;
+#pragma GCC unroll 2
+        for (int half = 0; half < A::kHalves; ++half) {
+            decoder.scales(u, half);
+            if (ahead && half == 0)
+#pragma GCC unroll 4
+                for (int s = 0; s < S; ++s)
+                    if (decoder.lane[s] == 0)
+#pragma GCC unroll 16
+                        for (int64_t line = 0; line < L::kUnitBytes; line += 64)
+                            __builtin_prefetch(decoder.at[s] + kAhead + line, 0, 2);
+            vi dots[M][S];
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) {
+                const vi from = L::kMinimum ? seti(0) : set_bytes(scales + 4 * M * (1 + half) + 4 * i);
+#pragma GCC unroll 4
+                for (int s = 0; s < S; ++s) dots[i][s] = from;
+            }
+#pragma GCC unroll 4
+            for (int t = half * kWords; t < (half + 1) * kWords; ++t) {
+                vi q[S][2];
+                decoder.bytes(t, q);
+#pragma GCC unroll 16
+                for (int i = 0; i < M; ++i) {
+                    const uint8_t* at = a + i * kUnit + 8 * t;
+                    const vi first = set_bytes(at), second = set_bytes(at + 4);
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; ++s) dots[i][s] = dot<L::kBits>(dots[i][s], q[s][0], first, q[s][1], second);
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) {
+                const vf scale = set_float(scales + 4 * i);
+#pragma GCC unroll 4
+                for (int s = 0; s < S; ++s) acc[i][s] = acc[i][s] + to_float(dots[i][s]) * (decoder.d[s] * scale);
+                if constexpr (L::kMinimum) {
+                    const vf total = set_float(scales + 4 * M + 4 * i);
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; ++s) acc[i][s] = acc[i][s] + decoder.m[s] * total;
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        const int64_t left = columns - s * W;
+        if (left <= 0) return;
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) store_n(sum + i * ld + s * W, bias ? acc[i][s] + load_n(bias + s * W, left) : acc[i][s], left);
+    }
+}
+
+using Int8Block = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, bool);
+struct Int8Choice {
+    Int8Block block;
+    int64_t columns;
+};
+template <Quant Q, int M = kFew> Int8Choice int8_choice(int64_t rows) {
+    if constexpr (M > 1)
+        if (rows < M) return int8_choice<Q, M - 1>(rows);
+    constexpr int S = int8_vectors(M);
+    return {int8_block<Q, M, S>, S * W};
+}
+
+struct Int8Product {
+    const QuantizedMatmul& p;
+
+    template <Quant Q> void run() const {
+        using A = Rows8<Q>;
+        if (p.M == 0 || p.N == 0) return;
+        const bool threads = num_threads() > 1;
+        const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
+        // All rows in one panel, or panels as equal as they can be.
+        const int64_t count = p.M <= kFew ? 1 : ceil_div(p.M, kPanel), size = p.M / count, longer = p.M % count;
+        auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
+        const int64_t groups = p.K / kUnit, row_bytes = groups * A::kBytes;
+        uint8_t* quantised = reinterpret_cast<uint8_t*>(p.workspace);
+        for_pieces(threads && p.M * p.K >= kAloneQuantise, count, ceil_div(1 << 13, (size + 1) * (p.K + 1)),
+                   [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i) {
+                           const int64_t first = begin_of(i), rows = begin_of(i + 1) - first;
+                           for (int64_t r = 0; r < rows; ++r)
+                               A::quantise(p.a + (first + r) * p.K, p.K, quantised + first * row_bytes, rows, r);
+                       }
+                   });
+        auto multiply = [&](const Int8Choice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns, bool ahead) {
+            choice.block(p.packed, p.K, n, columns, quantised + row * row_bytes, target.sum + row * p.N + n, p.N,
+                         p.bias ? p.bias + n : nullptr, ahead);
+            target.finish(row, n, rows, columns);
+        };
+        const Int8Choice choice = int8_choice<Q>(size + (longer ? 1 : 0)), shorter = int8_choice<Q>(size);
+        const int64_t step = choice.columns;
+        const bool parallel = threads && p.M * p.N * p.K >= kAloneInt8;
+        if (count == 1) {
+            for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
+                for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n), true);
+            });
+            return;
+        }
+        // A piece is one step of columns for a block of panels.
+        const int64_t steps = ceil_div(p.N, step);
+        int64_t blocks = ceil_div(p.M * row_bytes, kBlock);
+        if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
+        blocks = least(blocks < 1 ? 1 : blocks, count);
+        for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t piece = begin; piece < end; ++piece) {
+                const int64_t block = piece / steps, n = piece % steps * step;
+                for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
+                    const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
+                    multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), false);
+                }
+            }
+        });
+    }
+};
+void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product{p}); }
+
+struct Int8Workspace {
+    const QuantizedMatmul& p;
+    int64_t* bytes;
+    template <Quant Q> void run() const { *bytes = p.M * (p.K / kUnit) * Rows8<Q>::kBytes; }
+};
+int64_t int8_workspace(const QuantizedMatmul& p) {
+    int64_t bytes = 0;
+    dispatch(p.kind, Int8Workspace{p, &bytes});
+    return bytes;
+}
+
+constexpr int kPeakChains = 12;
+void int8_peak(const Int8Peak& p) {
+    parallel_for(p.pieces, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            vf acc[kPeakChains];
+            vi dots[kPeakChains];
+            for (int c = 0; c < kPeakChains; ++c) acc[c] = zero(), dots[c] = seti(c);
+            const vi u = seti(0x01010101 * int32_t(piece % 3)), s = seti(0x01FF01FF);
+            const vf d = set(0.999f), scale = set(0.5f + float(piece));
+            for (int64_t r = 0; r < p.rounds; ++r) {
+                for (int t = 0; t < 4; ++t)
+#pragma GCC unroll 16
+                    for (int c = 0; c < kPeakChains; ++c) dots[c] = dot<4>(dots[c], u, s, u, s);
+                if (p.scaled)
+#pragma GCC unroll 16
+                    for (int c = 0; c < kPeakChains; ++c) {
+                        acc[c] = acc[c] + to_float(dots[c]) * (acc[(c + 1) % kPeakChains] * scale);
+                        dots[c] = seti(c);
+                    }
+            }
+            vf sum = zero();
+            for (int c = 0; c < kPeakChains; ++c) sum = sum + acc[c] * d + to_float(dots[c]);
+            p.y[piece] = reduce_add(sum);
+        }
+    });
+}
+
+}  // namespace
+
+extern const Int8MatmulKernels int8_matmul_kernels = {kPeakChains * W * kUnit * 2, int8_workspace, int8_matmul, int8_peak};
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
