@@ -14,7 +14,7 @@ RUN := PYTHONPATH=. $(BIN)/python
 READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp kernels/*/*.h kernels/*/*.cpp)
 
-.PHONY: dev test lint format demo bench wheel sanitize stubs clean
+.PHONY: dev test learn lint format demo bench wheel sanitize stubs clean
 .DEFAULT_GOAL := dev
 
 dev: $(READY)
@@ -37,6 +37,10 @@ $(READY): tools/requirements.py
 
 test: dev
 	@$(RUN) -m pytest $(TESTS)
+
+# Every objective on real text, in minutes.
+learn: dev
+	@$(RUN) -m pytest -m learning -s tests/train/test_real_text.py
 
 lint: dev
 	@$(BIN)/ruff check .
