@@ -21,7 +21,7 @@ from fastlm.tensor import no_grad
 from fastlm.train import checkpoint
 from fastlm.train.optimizer import AdamW
 from fastlm.train.schedule import default_lr, warmup_cosine
-from fastlm.train.sources import Data, asked, source, work
+from fastlm.train.sources import Cost, Data, asked, cost, source
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train(
     settings: dict[str, Any] = {"seed": seed, "batch": batch, "context": context, "accumulate": accumulate}
     if objective is not None:
         settings["objective"] = repr(objective)
-    folder = None if out is None else Path(out)
+    folder, costs = None if out is None else Path(out), cost(model)
 
     def run() -> Generator[Step, None, None]:
         first = 0
@@ -119,7 +119,7 @@ def train(
         for n in range(first, steps):
             start = time.perf_counter()
             rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
-            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, n, accumulate, rate, clip)
+            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, costs, n, accumulate, rate, clip)
             seconds = time.perf_counter() - start
             validation = None
             if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
@@ -147,7 +147,7 @@ def train(
 
 
 def _update(
-    model: Any, optimizer: AdamW, batches: Callable[[int], Any], n: int, accumulate: int, lr: float, clip: float | None
+    model: Any, optimizer: AdamW, batches: Callable[[int], Any], costs: Cost, n: int, accumulate: int, lr: float, clip: float | None
 ) -> tuple[float, float, int, float]:
     """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
     model.zero_grad()
@@ -158,8 +158,8 @@ def _update(
         loss = model.loss(**batch._asdict())
         loss.backward(share)
         total += loss.item()
-        cost = work(model, batch)
-        tokens, flops = tokens + cost[0], flops + cost[1]
+        used = costs(batch)
+        tokens, flops = tokens + used[0], flops + used[1]
     norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
     model.zero_grad()  # the next forward pass has their memory
     return total / accumulate, norm, tokens, flops

@@ -17,6 +17,7 @@ from fastlm.models.encoder import Encoder
 from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.models.xlnet import XLNet
 
+Cost = Callable[[Any], tuple[int, float]]
 Data = Corpus | Documents | Labelled | Array | str | os.PathLike[str] | Callable[[int], Any]
 # What a model learns by, by the `trains` of the objective.
 OBJECTIVES = {
@@ -153,30 +154,38 @@ def asked(batch: Any) -> int:
     return int((targets != IGNORED).sum()) if targets.dtype.kind in "iu" else len(targets)
 
 
-def work(model: Any, batch: Any) -> tuple[int, float]:
-    """Tokens of a batch, and the floating-point operations of its forward and backward pass, about.
+def cost(model: Any) -> Cost:
+    """A function that says of a batch: its tokens, and the floating-point operations of its forward and backward pass, about.
 
     Multiply-adds count as two. 6 for every weight that multiplies (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and 12 L H D T
     for attention's two products (Chowdhery et al. 2022, appendix B), half of it where it is causal. Heads are counted for what is asked.
     A weight that several layers share counts once, a teacher not at all.
     """
     main = getattr(model, "model", model)
-    c, sizes = main.config, [getattr(batch, name).size for name in ("ids", "source_ids", "decoder_ids") if hasattr(batch, name)]
-    if isinstance(main, CausalLM) and not hasattr(batch, "perm_mask"):
-        return sizes[0], flops_per_token(main, batch.ids.shape[1]) * sizes[0]
-    width = batch[0].shape[-1]
+    c = main.config
     matrices = {k: p.size for k, p in model.named_parameters().items() if p.ndim == 2 and "embedding" not in k}
-    head_dim = getattr(c, "head_dim", c.d_model // c.n_head)
-    attention = 12.0 * c.n_head * head_dim * width
-    if isinstance(main, EncoderDecoder):
-        source_side = sum(size for k, size in matrices.items() if k.startswith("encoder."))
-        flops = sizes[0] * (6.0 * source_side + c.n_encoder_layer * attention)
-        flops += sizes[1] * (6.0 * (sum(matrices.values()) - source_side) + 1.5 * c.n_layer * attention)
-        return sum(sizes), flops
-    streams = sizes[0] + (batch.targets.size if hasattr(batch, "perm_mask") else 0)
-    body = sum(size for k, size in matrices.items() if not k.startswith("head."))
-    head = c.vocab_size * c.d_model if getattr(c, "head", None) in ("masked_lm", "pretraining", "language_model") else 0
-    return sizes[0], streams * (6.0 * body + c.n_layer * attention) + 6.0 * head * asked(batch)
+    everything = float(sum(matrices.values()))
+    source_side = float(sum(size for k, size in matrices.items() if k.startswith("encoder.")))
+    body = float(sum(size for k, size in matrices.items() if not k.startswith("head.")))
+    attention = 12.0 * c.n_head * getattr(c, "head_dim", c.d_model // c.n_head)
+    asks_tokens = getattr(c, "head", None) in ("masked_lm", "pretraining", "language_model")
+    next_token = flops_per_token(main, 1) - attention / 2 * c.n_layer if isinstance(main, CausalLM) else 0.0
+
+    def of(batch: Any) -> tuple[int, float]:
+        width = batch[0].shape[-1] * attention
+        if isinstance(main, EncoderDecoder):
+            source, target = batch.source_ids.size, batch.decoder_ids.size
+            flops = source * (6.0 * source_side + c.n_encoder_layer * width)
+            return source + target, flops + target * (6.0 * (everything - source_side) + 1.5 * c.n_layer * width)
+        tokens = batch.ids.size
+        if isinstance(main, CausalLM) and not hasattr(batch, "perm_mask"):
+            return tokens, tokens * (next_token + c.n_layer * width / 2)
+        rows = tokens + (batch.targets.size if hasattr(batch, "perm_mask") else 0)  # two streams
+        wanted = batch.targets[0] if isinstance(batch.targets, tuple) else batch.targets
+        head = 6.0 * c.vocab_size * c.d_model * int((wanted != IGNORED).sum()) if asks_tokens else 0.0
+        return tokens, rows * (6.0 * body + c.n_layer * width) + head
+
+    return of
 
 
 def flops_per_token(model: CausalLM, context: int) -> float:

@@ -113,6 +113,22 @@ def test_every_objective_beats_guessing_by_frequency(name):
     assert evaluate(model, CORPUS, 8, 24, objective=objective) == held
 
 
+def test_costs():
+    """By hand: 6 a weight and token, attention's two products, heads where something is asked."""
+    gpt = models.create(models.GPTConfig(V, context=24, d_model=24, n_layer=2, n_head=2))
+    batch = data.Causal()(np.zeros((3, 17), int))
+    assert sources.cost(gpt)(batch) == (48, pytest.approx(48 * sources.flops_per_token(gpt, 16)))
+    bert, batch = RUNS["masked"][0](1), MASKED(np.full((3, 14), 7))
+    layer = 4 * 24 * 24 + 2 * 24 * 48
+    want = 48 * 2 * (6 * layer + 12 * 24 * 16) + 6 * V * 24 * 6  # the head's own square is left out
+    assert sources.cost(bert)(batch) == (48, pytest.approx(want))
+    t5, batch = RUNS["spans"][0](1), data.SpanCorruption(VOCABULARY)(np.full((2, 20), 7))
+    S, T = batch.source_ids.shape[1], batch.decoder_ids.shape[1]
+    encoder = 2 * S * (2 * 6 * layer + 6 * 32 * 2 + 2 * 12 * 24 * S)
+    decoder = 2 * T * (2 * 6 * (layer + 4 * 24 * 24) + 6 * 32 * 2 + 2 * 12 * 24 * S * 1.5)
+    assert sources.cost(t5)(batch) == (2 * (S + T), pytest.approx(encoder + decoder, rel=0.01))
+
+
 # Fit
 
 
