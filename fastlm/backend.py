@@ -38,6 +38,24 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
     return a
 
 
+def memory() -> dict[str, int]:
+    """Bytes of the arrays that `empty` made, small ones left out: live, peak (the most at once since reset_peak), held for reuse.
+
+    What was held for ten seconds without being needed goes back to the system by itself; `release` gives all of it back at once.
+    """
+    return {"live": _C.live_bytes(), "peak": _C.peak_bytes(), "held": _C.cached_bytes()}
+
+
+def reset_peak() -> None:
+    """The peak of `memory` starts anew from what is live."""
+    _C.reset_peak()
+
+
+def release() -> None:
+    """What is held for reuse goes back to the system."""
+    _C.release_cached()
+
+
 def num_threads() -> int:
     """Threads that kernels use: FASTLM_NUM_THREADS, else the CPUs that affinity and the cgroup quota leave."""
     return _C.num_threads()

@@ -217,11 +217,20 @@ def _alone(d: Array, held: int) -> bool:
     )
 
 
-@contextlib.contextmanager
-def no_grad() -> Iterator[None]:
+def no_grad() -> contextlib.AbstractContextManager[None]:
     """Nothing is recorded inside, on this thread."""
+    return _recording(False)
+
+
+def enable_grad() -> contextlib.AbstractContextManager[None]:
+    """Recorded inside, on this thread, within no_grad too."""
+    return _recording(True)
+
+
+@contextlib.contextmanager
+def _recording(on: bool) -> Iterator[None]:
     before = _state.enabled
-    _state.enabled = False
+    _state.enabled = on
     try:
         yield
     finally:

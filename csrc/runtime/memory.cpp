@@ -17,7 +17,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr size_t kPage = 4096, kHuge = size_t(2) << 20;
-constexpr size_t kMapping = size_t(64) << 20;  // the least that is mapped at once: address space, not memory
+constexpr size_t kMapping = size_t(64) << 20;  // the first mapping: address space, not memory
 constexpr size_t kStagger = 320;  // five cache lines between blocks, else arrays of one size would compete for the same cache sets
 constexpr auto kIdle = std::chrono::seconds(10);
 
@@ -105,7 +105,12 @@ class Heap {
 
     // A new hole of at least `size`, joined to the one behind it: the system puts mappings next to one another where it can.
     bool map(size_t size) {
-        size = size < kMapping ? kMapping : (size + kHuge - 1) / kHuge * kHuge;
+        const size_t least = mapped_ > kMapping ? mapped_ : kMapping;  // doubling: few mappings, whose ends do not go to waste
+        if (map_exactly(size > least ? (size + kHuge - 1) / kHuge * kHuge : least)) return true;
+        return least > size && map_exactly((size + kHuge - 1) / kHuge * kHuge);
+    }
+
+    bool map_exactly(size_t size) {
         void* found = mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (found == MAP_FAILED) return false;
         char* begin = static_cast<char*>(found);  // the end is aligned, so that the next mapping can touch this one
@@ -122,6 +127,7 @@ class Heap {
             erase(next->first, next->second.size);
         }
         insert(at, hole);
+        mapped_ += size;
         return true;
     }
 
@@ -148,7 +154,7 @@ class Heap {
     std::mutex mutex_;
     std::map<char*, Hole> holes_;
     std::set<std::pair<size_t, char*>> by_size_;
-    size_t held_ = 0, live_ = 0, peak_ = 0, least_held_ = 0;
+    size_t held_ = 0, live_ = 0, peak_ = 0, least_held_ = 0, mapped_ = 0;
     Clock::time_point since_ = Clock::now();
 };
 

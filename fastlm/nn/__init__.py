@@ -8,6 +8,7 @@ from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.module import Declared, Module, count_parameters, initialise, parameter
 from fastlm.nn.moe import MoE
 from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.recompute import recompute
 from fastlm.nn.rope import Rope, rope_scaling
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "count_parameters",
     "initialise",
     "parameter",
+    "recompute",
     "rope_scaling",
 ]

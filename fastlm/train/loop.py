@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import backend
+from fastlm import backend, nn
 from fastlm.checkpoint import atomic_write
 from fastlm.data import Corpus, Labelled, Objective
 from fastlm.tensor import no_grad
@@ -26,7 +26,8 @@ from fastlm.train.sources import Cost, Data, asked, cost, source
 
 @dataclass(frozen=True)
 class Step:
-    """One update. `step` counts from 1. `grad_norm` is that before clipping. `skipped`: loss or gradient was not finite."""
+    """One update. `step` counts from 1. `grad_norm` is that before clipping. `skipped`: loss or gradient was not finite. `memory`: the
+    most bytes of arrays at once, the parameters and the optimiser's among them."""
 
     step: int
     steps: int
@@ -38,6 +39,7 @@ class Step:
     seconds_left: float
     validation_loss: float | None = None
     skipped: bool = False
+    memory: int = 0
 
     @property
     def roof_share(self) -> float:
@@ -73,6 +75,7 @@ def train(
     save_every: int = 0,
     resume: bool = False,
     tokenizer: Any = None,
+    recompute: bool = False,
 ) -> Generator[Step, None, None]:
     """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine, clipping by norm.
 
@@ -85,6 +88,8 @@ def train(
     held-out data is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
     save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
     in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
+    recompute: a block's activations are not kept but computed again in the backward pass: less memory, a quarter more time, the same
+    bits.
 
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
@@ -112,21 +117,32 @@ def train(
     folder, costs = None if out is None else Path(out), cost(model)
 
     def run() -> Generator[Step, None, None]:
+        if recompute:
+            nn.recompute(model)
+        try:
+            yield from updates()
+        finally:
+            if recompute:
+                nn.recompute(model, False)
+            backend.release()
+
+    def updates() -> Generator[Step, None, None]:
         first = 0
         if resume and folder is not None and (found := checkpoint.checkpoints(folder)):
             first = checkpoint.restore(found[-1], model, optimizer, settings)
         log = None if folder is None else Log(folder, first)
         for n in range(first, steps):
             start = time.perf_counter()
+            backend.reset_peak()
             rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
             loss, norm, tokens, flops = _update(model, optimizer, batches.batch, costs, n, accumulate, rate, clip)
-            seconds = time.perf_counter() - start
+            seconds, memory = time.perf_counter() - start, backend.memory()["peak"]
             validation = None
             if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
                 validation = mean_loss(model, batches.held_out())
             step = Step(
                 n + 1, steps, loss, rate, norm, tokens / seconds, flops / seconds, seconds * (steps - n - 1),
-                validation, not math.isfinite(loss + norm),
+                validation, not math.isfinite(loss + norm), memory,
             )  # fmt: skip
             if step.skipped:
                 warnings.warn(f"[train] step {n + 1} skipped: loss {loss}, gradient norm {norm}", RuntimeWarning, stacklevel=2)
