@@ -12,7 +12,7 @@ FASTLM_KERNELS(AttentionBackwardKernels, attention_backward)
 namespace fastlm {
 namespace {
 
-int64_t stride(const py::array& a, int axis) { return a.strides(axis) / int64_t(sizeof(float)); }
+int64_t stride(const py::array& a, int axis) { return a.strides(axis) / int64_t(a.itemsize()); }
 // The stride of an axis that may be broadcast.
 int64_t spread(const py::array& a, int axis) { return a.shape(axis) == 1 ? 0 : stride(a, axis); }
 
@@ -33,7 +33,7 @@ struct Block {
 AttentionInputs packed(const py::array& q, const py::array& k, const py::array& v, const py::array& offsets, int64_t longest,
                        int64_t window, double scale, bool causal) {
     AttentionInputs p{};
-    p.q = f32(q), p.k = f32(k), p.v = f32(v), p.offsets = data<int32_t>(offsets);
+    p.q = f32(q), p.k = data<void>(k), p.v = data<void>(v), p.offsets = data<int32_t>(offsets);
     p.q_time = stride(q, 0), p.k_time = stride(k, 0), p.v_time = stride(v, 0);
     p.B = dim(offsets, 0) - 1, p.rows = dim(q, 0), p.T = p.S = longest;
     p.H = dim(q, 1), p.G = dim(k, 1), p.D = dim(q, 2), p.E = dim(v, 2);
@@ -44,7 +44,7 @@ AttentionInputs packed(const py::array& q, const py::array& k, const py::array& 
 AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& v, const py::object& bias,
                        const py::object& lengths, int64_t window, double scale, bool causal) {
     AttentionInputs p{};
-    p.q = f32(q), p.k = f32(k), p.v = f32(v), p.bias = f32(bias), p.lengths = data<int32_t>(lengths);
+    p.q = f32(q), p.k = data<void>(k), p.v = data<void>(v), p.bias = f32(bias), p.lengths = data<int32_t>(lengths);
     p.q_batch = stride(q, 0), p.q_time = stride(q, 1);
     p.k_batch = stride(k, 0), p.k_time = stride(k, 1);
     p.v_batch = stride(v, 0), p.v_time = stride(v, 1);
@@ -52,7 +52,9 @@ AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& 
         const auto a = py::reinterpret_borrow<py::array>(bias);
         p.bias_batch = spread(a, 0), p.bias_head = spread(a, 1), p.bias_time = stride(a, 2);
     }
-    p.B = dim(q, 0), p.T = dim(q, 1), p.S = dim(k, 1), p.H = dim(q, 2), p.G = dim(k, 2), p.D = dim(q, 3), p.E = dim(v, 3);
+    p.B = dim(q, 0), p.T = dim(q, 1), p.S = dim(k, 1), p.H = dim(q, 2), p.G = dim(k, 2), p.D = dim(q, 3);
+    p.kind = k.itemsize() == 4 ? CacheKind::float32 : k.itemsize() == 2 ? CacheKind::bfloat16 : CacheKind::int8;
+    p.E = dim(v, 3) - (p.kind == CacheKind::int8 ? 4 : 0);
     p.rows = p.B * p.T, p.window = window, p.scale = scale, p.causal = causal;
     return p;
 }
@@ -83,7 +85,7 @@ void bind_attention(py::module_& m) {
               const AttentionInputs& in = p.in;
               const int64_t rows = in.T * (in.H / in.G);
               if (!p.stats && rows <= attention_decode_kernels().max_rows) {
-                  const Block partial(in.B * in.G * (ceil_div(in.S, kAttentionChunk) + (in.S == 0)) * rows * (in.E + 2));
+                  const Block partial(attention_decode_kernels().workspace(p));
                   p.partial = partial.memory;
                   NoGil nogil;
                   attention_decode_kernels().forward(p);

@@ -4,15 +4,17 @@
 
 #include <cstdint>
 
+#include "kernels/cache_append/cache_append.h"
+
 namespace fastlm {
 
-// What the passes share. Strides count floats; a head's stride is D (E for v), the last axis is contiguous.
+// What the passes share. Strides count elements (int8: bytes); a head's stride is its width, the last axis is contiguous.
 // Query t of sequence b stands at lengths[b] - T + t. It sees the keys [low, high): high is its position + 1 where causal, else
 // lengths[b], and low is high - window, both cut to [0, lengths[b]]. Keys at lengths[b] and beyond are never read.
 struct AttentionInputs {
     const float* q;          // (B, T, H, D)
-    const float* k;          // (B, S, G, D)
-    const float* v;          // (B, S, G, E)
+    const void* k;           // (B, S, G, D) as `kind` says; what is read are the numbers that it stands for
+    const void* v;           // (B, S, G, E)
     const float* bias;       // (1 or B, 1 or H, T, S) or null
     const int32_t* lengths;  // (B,) or null: S
     const int32_t* offsets;  // (B + 1,) or null. Packed: sequence b has the rows offsets[b] .. offsets[b + 1] of q (R, H, D), of
@@ -24,13 +26,14 @@ struct AttentionInputs {
     int64_t window;  // 0: none
     double scale;
     bool causal;
+    CacheKind kind;  // float32 in the backward pass
 };
 
 struct AttentionForward {
     float* y;        // (B, T, H, E)
     float* stats;    // (B, T, H, 2) or null: the largest score and 1 / the sum of weights against it (0: the query sees nothing).
                      // The log-sum-exp in two parts: as one number its rounding would be the largest error of the backward pass.
-    float* partial;  // (attention_chunks, R, E + 2) for decode.forward, R = T H / G; else null
+    float* partial;  // (attention_decode.workspace,) for decode.forward; else null
     AttentionInputs in;
 };
 
@@ -49,14 +52,16 @@ struct AttentionBackward {
 };
 
 constexpr int64_t kAttentionKeys = 64;    // keys in a tile; tiles start at key 0, so that a row's bits depend on nothing else
-constexpr int64_t kAttentionChunk = 256;  // keys in a piece of decoding
+constexpr int64_t kAttentionChunk = 256;  // keys of which the weights are summed together, before these sums are merged in order
 
 struct AttentionKernels {
     void (*forward)(const AttentionForward&);
 };
 
-// The same function for few queries: each group's keys and values are read once, straight from the cache.
+// The same function, bit for bit, for few queries: each group's keys and values are read once, straight from the cache. Its cost
+// depends on the lengths, not on S.
 struct AttentionDecodeKernels {
+    int64_t (*workspace)(const AttentionForward&);  // floats
     void (*forward)(const AttentionForward&);
     int64_t max_rows;  // T H / G up to which it is the faster one
 };

@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "attention_tile.h"
 
 namespace fastlm {
@@ -183,8 +181,8 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
     high = least(end, high);
     for (int64_t j = most(begin, low / kKeys * kKeys); j < high; j += kKeys) {
         const int64_t n = least(kKeys, high - j), token = key_row(in, b, j, g);
-        const float* k = pack_rows(w.k, key(in, b, j, g), in.k_time, n, in.D);
-        const float* v = pack_rows(w.v, value(in, b, j, g), in.v_time, n, in.E);
+        const float* k = pack_rows<Float32>(w.k, key<Float32>(in, b, j, g), in.k_time, n, in.D, in.D);
+        const float* v = pack_rows<Float32>(w.v, value<Float32>(in, b, j, g), in.v_time, n, in.E, in.E);
         std::memset(w.dk, 0, size_t(n * D) * sizeof(float));
         std::memset(w.dv, 0, size_t(n * E) * sizeof(float));
         for (int64_t i = 0; i < tiles; ++i) {

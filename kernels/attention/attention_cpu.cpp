@@ -7,9 +7,43 @@ namespace {
 // The state of one tile of rows.
 struct State {
     Tile t;
-    float *qt, *ot;                                // (D, kRows), (E, kRows)
-    alignas(64) float maximum[kRows], sum[kRows];  // of the scores; of the weights against it
+    float* qt;                                     // (D, kRows)
+    float* ot;                                     // (E, kRows): of the chunk of keys so far
+    alignas(64) float maximum[kRows], sum[kRows];  // of its scores; of its weights against that
+    float* total;                                  // (E, kRows): of the chunks before; null where there is one chunk
+    alignas(64) float total_maximum[kRows], total_sum[kRows];
+    bool merged;  // the total holds something
 };
+
+void open_chunk(State& s, int64_t E) {
+    for (int64_t r = 0; r < s.t.vectors * W; ++r) s.maximum[r] = -INFINITY, s.sum[r] = 0.0f;
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t v = 0; v < s.t.vectors; ++v) store(s.ot + e * kRows + v * W, zero());
+}
+
+// total = what it holds, and the chunk: merge_row of attention_rows.h, rows in lanes.
+void close_chunk(State& s, const AttentionInputs& p) {
+    if (!s.total) return;
+    const vf unit = set(units(p).unit), lowest = set(units(p).low);
+    for (int64_t v = 0; v < s.t.vectors && s.merged; ++v) {
+        const vf before = load(s.total_maximum + v * W), m = load(s.maximum + v * W), largest = max(before, m);
+        const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);
+        const vf keep = exp2_negative(before - base, unit, lowest), take = exp2_negative(m - base, unit, lowest);
+        store(s.total_maximum + v * W, largest);
+        store(s.total_sum + v * W, load(s.total_sum + v * W) * keep + load(s.sum + v * W) * take);
+        for (int64_t e = 0; e < p.E; ++e) {
+            float* at = s.total + e * kRows + v * W;
+            store(at, fma(load(s.ot + e * kRows + v * W), take, load(at) * keep));
+        }
+    }
+    if (!s.merged) {
+        float* other = s.total;
+        s.total = s.ot, s.ot = other, s.merged = true;
+        std::memcpy(s.total_maximum, s.maximum, sizeof s.maximum);
+        std::memcpy(s.total_sum, s.sum, sizeof s.sum);
+    }
+    open_chunk(s, p.E);
+}
 
 // One key tile, k: (n, D), values: (n, E): the online softmax of FlashAttention, rows in lanes. scores: (kKeys, kRows).
 void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n) {
@@ -33,7 +67,8 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
         const vf largest = max(max(m[0], m[1]), max(m[2], m[3]));
         const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);  // nothing seen yet: 2^(-inf - 0) = 0, not nan
         const vf shrink = exp2_negative(before - base, unit, lowest);
-        vf total = load(state.sum + v * W) * shrink;
+        vf part[W];  // by the key's lane in the rows path, added up as reduce_add does
+        for (int64_t l = 0; l < W; ++l) part[l] = zero();
         for (int64_t i = 0; i < count; ++i) {
             const Span& s = list[i];
             if (v < s.v0 || v >= s.v1) continue;
@@ -41,11 +76,14 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
             for (int64_t j = 0; j < s.n; ++j) {
                 const vf e = exp2_negative(load(x + j * kRows) - base, unit, lowest);
                 store(x + j * kRows, e);
-                total = total + e;
+                vf& to = part[(s.j - j0 + j) % W];
+                to = to + e;
             }
         }
+        for (int64_t half = W / 2; half > 0; half /= 2)
+            for (int64_t l = 0; l < half; ++l) part[l] = part[l] + part[l + half];
         store(state.maximum + v * W, largest);
-        store(state.sum + v * W, total);
+        store(state.sum + v * W, load(state.sum + v * W) * shrink + part[0]);
         if (any(lt(shrink, set(1.0f))) || any(is_nan(shrink)))
             for (int64_t e = 0; e < p.E; ++e) store(state.ot + e * kRows + v * W, load(state.ot + e * kRows + v * W) * shrink);
     }
@@ -60,20 +98,22 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
 bool close_tile(const State& state, const AttentionForward& p) {
     const AttentionInputs& in = p.in;
     const Tile& t = state.t;
+    const float *ot = state.total ? state.total : state.ot, *maximum = state.total ? state.total_maximum : state.maximum,
+                *sum = state.total ? state.total_sum : state.sum;
     bool bad = false;
     for (int64_t v = 0; v < t.vectors; ++v) {
-        const vf total = load(state.sum + v * W);
+        const vf total = load(sum + v * W);
         const vf inverse = select(eq(total, zero()), zero(), set(1.0f) / total);
         float part[W];
         store(part, inverse);
         for (int64_t i = 0; p.stats && i < least(W, t.rows - v * W); ++i) {
             float* stats = p.stats + 2 * output(in, t.b, t.time[v * W + i], t.head[v * W + i]);
-            stats[0] = state.maximum[v * W + i], stats[1] = part[i];
+            stats[0] = maximum[v * W + i], stats[1] = part[i];
         }
         vf check = zero();
         for (int64_t e = 0; e < in.E; e += W) {
             vf a[W];
-            for (int64_t i = 0; i < W; ++i) a[i] = e + i < in.E ? load(state.ot + (e + i) * kRows + v * W) * inverse : zero();
+            for (int64_t i = 0; i < W; ++i) a[i] = e + i < in.E ? load(ot + (e + i) * kRows + v * W) * inverse : zero();
             for (int64_t i = 0; i < W; ++i) check = fma(a[i], zero(), check);
             transpose(a);
             for (int64_t i = 0; i < least(W, t.rows - v * W); ++i)
@@ -89,29 +129,37 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
     const AttentionInputs& in = p.in;
     State states[kTogether];
     const int64_t tiles = (rows + kRows - 1) / kRows;
-    float* memory = static_cast<float*>(scratch(size_t((in.D + in.E) * (tiles * kRows + kKeys) + kRows * kKeys) * sizeof(float)));
+    float* memory =
+        static_cast<float*>(scratch(size_t((in.D + 2 * in.E) * tiles * kRows + (in.D + in.E + kRows) * kKeys) * sizeof(float)));
     float* scores = memory;
     float* k_copy = scores + kKeys * kRows;
     float* v_copy = k_copy + kKeys * in.D;
     float* at = v_copy + kKeys * in.E;
     int64_t low = in.S, high = 0;
-    for (int64_t i = 0; i < tiles; ++i, at += (in.D + in.E) * kRows) {
+    for (int64_t i = 0; i < tiles; ++i, at += (in.D + 2 * in.E) * kRows) {
         State& s = states[i];
         open_tile(s.t, in, b, g, first + i * kRows, least(kRows, rows - i * kRows));
         s.qt = at, s.ot = at + in.D * kRows;
         pack_transposed(s.qt, s.t, in.D, units(in).sign, [&](int64_t r) { return query(in, b, s.t.time[r], s.t.head[r]); });
-        for (int64_t r = 0; r < s.t.vectors * W; ++r) s.maximum[r] = -INFINITY, s.sum[r] = 0.0f;
-        for (int64_t e = 0; e < in.E; ++e)
-            for (int64_t v = 0; v < s.t.vectors; ++v) store(s.ot + e * kRows + v * W, zero());
+        s.total = s.t.low_min / kChunk < (s.t.high_max - 1) / kChunk ? s.ot + in.E * kRows : nullptr;
+        s.merged = false;
+        open_chunk(s, in.E);
         low = least(low, s.t.low_min), high = most(high, s.t.high_max);
     }
     for (int64_t j = low / kKeys * kKeys; j < high; j += kKeys) {
         const int64_t n = least(kKeys, high - j);
-        const float* k = pack_rows(k_copy, key(in, b, j, g), in.k_time, n, in.D);
-        const float* v = pack_rows(v_copy, value(in, b, j, g), in.v_time, n, in.E);
-        for (int64_t i = 0; i < tiles; ++i)
-            if (j < states[i].t.high_max && j + n > states[i].t.low_min)
-                add_tile(states[i], in, scores, k, v, j, least(n, states[i].t.high_max - j));
+        const float *k = nullptr, *v = nullptr;
+        each_store(in, [&](auto kind) {
+            using S = decltype(kind);
+            k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
+            v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, in.E);
+        });
+        for (int64_t i = 0; i < tiles; ++i) {
+            State& s = states[i];
+            if (j >= s.t.high_max || j + n <= s.t.low_min) continue;
+            add_tile(s, in, scores, k, v, j, least(n, s.t.high_max - j));
+            if ((j + kKeys) % kChunk == 0 || j + kKeys >= s.t.high_max) close_chunk(s, in);
+        }
     }
     bool bad[kTogether];
     for (int64_t i = 0; i < tiles; ++i) bad[i] = close_tile(states[i], p);

@@ -1,4 +1,5 @@
-// Few query rows against a range of keys: lanes run along D (scores) and E (values), K and V are read once, where they lie.
+// Few query rows against a chunk of keys, with the bits that the tiles give: lanes run along the keys (scores) and along E
+// (values), K and V are read once for all rows, where they lie.
 #pragma once
 
 #include "attention_tile.h"
@@ -7,19 +8,24 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kChunk = kAttentionChunk;
-constexpr int64_t kMaxRows = 16;
+constexpr int64_t kMaxRows = 64;
+constexpr int64_t kFew = 4;  // rows up to which keys and values go through registers alone
 
-// Up to kMaxRows rows of group g of sequence b, packed once. Row i is query time[i], head head[i].
+// Rows [first, first + n) of group g of sequence b, packed once. Row i is query time[i], head head[i].
 struct Rows {
     int64_t b, g, n, width;  // width: D rounded up to vectors
+    int64_t low_min, high_max;
     int64_t time[kMaxRows], head[kMaxRows], low[kMaxRows], high[kMaxRows];
+    float shrink[kMaxRows][kChunk / kKeys];
     float* q;       // (n, width), zero beyond D
-    float* scores;  // (n, kChunk)
+    float* scores;  // (n, kChunk), key j at j % kChunk
+    float* kt;      // (D, kBlockVectors W), n > kFew alone
+    float* v;       // (kKeys, E rounded up), the same
 };
 
 FASTLM_INLINE size_t rows_bytes(const AttentionInputs& p, int64_t n) {
-    return size_t(n * (round_up(p.D) + kChunk)) * sizeof(float);
+    const int64_t packed = n > kFew ? p.D * kBlockVectors * W + kKeys * round_up(p.E) : 0;
+    return size_t(n * (round_up(p.D) + kChunk) + packed) * sizeof(float);
 }
 
 static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g, int64_t first, int64_t n, float* memory) {
@@ -27,6 +33,8 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
     rows.b = b, rows.g = g, rows.n = n, rows.width = round_up(p.D);
     rows.q = memory;
     rows.scores = memory + n * rows.width;
+    rows.kt = rows.scores + n * kChunk;
+    rows.v = rows.kt + p.D * kBlockVectors * W;
     const vf sign = set(units(p).sign);
     for (int64_t i = 0; i < n; ++i) {
         const int64_t r = first + i;
@@ -36,67 +44,151 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
         const float* q = query(p, b, rows.time[i], rows.head[i]);
         for (int64_t c = 0; c < rows.width; c += W) store(rows.q + i * rows.width + c, load_n(q + c, p.D - c) * sign);
     }
+    rows.low_min = rows.low[0], rows.high_max = rows.high[n - 1];  // both grow with the time
 }
 
-// NR x W / NR dot products: rows from q on, keys k + at[i]. out[r][i].
-template <int NR>
-FASTLM_INLINE void dot_block(float* out, const float* q, int64_t width, const float* k, int64_t stride, int64_t D, int64_t n) {
-    constexpr int NK = W / NR;
-    const float* at[NK];
-    for (int i = 0; i < NK; ++i) at[i] = k + (i < n ? i : n - 1) * stride;  // a key too many reads the last one again
-    vf acc[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) acc[i] = zero();
+// A row of what a chunk gives, or several chunks together: E sums of weights times values in whole vectors, then, at row_end, the
+// largest score and the sum of weights against it.
+FASTLM_INLINE int64_t row_end(const AttentionInputs& p) { return round_up(p.E); }
+FASTLM_INLINE int64_t row_width(const AttentionInputs& p) { return row_end(p) + W; }
+
+// NR x W scores: the dot products of q's rows with the keys k + i stride, i < n; a key too many reads the last one again. The
+// chains of `dot`, the keys in the lanes.
+template <class S, int NR, int Chain> FASTLM_INLINE void dot_block(float* out, const float* q, int64_t width,
+                                                                   const typename S::T* k, int64_t stride, int64_t D, int64_t n) {
+    Row<S> at[W];
+    for (int i = 0; i < W; ++i) at[i] = Row<S>(k + (i < n ? i : n - 1) * stride, D);
+    vf total[NR], part[NR];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) total[r] = part[r] = zero();
     int64_t c = 0;
     for (; c + W <= D; c += W) {
-        vf x[NR];
-#pragma GCC unroll 4
-        for (int r = 0; r < NR; ++r) x[r] = load(q + r * width + c);
+        vf kt[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < NK; ++i) {
-            const vf y = load(at[i] + c);
+        for (int i = 0; i < W; ++i) kt[i] = at[i].whole(c);
+        transpose(kt);
+#pragma GCC unroll 16
+        for (int d = 0; d < W; ++d) {
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) acc[r * NK + i] = fma(x[r], y, acc[r * NK + i]);
+            for (int r = 0; r < NR; ++r) part[r] = fma(set(q[r * width + c + d]), kt[d], part[r]);
+            if (Chain <= W ? (d + 1) % Chain != 0 : d + 1 < W || (c + W) % Chain != 0) continue;
+#pragma GCC unroll 4
+            for (int r = 0; r < NR; ++r) total[r] = total[r] + part[r], part[r] = zero();
         }
     }
     if (c < D) {
-        vf x[NR];
-#pragma GCC unroll 4
-        for (int r = 0; r < NR; ++r) x[r] = load(q + r * width + c);
-#pragma GCC unroll 16
-        for (int i = 0; i < NK; ++i) {
-            const vf y = load_n(at[i] + c, D - c);
-#pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) acc[r * NK + i] = fma(x[r], y, acc[r * NK + i]);
+        vf kt[W];
+        for (int i = 0; i < W; ++i) kt[i] = at[i].part(c, D - c);
+        transpose(kt);
+        for (int64_t d = 0; d < D - c; ++d) {
+            for (int r = 0; r < NR; ++r) part[r] = fma(set(q[r * width + c + d]), kt[d], part[r]);
+            if ((c + d + 1) % Chain != 0) continue;
+            for (int r = 0; r < NR; ++r) total[r] = total[r] + part[r], part[r] = zero();
         }
     }
-    if (NR == 1) return store_n(out, reduce_add_each(acc), n);
-    float sums[W];
-    store(sums, reduce_add_each(acc));
-    for (int r = 0; r < NR; ++r)
-        for (int64_t i = 0; i < NK; ++i)
-            if (i < n) out[r * kChunk + i] = sums[r * NK + i];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) store(out + r * kChunk, D % Chain != 0 ? total[r] + part[r] : total[r]);
 }
 
-template <int NR>
-static void dots(float* out, const float* q, int64_t width, const float* k, int64_t stride, int64_t D, int64_t n) {
-    constexpr int64_t NK = W / NR;
-    for (int64_t j = 0; j < n; j += NK) dot_block<NR>(out + j, q, width, k + j * stride, stride, D, n - j);
+template <class S, int NR>
+static void dots(float* out, const float* q, int64_t width, const typename S::T* k, int64_t stride, int64_t D, int64_t n) {
+    switch (chain(D)) {
+        case 4: return dot_block<S, NR, 4>(out, q, width, k, stride, D, n);
+        case 8: return dot_block<S, NR, 8>(out, q, width, k, stride, D, n);
+        default: return dot_block<S, NR, 16>(out, q, width, k, stride, D, n);
+    }
 }
 
-// o[r][e] = sum over keys of p[r][j] v[j][e] for NR rows and NV vectors.
-template <int NR, int NV>
-static void mix_block(float* o, int64_t ldo, const float* p, const float* v, int64_t stride, int64_t n, int64_t width) {
-    vf acc[NR][NV];
+// kt[d][i] = key i's element d for `vectors` vectors of keys, n of them there. kt: (D, kBlockVectors W).
+template <class S> static void pack_keys(float* kt, const typename S::T* k, int64_t stride, int64_t D, int64_t n, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v)
+        for (int64_t c = 0; c < D; c += W) {
+            vf a[W];
+            for (int64_t i = 0; i < W; ++i) {
+                const Row<S> row(k + least(v * W + i, n - 1) * stride, D);
+                a[i] = c + W <= D ? row.whole(c) : row.part(c, D - c);
+            }
+            transpose(a);
+            for (int64_t d = 0; d < least(W, D - c); ++d) store(kt + (c + d) * kBlockVectors * W + v * W, a[d]);
+        }
+}
+
+// The scores of keys [begin, end), begin a multiple of W.
+template <class S> static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t begin, int64_t end) {
+    const int64_t n = rows.n, w = rows.width, block = n <= kFew ? W : kBlockVectors * W;
+    for (int64_t j = begin; j < end; j += block) {
+        const typename S::T* k = key<S>(p, rows.b, j, rows.g);
+        const int64_t m = least(block, end - j);
+        float* out = rows.scores + j % kChunk;
+        for (int64_t i = m + W; i < least(end - j, 2 * m + W); ++i)
+            for (int64_t c = 0; c < p.D; c += 64 / int64_t(sizeof(typename S::T))) __builtin_prefetch(k + i * p.k_time + c);
+        if (n == 1) dots<S, 1>(out, rows.q, w, k, p.k_time, p.D, m);
+        else if (n == 2) dots<S, 2>(out, rows.q, w, k, p.k_time, p.D, m);
+        else if (n == 3) dots<S, 3>(out, rows.q, w, k, p.k_time, p.D, m);
+        else if (n == 4) dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m);
+        else {
+            const int64_t vectors = (m + W - 1) / W;
+            pack_keys<S>(rows.kt, k, p.k_time, p.D, m, vectors);
+            product<false, false>(out, kChunk, rows.q, w, rows.kt, block, n, vectors, p.D, chain(p.D));
+        }
+    }
+}
+
+// Scores of keys [begin, end) become weights, by tiles of kKeys; maximum and sum of weights go to out[0], out[1].
+static void rows_softmax(float* out, Rows& rows, const AttentionInputs& p, int64_t begin, int64_t end, int64_t r) {
+    const Units u = units(p);
+    float* s = rows.scores + r * kChunk - begin / kChunk * kChunk;  // by the key's number
+    const int64_t low = least(end, most(begin, rows.low[r])), high = most(low, least(end, rows.high[r]));
+    for (int64_t j = begin; j < low; ++j) s[j] = -INFINITY;
+    for (int64_t j = high; j < begin + round_up(end - begin); ++j) s[j] = -INFINITY;
+    if (p.bias) {
+        const float* bias = p.bias + rows.b * p.bias_batch + rows.head[r] * p.bias_head + rows.time[r] * p.bias_time;
+        for (int64_t j = low; j < high; j += W)
+            store_n(s + j, fma(load_n(s + j, high - j), set(u.scale), load_n(bias + j, high - j)), high - j);
+    }
+    float maximum = -INFINITY, sum = 0.0f;
+    for (int64_t tile = begin / kKeys * kKeys, i = tile % kChunk / kKeys; tile < end; tile += kKeys, ++i) {
+        const int64_t from = most(begin, tile), to = least(end, tile + kKeys);
+        vf top = set(maximum);
+        for (int64_t j = from; j < to; j += W) top = max(top, load(s + j));
+        const float largest = reduce_max(top), base = largest == -INFINITY ? 0.0f : largest;
+        float shrink = 1.0f;
+        if (!(largest == maximum)) {
+            float all[W];
+            store(all, exp2_negative(set(maximum - base), set(u.unit), set(u.low)));
+            shrink = all[0];
+        }
+        vf part = zero();
+        for (int64_t j = from; j < to; j += W) {
+            const vf e = exp2_negative(load(s + j) - set(base), set(u.unit), set(u.low));
+            store(s + j, e);
+            part = part + e;
+        }
+        sum = sum * shrink + reduce_add(part);
+        rows.shrink[r][i] = shrink;
+        maximum = largest;
+    }
+    out[0] = maximum, out[1] = sum;
+}
+
+// o[r][e] += the sum over keys of p[r][j] v[j][e] for NR rows and NV vectors, n keys in chains that end at multiples of kChain.
+// phase: the first key's place in its chain.
+template <class S, int NR, int NV, bool Whole> static void mix_block(float* o, int64_t ldo, const float* p, const typename S::T* v,
+                                                                     int64_t stride, int64_t n, int64_t phase, int64_t E,
+                                                                     int64_t e) {
+    for (int64_t j = 0; j < n;) {
+        const int64_t end = least(n, j + kChain - phase);
+        phase = 0;
+        vf acc[NR][NV];
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r)
+        for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < NV; ++i) acc[r][i] = zero();
-    if (width >= NV * W) {
-        for (int64_t j = 0; j < n; ++j) {
+            for (int i = 0; i < NV; ++i) acc[r][i] = zero();
+        for (; j < end; ++j) {
+            const Row<S> row(v + j * stride, E);
             vf x[NV];
 #pragma GCC unroll 4
-            for (int i = 0; i < NV; ++i) x[i] = load(v + j * stride + i * W);
+            for (int i = 0; i < NV; ++i) x[i] = Whole ? row.whole(e + i * W) : row.part(e + i * W, E - e - i * W);
 #pragma GCC unroll 4
             for (int r = 0; r < NR; ++r) {
                 const vf y = set(p[r * kChunk + j]);
@@ -104,139 +196,116 @@ static void mix_block(float* o, int64_t ldo, const float* p, const float* v, int
                 for (int i = 0; i < NV; ++i) acc[r][i] = fma(y, x[i], acc[r][i]);
             }
         }
-    } else {
-        for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 4
             for (int i = 0; i < NV; ++i) {
-                const vf x = load_n(v + j * stride + i * W, most(0, width - i * W));
-#pragma GCC unroll 4
-                for (int r = 0; r < NR; ++r) acc[r][i] = fma(set(p[r * kChunk + j]), x, acc[r][i]);
+                float* at = o + r * ldo + e + i * W;
+                store(at, load(at) + acc[r][i]);
             }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < NV; ++i)
-            if (i * W < width) store_n(o + r * ldo + i * W, acc[r][i], width - i * W);
 }
 
-template <int NR> static void mix(float* o, int64_t ldo, const float* p, const float* v, int64_t stride, int64_t n, int64_t E) {
+template <class S, int NR> static void mix(float* o, int64_t ldo, const float* p, const typename S::T* v, int64_t stride, int64_t n,
+                                           int64_t phase, int64_t E) {
     constexpr int NV = kBlockVectors;
     int64_t e = 0;
-    for (; e + NV * W <= E; e += NV * W) mix_block<NR, NV>(o + e, ldo, p, v + e, stride, n, NV * W);
-    for (; e < E; e += W) mix_block<NR, 1>(o + e, ldo, p, v + e, stride, n, E - e);
+    for (; e + NV * W <= E; e += NV * W) mix_block<S, NR, NV, true>(o, ldo, p, v, stride, n, phase, E, e);
+    for (; e + W <= E; e += W) mix_block<S, NR, 1, true>(o, ldo, p, v, stride, n, phase, E, e);
+    if (e < E) mix_block<S, NR, 1, false>(o, ldo, p, v, stride, n, phase, E, e);
 }
 
-// The same for one row and one vector of at most `width` elements, in four chains: one would wait for itself at every key.
-// phase: of the first key, so that a key's chain does not depend on where the range begins.
-static void mix_narrow(float* o, const float* p, const float* v, int64_t stride, int64_t n, int64_t width, int64_t phase) {
-    vf acc[4] = {zero(), zero(), zero(), zero()};
-    int64_t j = 0;
-    for (; j < n && (j + phase) % 4 != 0; ++j) {
-        vf& to = acc[(j + phase) % 4];
-        to = fma(set(p[j]), load_n(v + j * stride, width), to);
+// out's rows = the sum of weights times values over the keys [first, end), tile by tile.
+template <class S>
+static void rows_values(float* out, int64_t ldo, const Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
+    const int64_t n = rows.n, E = p.E;
+    for (int64_t r = 0; r < n; ++r)
+        for (int64_t e = 0; e < E; e += W) store(out + r * ldo + e, zero());
+    for (int64_t tile = first / kKeys * kKeys, i = tile % kChunk / kKeys; tile < end; tile += kKeys, ++i) {
+        const int64_t from = most(first, tile), keys = least(end, tile + kKeys) - from, phase = from % kChain;
+        for (int64_t r = 0; r < n; ++r) {
+            const float shrink = rows.shrink[r][i];
+            if (shrink == 1.0f || from == first) continue;
+            for (int64_t e = 0; e < E; e += W) store(out + r * ldo + e, load(out + r * ldo + e) * set(shrink));
+        }
+        const float* weights = rows.scores + from % kChunk;
+        const typename S::T* v = value<S>(p, rows.b, from, rows.g);
+        if (n == 1) mix<S, 1>(out, ldo, weights, v, p.v_time, keys, phase, E);
+        else if (n == 2) mix<S, 2>(out, ldo, weights, v, p.v_time, keys, phase, E);
+        else if (n == 3) mix<S, 3>(out, ldo, weights, v, p.v_time, keys, phase, E);
+        else if (n == 4) mix<S, 4>(out, ldo, weights, v, p.v_time, keys, phase, E);
+        else {
+            const int64_t width = round_up(E), head = phase ? least(keys, kChain - phase) : 0;
+            const float* packed = pack_rows<S>(rows.v, v, p.v_time, keys, E, width);
+            if (head) product<false, true>(out, ldo, weights, kChunk, packed, width, n, width / W, head, kChain);
+            product<false, true>(out, ldo, weights + head, kChunk, packed + head * width, width, n, width / W, keys - head, kChain);
+        }
     }
-    for (; j + 4 <= n; j += 4)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[i] = fma(set(p[j + i]), load_n(v + (j + i) * stride, width), acc[i]);
-    for (int i = 0; j < n; ++i, ++j) acc[i] = fma(set(p[j]), load_n(v + j * stride, width), acc[i]);
-    store_n(o, (acc[0] + acc[1]) + (acc[2] + acc[3]), width);
 }
 
-// Keys [first, end) of one chunk. out: (n, E + 2): for each row the sum of 2^((score - maximum) unit) v, then maximum and sum of
-// weights.
-static void rows_chunk(float* out, const Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
+// Keys [first, end) of one chunk. out: (n, row_width).
+static void rows_chunk(float* out, Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
     // Whole vectors from the chunk's beginning, so that a key's lane, and with it the bits, do not depend on the other rows.
-    const int64_t begin = first / W * W;
-    const int64_t n = rows.n, keys = end - begin, ldo = p.E + 2;
-    const Units u = units(p);
-    const float* k = key(p, rows.b, begin, rows.g);
-    for (int64_t j = 0; j < keys; j += W) {  // W keys at a time, so that further rows find them in cache
-        const int64_t m = least(W, keys - j);
-        for (int64_t i = j + 2 * W; i < least(keys, j + 3 * W); ++i)
-            for (int64_t c = 0; c < p.D; c += 16) __builtin_prefetch(k + i * p.k_time + c);
-        int64_t r = 0;
-        for (; r + 4 <= n; r += 4)
-            dots<4>(rows.scores + r * kChunk + j, rows.q + r * rows.width, rows.width, k + j * p.k_time, p.k_time, p.D, m);
-        for (; r + 2 <= n; r += 2)
-            dots<2>(rows.scores + r * kChunk + j, rows.q + r * rows.width, rows.width, k + j * p.k_time, p.k_time, p.D, m);
-        for (; r < n; ++r)
-            dots<1>(rows.scores + r * kChunk + j, rows.q + r * rows.width, rows.width, k + j * p.k_time, p.k_time, p.D, m);
-    }
-    for (int64_t r = 0; r < n; ++r) {
-        float* s = rows.scores + r * kChunk;
-        const int64_t low = least(keys, most(0, rows.low[r] - begin)), high = most(low, least(keys, rows.high[r] - begin));
-        for (int64_t j = 0; j < low; ++j) s[j] = -INFINITY;
-        for (int64_t j = high; j < round_up(keys); ++j) s[j] = -INFINITY;
-        if (p.bias) {
-            const float* bias = p.bias + rows.b * p.bias_batch + rows.head[r] * p.bias_head + rows.time[r] * p.bias_time + begin;
-            for (int64_t j = low; j < high; j += W)
-                store_n(s + j, fma(load_n(s + j, high - j), set(u.scale), load_n(bias + j, high - j)), high - j);
-        }
-        vf top = set(-INFINITY);
-        for (int64_t j = 0; j < keys; j += W) top = max(top, load(s + j));
-        const float maximum = reduce_max(top), base = maximum == -INFINITY ? 0.0f : maximum;
-        vf sum = zero();
-        for (int64_t j = 0; j < keys; j += W) {
-            const vf e = exp2_negative(load(s + j) - set(base), set(u.unit), set(u.low));
-            store(s + j, e);
-            sum = sum + e;
-        }
-        out[r * ldo + p.E] = maximum;
-        out[r * ldo + p.E + 1] = reduce_add(sum);
-    }
-    const float* v = value(p, rows.b, first, rows.g);
-    const float* weights = rows.scores + (first - begin);
-    int64_t r = 0;
-    for (; r + 4 <= n; r += 4) mix<4>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
-    for (; r + 2 <= n; r += 2) mix<2>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
-    if (p.E <= W)
-        for (; r < n; ++r) mix_narrow(out + r * ldo, weights + r * kChunk, v, p.v_time, end - first, p.E, first);
-    for (; r < n; ++r) mix<1>(out + r * ldo, ldo, weights + r * kChunk, v, p.v_time, end - first, p.E);
+    const int64_t begin = first / W * W, ldo = row_width(p);
+    each_store(p, [&](auto s) { rows_scores<decltype(s)>(rows, p, begin, end); });
+    for (int64_t r = 0; r < rows.n; ++r) rows_softmax(out + r * ldo + row_end(p), rows, p, begin, end, r);
+    each_store(p, [&](auto s) { rows_values<decltype(s)>(out, ldo, rows, p, first, end); });
 }
 
-// What the chunks of one row give, added in order. part: the row in the first chunk's output; the next chunk's lies `step` on.
-static void merge_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h, const float* part, int64_t step, int64_t chunks) {
+// total = what it holds, and what another chunk gives.
+static void merge_row(float* total, const float* part, const AttentionInputs& p) {
+    const Units u = units(p);
+    const int64_t at = row_end(p);
+    const float m = part[at], s = part[at + 1];
+    if (m == -INFINITY && s == 0.0f) return;  // sees nothing of it
+    const float largest = total[at] > m ? total[at] : m, base = largest == -INFINITY ? 0.0f : largest;
+    float a[W], b[W];
+    const vf keep = exp2_negative(set(total[at] - base), set(u.unit), set(u.low));
+    const vf take = exp2_negative(set(m - base), set(u.unit), set(u.low));
+    store(a, keep), store(b, take);
+    const float sum = total[at + 1] * a[0] + s * b[0];
+    for (int64_t e = 0; e < p.E; e += W) store(total + e, fma(load(part + e), take, load(total + e) * keep));
+    total[at] = largest, total[at + 1] = sum;
+}
+
+// Nothing seen yet.
+static void open_total(float* total, const AttentionInputs& p) {
+    for (int64_t e = 0; e < row_width(p); e += W) store(total + e, zero());
+    total[row_end(p)] = -INFINITY;
+}
+
+// The finished row. Returns whether all of it is finite.
+static bool close_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h, const float* total) {
     const AttentionInputs& in = p.in;
+    const float sum = total[row_end(in) + 1], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     float* y = p.y + output(in, b, t, h) * in.E;
-    const Units u = units(in);
-    float maximum = -INFINITY, sum = 0.0f;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const float m = part[c * step + in.E];
-        maximum = m > maximum || m != m ? m : maximum;
+    vf check = zero();
+    for (int64_t e = 0; e < in.E; e += W) {
+        const vf x = load(total + e) * set(inverse);
+        store_n(y + e, x, in.E - e);
+        check = fma(x, zero(), check);  // beyond E there are zeros
     }
-    const float base = maximum == -INFINITY ? 0.0f : maximum;
-    for (int64_t e = 0; e < in.E; ++e) y[e] = 0.0f;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const float* x = part + c * step;
-        if (x[in.E] == -INFINITY && x[in.E + 1] == 0.0f) continue;  // nothing seen: the values may never have been written
-        const vf weight = exp2_negative(set(x[in.E] - base), set(u.unit), set(u.low));
-        float w[W];
-        store(w, weight);
-        sum = sum + x[in.E + 1] * w[0];
-        for (int64_t e = 0; e < in.E; e += W)
-            store_n(y + e, fma(load_n(x + e, in.E - e), weight, load_n(y + e, in.E - e)), in.E - e);
-    }
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (int64_t e = 0; e < in.E; e += W) store_n(y + e, load_n(y + e, in.E - e) * set(inverse), in.E - e);
     if (p.stats) {
         float* stats = p.stats + 2 * output(in, b, t, h);
-        stats[0] = maximum, stats[1] = inverse;
+        stats[0] = total[row_end(in)], stats[1] = inverse;
     }
+    return !any(is_nan(check));
 }
 
 // One row alone, reading only the keys that it sees.
 static void one_row(const AttentionForward& p, int64_t b, int64_t g, int64_t row) {
     const AttentionInputs& in = p.in;
-    const int64_t chunks = (in.S + kChunk - 1) / kChunk, step = in.E + 2;
-    float* memory = static_cast<float*>(scratch(rows_bytes(in, 1) + size_t(chunks * step) * sizeof(float)));
+    const int64_t width = row_width(in);
+    float* memory = static_cast<float*>(scratch(rows_bytes(in, 1) + size_t(2 * width) * sizeof(float)));
     Rows rows;
-    open_rows(rows, in, b, g, row, 1, memory);
-    float* part = rows.scores + kChunk;
-    int64_t used = 0;
-    for (int64_t c = rows.low[0] / kChunk; c * kChunk < rows.high[0]; ++c, ++used)
-        rows_chunk(part + used * step, rows, in, most(c * kChunk, rows.low[0]), least(rows.high[0], (c + 1) * kChunk));
-    merge_row(p, b, rows.time[0], rows.head[0], part, step, used);
+    open_rows(rows, in, b, g, row, 1, memory + 2 * width);
+    float *total = memory, *part = memory + width;
+    open_total(total, in);
+    for (int64_t c = rows.low[0] / kChunk; c * kChunk < rows.high[0]; ++c) {
+        rows_chunk(part, rows, in, most(c * kChunk, rows.low[0]), least(rows.high[0], (c + 1) * kChunk));
+        merge_row(total, part, in);
+    }
+    close_row(p, b, rows.time[0], rows.head[0], total);
 }
 
 }  // namespace

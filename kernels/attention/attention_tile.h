@@ -6,6 +6,8 @@
 // operations, whatever stands beside it.
 #pragma once
 
+#include <cstring>
+
 #include "attention.h"
 #include "csrc/runtime/parallel.h"
 #include "csrc/simd/simd.h"
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int64_t kRows = 64;  // row stride of every transposed tile
 constexpr int64_t kKeys = kAttentionKeys;
+constexpr int64_t kChunk = kAttentionChunk;
 
 // softmax(scale dot + bias) as weights 2^((score - largest) unit). Without a bias a score is the bare dot product, so that scaling
 // costs one rounding of a difference that is small where it matters; with one it is the scaled dot product plus the bias.
@@ -56,15 +59,74 @@ FASTLM_INLINE int64_t length(const AttentionInputs& p, int64_t b) {
 FASTLM_INLINE const float* query(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
     return p.q + b * p.q_batch + ((p.offsets ? p.offsets[b] : 0) + t) * p.q_time + h * p.D;
 }
-FASTLM_INLINE const float* key(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
-    return p.k + b * p.k_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.k_time + g * p.D;
+template <class S> FASTLM_INLINE const typename S::T* key(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
+    return static_cast<const typename S::T*>(p.k) + b * p.k_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.k_time +
+           g * (p.D + S::kExtra);
 }
-FASTLM_INLINE const float* value(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
-    return p.v + b * p.v_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.v_time + g * p.E;
+template <class S> FASTLM_INLINE const typename S::T* value(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
+    return static_cast<const typename S::T*>(p.v) + b * p.v_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.v_time +
+           g * (p.E + S::kExtra);
 }
 // The row of an output (B, T, H, .), or packed (R, H, .).
 FASTLM_INLINE int64_t output(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
     return ((p.offsets ? p.offsets[b] : b * p.T) + t) * p.H + h;
+}
+
+// How keys and values are stored (kernels/cache_append), and one head's vector of D numbers. What is read is the number that the
+// storage stands for, whichever it is: the bits are those of a float32 cache that holds these numbers.
+struct Float32 {
+    using T = float;
+    static constexpr bool kFloat = true;
+    static constexpr int64_t kExtra = 0;
+};
+struct BFloat16 {
+    using T = uint16_t;
+    static constexpr bool kFloat = false;
+    static constexpr int64_t kExtra = 0;
+};
+struct Int8 {
+    using T = int8_t;
+    static constexpr bool kFloat = false;
+    static constexpr int64_t kExtra = 4;  // the scale, a float32 behind the numbers
+};
+
+template <class S> struct Row;
+template <> struct Row<Float32> {
+    const float* x;
+    Row() = default;
+    FASTLM_MEMBER Row(const float* at, int64_t) : x(at) {}
+    FASTLM_MEMBER vf whole(int64_t c) const { return load(x + c); }
+    FASTLM_MEMBER vf part(int64_t c, int64_t n) const { return load_n(x + c, n); }
+};
+template <> struct Row<BFloat16> {
+    const uint16_t* x;
+    Row() = default;
+    FASTLM_MEMBER Row(const uint16_t* at, int64_t) : x(at) {}
+    FASTLM_MEMBER vf whole(int64_t c) const { return load_bf16(x + c); }
+    FASTLM_MEMBER vf part(int64_t c, int64_t n) const {
+        uint16_t rest[W] = {};
+        std::memcpy(rest, x + c, size_t(n) * sizeof(uint16_t));
+        return load_bf16(rest);
+    }
+};
+template <> struct Row<Int8> {
+    const int8_t* x;
+    float scale;
+    Row() = default;
+    FASTLM_MEMBER Row(const int8_t* at, int64_t D) : x(at) { std::memcpy(&scale, at + D, sizeof scale); }
+    FASTLM_MEMBER vf whole(int64_t c) const { return load_i8(x + c) * set(scale); }
+    FASTLM_MEMBER vf part(int64_t c, int64_t n) const {
+        int8_t rest[W] = {};
+        std::memcpy(rest, x + c, size_t(n));
+        return load_i8(rest) * set(scale);
+    }
+};
+
+// f(storage) for what the call's keys and values are stored as.
+template <class F> FASTLM_INLINE void each_store(const AttentionInputs& p, const F& f) {
+    if (p.kind == CacheKind::float32) f(Float32{});
+    else if (p.kind == CacheKind::bfloat16) f(BFloat16{});
+    else f(Int8{});
 }
 
 // The keys that query t of sequence b sees.
@@ -147,7 +209,7 @@ template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, 
 // The chains of dot products over D, or E. The portable rung, which does not fuse, needs them shorter.
 FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : K <= 16 ? 4 : K <= 32 ? 8 : 16; }
 // Those over keys in the forward pass: the spans at a mask's edge are as long, so that a row's bits do not depend on where the edge
-// lies.
+// lies. Every path through the forward pass keeps to them.
 constexpr int64_t kChain = kKeys / 4;
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
@@ -250,13 +312,17 @@ template <class RowAt> static void pack_transposed(float* out, const Tile& t, in
         }
 }
 
-// Copies `n` rows of `width` floats so that they follow each other: rows a large power of two apart would share cache sets.
-static const float* pack_rows(float* out, const float* x, int64_t stride, int64_t n, int64_t width) {
-    if (stride == width) return x;
+// Copies `n` rows of `width` numbers as floats so that they follow each other (rows a large power of two apart would share cache
+// sets), `padded` floats each: width, or that rounded up to vectors, with zeros.
+template <class S>
+static const float* pack_rows(float* out, const typename S::T* x, int64_t stride, int64_t n, int64_t width, int64_t padded) {
+    if constexpr (S::kFloat)
+        if (stride == padded && width == padded) return x;
     for (int64_t i = 0; i < n; ++i) {
+        const Row<S> row(x + i * stride, width);
         int64_t c = 0;
-        for (; c + W <= width; c += W) store(out + i * width + c, load(x + i * stride + c));
-        if (c < width) store_n(out + i * width + c, load_n(x + i * stride + c, width - c), width - c);
+        for (; c + W <= width; c += W) store(out + i * padded + c, row.whole(c));
+        if (c < width) store_n(out + i * padded + c, row.part(c, width - c), padded - c);
     }
     return out;
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -295,7 +297,7 @@ def test_packed(isa, threads, causal, window, share):
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
     ref, exact, naive = oracle("attention"), [], []
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in itertools.pairwise(offsets):
         x = dict(zip("qkv", (t[None, a:b].copy() for t in (q, k, v)), strict=True)) | kwargs
         y = ops.attention(*(Tensor(x[n], requires_grad=True) for n in "qkv"), **kwargs)
         np.testing.assert_array_equal(y.numpy()[0], results[0][0][a:b])
