@@ -1,4 +1,6 @@
-// W x W transpose in registers: lane i of r[j] becomes lane j of r[i].
+// transpose: W x W in registers, lane i of r[j] becomes lane j of r[i].
+// transpose_quads: the same for the W / 4 groups of four lanes of W / 4 vectors.
+// transpose_in_quads: 4 x 4 within every group of four lanes.
 #pragma once
 
 #include "simd.h"
@@ -35,7 +37,45 @@ FASTLM_INLINE void transpose(vf (&r)[W]) {
     }
 }
 
+FASTLM_INLINE void transpose_quads(vf (&r)[4]) {
+    const vf a = _mm512_shuffle_f32x4(r[0], r[1], 0x44), b = _mm512_shuffle_f32x4(r[2], r[3], 0x44);
+    const vf c = _mm512_shuffle_f32x4(r[0], r[1], 0xEE), d = _mm512_shuffle_f32x4(r[2], r[3], 0xEE);
+    r[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    r[1] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    r[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+    r[3] = _mm512_shuffle_f32x4(c, d, 0xDD);
+}
+
+FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+
+// The four numbers at p in every group of four lanes.
+FASTLM_INLINE vf load_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+
 #elif defined(FASTLM_ISA_AVX2)
+
+FASTLM_INLINE void transpose_quads(vf (&r)[2]) {
+    const vf a = r[0];
+    r[0] = _mm256_permute2f128_ps(a, r[1], 0x20);
+    r[1] = _mm256_permute2f128_ps(a, r[1], 0x31);
+}
+
+FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1])), b = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3])), d = _mm256_castps_pd(_mm256_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    r[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    r[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    r[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+}
+
+FASTLM_INLINE vf load_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
 
 FASTLM_INLINE void transpose(vf (&r)[W]) {
     vf t[8];
@@ -76,6 +116,12 @@ FASTLM_INLINE void transpose(vf (&r)[W]) {
     for (int i = 0; i < W; ++i) r[i] = t[i];
 }
 
+#endif
+
+#if !defined(FASTLM_ISA_AVX512) && !defined(FASTLM_ISA_AVX2)
+FASTLM_INLINE void transpose_quads(vf (&)[1]) {}
+FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) { transpose(r); }
+FASTLM_INLINE vf load_quad(const float* p) { return load(p); }
 #endif
 
 }  // namespace

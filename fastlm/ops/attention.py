@@ -10,7 +10,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
-from fastlm.ops.cache_append import head_view
+from fastlm.ops.cache_append import CACHE_KINDS, SCALE, head_view
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 _F32 = np.dtype(np.float32)
@@ -31,6 +31,8 @@ def attention(
     """softmax(scale q k^T + bias) v over the keys that each query sees.
 
     q: (B, T, H, D), k: (B, S, G, D), v: (B, S, G, E) float32, H a multiple of G: query head h reads key head h // (H // G).
+    k and v may both be bfloat16, or int8 with 4 bytes more for each vector's scale (`cache_append`): the bits are those of the float32
+    numbers that they stand for; no gradient then. A row's bits depend on what it sees alone: not on T, S, the batch or the threads.
     Views with any stride over batch and time are read in place (a piece of a fused projection, a cache's slice); others are copied.
     scale: 1 / sqrt(D) by default. bias: (1 or B, 1 or H, T, S) float32, added to the scores; -inf hides a key.
     lengths: (B,) int32, the valid keys of each sequence (default S); those beyond are never read. Query t stands at
@@ -39,15 +41,18 @@ def attention(
     Returns (B, T, H, E) float32, a Tensor where an input is one. Gradients for q, k, v and bias.
     Raises TypeError for a dtype, ValueError for a shape or a value out of range.
     """
-    qd, kd, vd = (head_view("attention", n, data(x)) for n, x in (("q", q), ("k", k), ("v", v)))
+    qd = head_view("attention", "q", data(q))
+    kd, vd, extra = _keys_values(data(k), data(v))
     B, T, H, D = qd.shape
-    S, G, E = kd.shape[1], kd.shape[2], vd.shape[3]
+    S, G, E = kd.shape[1], kd.shape[2], vd.shape[3] - extra
     if D == 0 or G == 0 or H % G:
         raise ValueError(f"[attention] q must be (B, T, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
-    if kd.shape != (B, S, G, D):
-        check.shape("attention", "k", kd, "(B, S, G, D)", (B, S, G, D), f"q is {qd.shape}.")
-    if vd.shape[:3] != (B, S, G) or E == 0:
-        check.shape("attention", "v", vd, "(B, S, G, E)", (B, S, G, E or D), f"k is {kd.shape}.")
+    if kd.shape != (B, S, G, D + extra):
+        check.shape("attention", "k", kd, f"(B, S, G, D{_EXTRA[extra]})", (B, S, G, D + extra), f"q is {qd.shape}.")
+    if vd.shape[:3] != (B, S, G) or E <= 0:
+        check.shape(
+            "attention", "v", vd, f"(B, S, G, E{_EXTRA[extra]})", (B, S, G, extra + (E if E > 0 else D)), f"k is {kd.shape}."
+        )
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
     ld = None if lengths is None else _lengths(lengths, B, S)
@@ -57,6 +62,8 @@ def attention(
     if not recording(q, k, v, bias):
         _C.attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
         return wrap(y, q, k, v, bias)
+    if kd.dtype != _F32:
+        raise TypeError(f"[attention] k and v must be float32 where a gradient is wanted, got {kd.dtype}: a cache has none.")
     stats = backend.empty((B, T, H, 2))
     ld = None if ld is None else ld.copy()  # a cache's own array, which moves on
     _C.attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
@@ -69,6 +76,19 @@ def attention(
         return dq, dk, dv, None if target is not None else dbias
 
     return record(y, (q, k, v, bias), backward)
+
+
+def _keys_values(k: Any, v: Any) -> tuple[Array, Array, int]:
+    """k and v as the kernel walks them, and how many numbers more than D their last axis has."""
+    kind = CACHE_KINDS.get(getattr(k, "dtype", None), 0)
+    if kind == 0:
+        return head_view("attention", "k", k), head_view("attention", "v", v), 0
+    if getattr(v, "dtype", None) != k.dtype:
+        raise TypeError(f"[attention] v must be {k.dtype} as k is, got {getattr(v, 'dtype', type(v).__name__)}.")
+    return head_view("attention", "k", k, k.dtype), head_view("attention", "v", v, k.dtype), SCALE if kind == 2 else 0
+
+
+_EXTRA = {0: "", SCALE: f" + {SCALE}"}
 
 
 def attention_packed(

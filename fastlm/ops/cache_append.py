@@ -12,6 +12,7 @@ from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.tensor import data
 
+_F32 = np.dtype(np.float32)
 _I32 = np.dtype(np.int32)
 CACHE_KINDS = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.int8): 2}
 SCALE = 4  # bytes of the scale behind each head's vector in an int8 cache
@@ -53,10 +54,10 @@ def cache_append(keys: Array, values: Array, k: Any, v: Any, positions: Array) -
     _C.cache_append(keys, values, kd, vd, positions, kind)
 
 
-def head_view(op: str, name: str, x: Any) -> Array:
-    """x (B, T, H, D) float32 as it lies if the kernels can walk it, else a copy."""
-    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.ndim != 4:
-        return check.array(op, name, x, ndim=4)
+def head_view(op: str, name: str, x: Any, dtype: Any = _F32) -> Array:
+    """x (B, T, H, D) as it lies if the kernels can walk it, else a copy."""
+    if not isinstance(x, np.ndarray) or x.dtype != dtype or x.ndim != 4:
+        return check.array(op, name, x, dtype, ndim=4)
     return x if _walkable(x) else np.ascontiguousarray(x)
 
 

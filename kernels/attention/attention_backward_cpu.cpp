@@ -133,7 +133,7 @@ void open_state(State& s, const AttentionBackward& p) {
     }
     for (int64_t v = 0; v < t.vectors; ++v) {
         // dy . y by the same chains over e as dy . v: a row that sees one key has y = v, and a gradient of exactly zero.
-        vf sum = zero(), part = zero();
+        vf sum = zero(), part[kQuad] = {};
         for (int64_t e = 0; e < in.E; e += W) {
             vf a[W];
             for (int64_t i = 0; i < W; ++i) {
@@ -142,10 +142,10 @@ void open_state(State& s, const AttentionBackward& p) {
             }
             transpose(a);
             for (int64_t i = 0; i < least(W, in.E - e); ++i) {
-                part = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part);
-                if ((e + i + 1) % chain(in.E) != 0 && e + i + 1 < in.E) continue;
-                sum = sum + part;
-                part = zero();
+                vf& to = part[(e + i) % kQuad];
+                to = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), to);
+                if ((e + i + 1) % kDotBlock != 0 && e + i + 1 < in.E) continue;
+                for (vf& x : part) sum = sum + x, x = zero();
             }
         }
         store(s.delta + v * W, sum);

@@ -17,39 +17,66 @@ int64_t workspace(const AttentionForward& p) {
     return chunks <= 1 ? 0 : p.in.B * p.in.G * chunks * p.in.T * (p.in.H / p.in.G) * row_width(p.in);
 }
 
-// The rows of (b, g) are finished, `step` floats apart. `totals` may be this thread's scratch memory.
-void close(const AttentionForward& p, int64_t b, int64_t g, const float* totals, int64_t step) {
+// The rows of `groups` groups are finished, `width` floats each. They may lie in this thread's scratch memory.
+void close(const AttentionForward& p, int64_t b, int64_t g, int64_t groups, const float* totals, int64_t width) {
     const int64_t share = p.in.H / p.in.G, R = p.in.T * share;
     bool bad[kMaxRows];
-    for (int64_t r = 0; r < R; ++r) bad[r] = !close_row(p, b, r / share, g * share + r % share, totals + r * step);
+    for (int64_t i = 0; i < groups * R; ++i)
+        bad[i] = !close_row(p, b, i % R / share, (g + i / R) * share + i % share, totals + i * width);
     if (p.in.T == 1) return;
     // Rows see different keys: one that is inf or nan may have reached a row that it is hidden from. See attention_cpu.cpp.
-    for (int64_t r = 0; r < R; ++r)
-        if (bad[r]) one_row(p, b, g, r);
+    for (int64_t i = 0; i < groups * R; ++i)
+        if (bad[i]) one_row(p, b, g + i / R, i % R);
 }
 
-// Pieces are (b, chunk of keys, g), g innermost: the groups' keys lie in the same pages.
+// What a piece will read: `groups` neighbouring groups' keys [begin, end), beyond the first tile, and values [first, end).
+template <class S> Ahead ahead_of(const AttentionInputs& p, int64_t b, int64_t g, int64_t groups, int64_t first, int64_t end) {
+    constexpr int64_t size = sizeof(typename S::T);
+    const int64_t k = first / kKeys * kKeys + kKeys;
+    Ahead a;
+    a.at = reinterpret_cast<const char*>(key<S>(p, b, k, g));
+    a.rows = end - k, a.width = groups * (p.D + S::kExtra) * size, a.stride = p.k_time * size;
+    a.next_at = reinterpret_cast<const char*>(value<S>(p, b, first, g));
+    a.next_rows = end - first, a.next_width = groups * (p.E + S::kExtra) * size, a.next_stride = p.v_time * size;
+    if (a.rows <= 0) a.at = a.next_at, a.rows = a.next_rows, a.width = a.next_width, a.stride = a.next_stride, a.next_rows = 0;
+    return a;
+}
+
+// Pieces are (b, chunk of keys, some neighbouring groups): as many groups as leave each thread several pieces, since what lies
+// together is best read together.
 void forward(const AttentionForward& p) {
     const AttentionInputs& in = p.in;
-    const int64_t R = in.T * (in.H / in.G), chunks = most(1, chunks_of(longest(in))), width = row_width(in),
-                  pieces = in.B * chunks * in.G;
-    if (pieces == 0 || R == 0) return;
-    const int64_t cost = least(longest(in), kChunk) * (in.D + in.E);
+    const int64_t R = in.T * (in.H / in.G), chunks = most(1, chunks_of(longest(in))), width = row_width(in);
+    if (in.B * in.G * R == 0) return;
+    int64_t groups = least(in.G, most(1, kMaxRows / R));
+    while (groups > 1 && in.B * chunks * ((in.G + groups - 1) / groups) < 4 * num_threads()) groups = (groups + 1) / 2;
+    const int64_t blocks = (in.G + groups - 1) / groups, pieces = in.B * chunks * blocks;
+    const int64_t cost = least(longest(in), kChunk) * groups * (in.D + in.E);
     // Waking a thread costs some microseconds: a piece is worth about two, and a small call is one piece.
     const int64_t grain = pieces * cost <= 100000 ? pieces : most(1, 16000 / most(1, cost));
+    const bool far = in.B * in.G * longest(in) * (in.D + in.E) > (1 << 17);  // numbers; half a megabyte of float32
     parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t g = i % in.G, c = i / in.G % chunks, b = i / in.G / chunks;
-            float* memory = static_cast<float*>(scratch(rows_bytes(in, R) + size_t(R * width) * sizeof(float)));
-            float* out = chunks == 1 ? memory : p.partial + ((b * in.G + g) * chunks + c) * R * width;
+            const int64_t g = i % blocks * groups, n = least(groups, in.G - g), c = i / blocks % chunks, b = i / blocks / chunks;
             if (c * kChunk >= length(in, b) && chunks > 1) continue;
-            Rows rows;
-            open_rows(rows, in, b, g, 0, R, memory + R * width);
-            const int64_t low = most(c * kChunk, rows.low_min), high = least((c + 1) * kChunk, rows.high_max);
-            if (low < high) rows_chunk(out, rows, in, low, high);
-            else
-                for (int64_t r = 0; r < R; ++r) open_total(out + r * width, in);
-            if (chunks == 1) close(p, b, g, out, width);
+            const int64_t own = chunks == 1 ? n * R * width : 0;
+            float* memory =
+                static_cast<float*>(scratch(size_t(own + packed_floats(in, R) + n * rows_floats(in, R)) * sizeof(float)));
+            float *packed = memory + own, *at = packed + packed_floats(in, R);
+            const int64_t step = chunks * R * width;
+            float* out = chunks == 1 ? memory : p.partial + ((b * in.G + g) * chunks + c) * R * width;
+            Rows rows[kMaxRows];
+            for (int64_t k = 0; k < n; ++k) open_rows(rows[k], in, b, g + k, 0, R, at + k * rows_floats(in, R));
+            const int64_t low = most(c * kChunk, rows[0].low_min), high = least((c + 1) * kChunk, rows[0].high_max);
+            if (low < high) {
+                Ahead ahead;
+                if (far) each_store(in, [&](auto kind) { ahead = ahead_of<decltype(kind)>(in, b, g, n, low, high); });
+                rows_chunk(out, step, rows, n, in, low, high, packed, ahead);
+            } else {
+                for (int64_t k = 0; k < n; ++k)
+                    for (int64_t r = 0; r < R; ++r) open_total(out + k * step + r * width, in);
+            }
+            if (chunks == 1) close(p, b, g, n, out, width);
         }
     });
     if (chunks == 1) return;
@@ -62,14 +89,14 @@ void forward(const AttentionForward& p) {
                 if (used == 0) open_total(total, in);
                 for (int64_t c = 1; c < used; ++c) merge_row(total, total + c * R * width, in);
             }
-            close(p, i / in.G, i % in.G, totals, width);
+            close(p, i / in.G, i % in.G, 1, totals, width);
         }
     });
 }
 
 }  // namespace
 
-extern const AttentionDecodeKernels attention_decode_kernels = {workspace, forward, 16};
+extern const AttentionDecodeKernels attention_decode_kernels = {workspace, forward, kMaxRows};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -8,7 +8,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kMaxRows = 64;
+constexpr int64_t kMaxRows = 16;
 constexpr int64_t kFew = 4;  // rows up to which keys and values go through registers alone
 
 // Rows [first, first + n) of group g of sequence b, packed once. Row i is query time[i], head head[i].
@@ -19,13 +19,12 @@ struct Rows {
     float shrink[kMaxRows][kChunk / kKeys];
     float* q;       // (n, width), zero beyond D
     float* scores;  // (n, kChunk), key j at j % kChunk
-    float* kt;      // (D, kBlockVectors W), n > kFew alone
-    float* v;       // (kKeys, E rounded up), the same
 };
 
-FASTLM_INLINE size_t rows_bytes(const AttentionInputs& p, int64_t n) {
-    const int64_t packed = n > kFew ? p.D * kBlockVectors * W + kKeys * round_up(p.E) : 0;
-    return size_t(n * (round_up(p.D) + kChunk) + packed) * sizeof(float);
+FASTLM_INLINE int64_t rows_floats(const AttentionInputs& p, int64_t n) { return n * (round_up(p.D) + kChunk); }
+// What several Rows share where n > kFew: keys transposed, (D, kBlockVectors W), or a chain of values, (kChain, E in vectors).
+FASTLM_INLINE int64_t packed_floats(const AttentionInputs& p, int64_t n) {
+    return n > kFew ? most(p.D * kBlockVectors * W, kChain * round_up(p.E)) : 0;
 }
 
 static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g, int64_t first, int64_t n, float* memory) {
@@ -33,8 +32,6 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
     rows.b = b, rows.g = g, rows.n = n, rows.width = round_up(p.D);
     rows.q = memory;
     rows.scores = memory + n * rows.width;
-    rows.kt = rows.scores + n * kChunk;
-    rows.v = rows.kt + p.D * kBlockVectors * W;
     const vf sign = set(units(p).sign);
     for (int64_t i = 0; i < n; ++i) {
         const int64_t r = first + i;
@@ -47,55 +44,74 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
     rows.low_min = rows.low[0], rows.high_max = rows.high[n - 1];  // both grow with the time
 }
 
+// Fetches memory ahead of its use into the second-level cache, in the order in which it lies: `step` as much as is being used up.
+// A head's vectors are too far apart for the hardware to guess, and memory gives more where neighbours are read together.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t rows = 0, width = 0, stride = 0, column = 0;  // in bytes
+    const char* next_at = nullptr;
+    int64_t next_rows = 0, next_width = 0, next_stride = 0;
+
+    void step(int64_t bytes) {
+        for (; rows > 0 && bytes > 0; bytes -= 64) {
+            __builtin_prefetch(at + column, 0, 2);
+            column += 64;
+            if (column < width) continue;
+            column = 0, at += stride;
+            if (--rows > 0) continue;
+            at = next_at, rows = next_rows, width = next_width, stride = next_stride, next_rows = 0;
+        }
+    }
+};
+
 // A row of what a chunk gives, or several chunks together: E sums of weights times values in whole vectors, then, at row_end, the
 // largest score and the sum of weights against it.
 FASTLM_INLINE int64_t row_end(const AttentionInputs& p) { return round_up(p.E); }
 FASTLM_INLINE int64_t row_width(const AttentionInputs& p) { return row_end(p) + W; }
 
-// NR x W scores: the dot products of q's rows with the keys k + i stride, i < n; a key too many reads the last one again. The
-// chains of `dot`, the keys in the lanes.
-template <class S, int NR, int Chain> FASTLM_INLINE void dot_block(float* out, const float* q, int64_t width,
-                                                                   const typename S::T* k, int64_t stride, int64_t D, int64_t n) {
-    Row<S> at[W];
-    for (int i = 0; i < W; ++i) at[i] = Row<S>(k + (i < n ? i : n - 1) * stride, D);
-    vf total[NR], part[NR];
+// part[r] += elements [c, c + W) of the products of row r with the W / 4 keys `at`, four chains each.
+template <class S, int NR, bool Whole>
+FASTLM_INLINE void dot_step(vf (&part)[NR], const Row<S> (&at)[W / 4], const float* q, int64_t width, int64_t c, int64_t D) {
+    vf x[W / 4];
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r) total[r] = part[r] = zero();
-    int64_t c = 0;
-    for (; c + W <= D; c += W) {
-        vf kt[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) kt[i] = at[i].whole(c);
-        transpose(kt);
-#pragma GCC unroll 16
-        for (int d = 0; d < W; ++d) {
+    for (int j = 0; j < W / 4; ++j) x[j] = Whole ? at[j].whole(c) : at[j].part(c, D - c);
+    transpose_quads(x);
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) part[r] = fma(set(q[r * width + c + d]), kt[d], part[r]);
-            if (Chain <= W ? (d + 1) % Chain != 0 : d + 1 < W || (c + W) % Chain != 0) continue;
+    for (int j = 0; j < W / 4; ++j)
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) total[r] = total[r] + part[r], part[r] = zero();
-        }
-    }
-    if (c < D) {
-        vf kt[W];
-        for (int i = 0; i < W; ++i) kt[i] = at[i].part(c, D - c);
-        transpose(kt);
-        for (int64_t d = 0; d < D - c; ++d) {
-            for (int r = 0; r < NR; ++r) part[r] = fma(set(q[r * width + c + d]), kt[d], part[r]);
-            if ((c + d + 1) % Chain != 0) continue;
-            for (int r = 0; r < NR; ++r) total[r] = total[r] + part[r], part[r] = zero();
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; ++r) store(out + r * kChunk, D % Chain != 0 ? total[r] + part[r] : total[r]);
+        for (int r = 0; r < NR; ++r) part[r] = fma(load_quad(q + r * width + c + 4 * j), x[j], part[r]);
 }
 
+// NR x W scores: the dot products of NR rows with the keys k + i stride, i < n; a key too many reads the last one again. A vector
+// holds four elements of each of W / 4 keys: keys are transposed by fours of their elements, not by the element. Not more than W /
+// 4 keys at once: they may lie a large power of two apart, in the same sets of the first cache.
 template <class S, int NR>
 static void dots(float* out, const float* q, int64_t width, const typename S::T* k, int64_t stride, int64_t D, int64_t n) {
-    switch (chain(D)) {
-        case 4: return dot_block<S, NR, 4>(out, q, width, k, stride, D, n);
-        case 8: return dot_block<S, NR, 8>(out, q, width, k, stride, D, n);
-        default: return dot_block<S, NR, 16>(out, q, width, k, stride, D, n);
+    for (int64_t begin = 0; begin < D; begin += kDotBlock) {
+        const int64_t end = least(D, begin + kDotBlock);
+        vf parts[NR][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {  // keys i, i + 4, ...
+            Row<S> at[W / 4];
+#pragma GCC unroll 4
+            for (int j = 0; j < W / 4; ++j) at[j] = Row<S>(k + least(4 * j + i, n - 1) * stride, D);
+            vf part[NR];
+#pragma GCC unroll 4
+            for (int r = 0; r < NR; ++r) part[r] = zero();
+            int64_t c = begin;
+            for (; c + W <= end; c += W) dot_step<S, NR, true>(part, at, q, width, c, D);
+            if (c < end) dot_step<S, NR, false>(part, at, q, width, c, D);
+#pragma GCC unroll 4
+            for (int r = 0; r < NR; ++r) parts[r][i] = part[r];
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; ++r) {
+            transpose_in_quads(parts[r]);
+            vf total = begin == 0 ? parts[r][0] : load(out + r * kChunk) + parts[r][0];
+#pragma GCC unroll 4
+            for (int i = 1; i < 4; ++i) total = total + parts[r][i];
+            store(out + r * kChunk, total);
+        }
     }
 }
 
@@ -113,23 +129,23 @@ template <class S> static void pack_keys(float* kt, const typename S::T* k, int6
         }
 }
 
-// The scores of keys [begin, end), begin a multiple of W.
-template <class S> static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t begin, int64_t end) {
+// The scores of keys [begin, end), begin a multiple of W. packed: packed_floats.
+template <class S>
+static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t begin, int64_t end, float* packed, Ahead& ahead) {
     const int64_t n = rows.n, w = rows.width, block = n <= kFew ? W : kBlockVectors * W;
     for (int64_t j = begin; j < end; j += block) {
         const typename S::T* k = key<S>(p, rows.b, j, rows.g);
-        const int64_t m = least(block, end - j);
+        const int64_t m = least(block, end - j), vectors = (m + W - 1) / W;
         float* out = rows.scores + j % kChunk;
-        for (int64_t i = m + W; i < least(end - j, 2 * m + W); ++i)
-            for (int64_t c = 0; c < p.D; c += 64 / int64_t(sizeof(typename S::T))) __builtin_prefetch(k + i * p.k_time + c);
-        if (n == 1) dots<S, 1>(out, rows.q, w, k, p.k_time, p.D, m);
-        else if (n == 2) dots<S, 2>(out, rows.q, w, k, p.k_time, p.D, m);
-        else if (n == 3) dots<S, 3>(out, rows.q, w, k, p.k_time, p.D, m);
-        else if (n == 4) dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m);
-        else {
-            const int64_t vectors = (m + W - 1) / W;
-            pack_keys<S>(rows.kt, k, p.k_time, p.D, m, vectors);
-            product<false, false>(out, kChunk, rows.q, w, rows.kt, block, n, vectors, p.D, chain(p.D));
+        ahead.step(m * (p.D + S::kExtra) * int64_t(sizeof(typename S::T)));
+        switch (n) {
+            case 1: dots<S, 1>(out, rows.q, w, k, p.k_time, p.D, m); break;
+            case 2: dots<S, 2>(out, rows.q, w, k, p.k_time, p.D, m); break;
+            case 3: dots<S, 3>(out, rows.q, w, k, p.k_time, p.D, m); break;
+            case 4: dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m); break;
+            default:
+                pack_keys<S>(packed, k, p.k_time, p.D, m, vectors);
+                product<false, false>(out, kChunk, rows.q, w, packed, block, n, vectors, p.D, 0);
         }
     }
 }
@@ -171,85 +187,97 @@ static void rows_softmax(float* out, Rows& rows, const AttentionInputs& p, int64
     out[0] = maximum, out[1] = sum;
 }
 
-// o[r][e] += the sum over keys of p[r][j] v[j][e] for NR rows and NV vectors, n keys in chains that end at multiples of kChain.
-// phase: the first key's place in its chain.
-template <class S, int NR, int NV, bool Whole> static void mix_block(float* o, int64_t ldo, const float* p, const typename S::T* v,
-                                                                     int64_t stride, int64_t n, int64_t phase, int64_t E,
-                                                                     int64_t e) {
-    for (int64_t j = 0; j < n;) {
-        const int64_t end = least(n, j + kChain - phase);
-        phase = 0;
-        vf acc[NR][NV];
+// o[r][e] += the sum over a chain of n keys of p[r][j] v[j][e] for NR rows and NV vectors.
+template <class S, int NR, int NV, bool Whole> FASTLM_INLINE void mix_block(float* o, int64_t ldo, const float* p,
+                                                                            const typename S::T* v, int64_t stride, int64_t n,
+                                                                            int64_t E, int64_t e) {
+    vf acc[NR][NV];
 #pragma GCC unroll 4
-        for (int r = 0; r < NR; ++r)
+    for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 4
-            for (int i = 0; i < NV; ++i) acc[r][i] = zero();
-        for (; j < end; ++j) {
-            const Row<S> row(v + j * stride, E);
-            vf x[NV];
+        for (int i = 0; i < NV; ++i) acc[r][i] = zero();
+    for (int64_t j = 0; j < n; ++j) {
+        const Row<S> row(v + j * stride, E);
+        vf x[NV];
 #pragma GCC unroll 4
-            for (int i = 0; i < NV; ++i) x[i] = Whole ? row.whole(e + i * W) : row.part(e + i * W, E - e - i * W);
+        for (int i = 0; i < NV; ++i) x[i] = Whole ? row.whole(e + i * W) : row.part(e + i * W, E - e - i * W);
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) {
-                const vf y = set(p[r * kChunk + j]);
+        for (int r = 0; r < NR; ++r) {
+            const vf y = set(p[r * kChunk + j]);
 #pragma GCC unroll 4
-                for (int i = 0; i < NV; ++i) acc[r][i] = fma(y, x[i], acc[r][i]);
-            }
+            for (int i = 0; i < NV; ++i) acc[r][i] = fma(y, x[i], acc[r][i]);
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
-            for (int i = 0; i < NV; ++i) {
-                float* at = o + r * ldo + e + i * W;
-                store(at, load(at) + acc[r][i]);
-            }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; ++i) {
+            float* at = o + r * ldo + e + i * W;
+            store(at, load(at) + acc[r][i]);
+        }
 }
 
-template <class S, int NR> static void mix(float* o, int64_t ldo, const float* p, const typename S::T* v, int64_t stride, int64_t n,
-                                           int64_t phase, int64_t E) {
+template <class S, int NR>
+static void mix(float* o, int64_t ldo, const float* p, const typename S::T* v, int64_t stride, int64_t n, int64_t E) {
     constexpr int NV = kBlockVectors;
     int64_t e = 0;
-    for (; e + NV * W <= E; e += NV * W) mix_block<S, NR, NV, true>(o, ldo, p, v, stride, n, phase, E, e);
-    for (; e + W <= E; e += W) mix_block<S, NR, 1, true>(o, ldo, p, v, stride, n, phase, E, e);
-    if (e < E) mix_block<S, NR, 1, false>(o, ldo, p, v, stride, n, phase, E, e);
+    for (; e + NV * W <= E; e += NV * W) mix_block<S, NR, NV, true>(o, ldo, p, v, stride, n, E, e);
+    for (; e + W <= E; e += W) mix_block<S, NR, 1, true>(o, ldo, p, v, stride, n, E, e);
+    if (e < E) mix_block<S, NR, 1, false>(o, ldo, p, v, stride, n, E, e);
 }
 
-// out's rows = the sum of weights times values over the keys [first, end), tile by tile.
-template <class S>
-static void rows_values(float* out, int64_t ldo, const Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
-    const int64_t n = rows.n, E = p.E;
-    for (int64_t r = 0; r < n; ++r)
-        for (int64_t e = 0; e < E; e += W) store(out + r * ldo + e, zero());
-    for (int64_t tile = first / kKeys * kKeys, i = tile % kChunk / kKeys; tile < end; tile += kKeys, ++i) {
-        const int64_t from = most(first, tile), keys = least(end, tile + kKeys) - from, phase = from % kChain;
-        for (int64_t r = 0; r < n; ++r) {
-            const float shrink = rows.shrink[r][i];
-            if (shrink == 1.0f || from == first) continue;
-            for (int64_t e = 0; e < E; e += W) store(out + r * ldo + e, load(out + r * ldo + e) * set(shrink));
+// out's rows += the sum of weights times values over the keys [first, end) of one tile, chain by chain; `opens`: the first ones.
+template <class S> static void rows_values(float* out, int64_t ldo, const Rows& rows, const AttentionInputs& p, int64_t first,
+                                           int64_t end, bool opens, float* packed, Ahead& ahead) {
+    const int64_t n = rows.n, E = p.E, width = round_up(E), tile = first % kChunk / kKeys;
+    for (int64_t r = 0; r < n; ++r) {
+        const float shrink = opens ? 0.0f : rows.shrink[r][tile];
+        if (shrink == 1.0f) continue;
+        for (int64_t e = 0; e < E; e += W) {
+            float* at = out + r * ldo + e;
+            store(at, opens ? zero() : load(at) * set(shrink));
         }
-        const float* weights = rows.scores + from % kChunk;
-        const typename S::T* v = value<S>(p, rows.b, from, rows.g);
-        if (n == 1) mix<S, 1>(out, ldo, weights, v, p.v_time, keys, phase, E);
-        else if (n == 2) mix<S, 2>(out, ldo, weights, v, p.v_time, keys, phase, E);
-        else if (n == 3) mix<S, 3>(out, ldo, weights, v, p.v_time, keys, phase, E);
-        else if (n == 4) mix<S, 4>(out, ldo, weights, v, p.v_time, keys, phase, E);
-        else {
-            const int64_t width = round_up(E), head = phase ? least(keys, kChain - phase) : 0;
-            const float* packed = pack_rows<S>(rows.v, v, p.v_time, keys, E, width);
-            if (head) product<false, true>(out, ldo, weights, kChunk, packed, width, n, width / W, head, kChain);
-            product<false, true>(out, ldo, weights + head, kChunk, packed + head * width, width, n, width / W, keys - head, kChain);
+    }
+    for (int64_t j = first; j < end;) {
+        const int64_t keys = least(end, j / kChain * kChain + kChain) - j;
+        const float* weights = rows.scores + j % kChunk;
+        const typename S::T* v = value<S>(p, rows.b, j, rows.g);
+        ahead.step(keys * (E + S::kExtra) * int64_t(sizeof(typename S::T)));
+        switch (n) {
+            case 1: mix<S, 1>(out, ldo, weights, v, p.v_time, keys, E); break;
+            case 2: mix<S, 2>(out, ldo, weights, v, p.v_time, keys, E); break;
+            case 3: mix<S, 3>(out, ldo, weights, v, p.v_time, keys, E); break;
+            case 4: mix<S, 4>(out, ldo, weights, v, p.v_time, keys, E); break;
+            default:
+                product<false, true>(out, ldo, weights, kChunk, pack_rows<S>(packed, v, p.v_time, keys, E, width), width, n,
+                                     width / W, keys, kChain);
         }
+        j += keys;
     }
 }
 
-// Keys [first, end) of one chunk. out: (n, row_width).
-static void rows_chunk(float* out, Rows& rows, const AttentionInputs& p, int64_t first, int64_t end) {
+// f(from, to) for the pieces of [first, end), at most a chunk, that lie in one tile each.
+template <class F> FASTLM_INLINE void each_tile(int64_t first, int64_t end, const F& f) {
+    for (int64_t tile = first / kKeys * kKeys; tile < end; tile += kKeys) f(most(first, tile), least(end, tile + kKeys));
+}
+
+// Keys [first, end) of one chunk for several groups' rows, tile by tile. out: (groups, n, row_width); further groups `step` on.
+static void rows_chunk(float* out, int64_t step, Rows* rows, int64_t groups, const AttentionInputs& p, int64_t first, int64_t end,
+                       float* packed, Ahead& ahead) {
     // Whole vectors from the chunk's beginning, so that a key's lane, and with it the bits, do not depend on the other rows.
     const int64_t begin = first / W * W, ldo = row_width(p);
-    each_store(p, [&](auto s) { rows_scores<decltype(s)>(rows, p, begin, end); });
-    for (int64_t r = 0; r < rows.n; ++r) rows_softmax(out + r * ldo + row_end(p), rows, p, begin, end, r);
-    each_store(p, [&](auto s) { rows_values<decltype(s)>(out, ldo, rows, p, first, end); });
+    each_store(p, [&](auto kind) {
+        using S = decltype(kind);
+        each_tile(begin, end, [&](int64_t from, int64_t to) {
+            for (int64_t i = 0; i < groups; ++i) rows_scores<S>(rows[i], p, from, to, packed, ahead);
+        });
+        for (int64_t i = 0; i < groups; ++i)
+            for (int64_t r = 0; r < rows[i].n; ++r) rows_softmax(out + i * step + r * ldo + row_end(p), rows[i], p, begin, end, r);
+        each_tile(first, end, [&](int64_t from, int64_t to) {
+            for (int64_t i = 0; i < groups; ++i)
+                rows_values<S>(out + i * step, ldo, rows[i], p, from, to, from == first, packed, ahead);
+        });
+    });
 }
 
 // total = what it holds, and what another chunk gives.
@@ -296,13 +324,15 @@ static bool close_row(const AttentionForward& p, int64_t b, int64_t t, int64_t h
 static void one_row(const AttentionForward& p, int64_t b, int64_t g, int64_t row) {
     const AttentionInputs& in = p.in;
     const int64_t width = row_width(in);
-    float* memory = static_cast<float*>(scratch(rows_bytes(in, 1) + size_t(2 * width) * sizeof(float)));
+    float* memory = static_cast<float*>(scratch(size_t(rows_floats(in, 1) + 2 * width) * sizeof(float)));
     Rows rows;
+    Ahead none;
     open_rows(rows, in, b, g, row, 1, memory + 2 * width);
     float *total = memory, *part = memory + width;
     open_total(total, in);
     for (int64_t c = rows.low[0] / kChunk; c * kChunk < rows.high[0]; ++c) {
-        rows_chunk(part, rows, in, most(c * kChunk, rows.low[0]), least(rows.high[0], (c + 1) * kChunk));
+        const int64_t first = most(c * kChunk, rows.low[0]), end = least(rows.high[0], (c + 1) * kChunk);
+        rows_chunk(part, 0, &rows, 1, in, first, end, nullptr, none);
         merge_row(total, part, in);
     }
     close_row(p, b, rows.time[0], rows.head[0], total);

@@ -42,11 +42,6 @@ constexpr int kBlockVectors = 4;  // 32 registers: 6 x 4 chains
 #else
 constexpr int kBlockVectors = 2;  // 16 registers: 6 x 2
 #endif
-#if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
-#endif
 
 FASTLM_INLINE int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -136,19 +131,26 @@ FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64
     low = p.window ? most(0, high - p.window) : 0;
 }
 
-// c = or += the sum over k of a[i][k] b[k][x], NI rows by NV vectors: chains of `step` fma each, added in order. Long chains would
-// round worse than NumPy's sum over lanes. Transposed: a[k][i].
+// Dot products are summed in chains of fma added in order, for every kDotBlock of their elements the kQuad chains of every
+// kQuad-th element: long chains would round worse than NumPy's sum over lanes, and in the rows path a group of four lanes holds the
+// four chains of a key.
+constexpr int64_t kQuad = 4;
+constexpr int64_t kDotBlock = 64;
+
+// c = or += the sum over k of a[i][k] b[k][x], NI rows by NV vectors. Where it is added: chains of `step` fma each, added in order;
+// else: a dot product's chains. Transposed: a[k][i].
 template <int NI, int NV, bool Transposed, bool Add>
 static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
                                                     int64_t K, int64_t step) {
-    for (int64_t begin = 0; begin < K; begin += step) {
-        const int64_t end = least(K, begin + step);
+    constexpr int64_t kNext = Add ? 1 : kQuad;
+    for (int64_t chain = 0, begin = 0; begin < K; ++chain) {
+        const int64_t end = least(K, Add ? begin + step : chain / kQuad * kDotBlock + kDotBlock);
         vf acc[NI][NV];
 #pragma GCC unroll 8
         for (int i = 0; i < NI; ++i)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) acc[i][v] = zero();
-        for (int64_t k = begin; k < end; ++k) {
+        for (int64_t k = begin; k < end; k += kNext) {
             vf x[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
@@ -169,6 +171,7 @@ static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const
         for (int i = 0; i < NI; ++i)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
+        begin = Add ? end : (chain + 1) / kQuad * kDotBlock + (chain + 1) % kQuad;
     }
 }
 
@@ -206,14 +209,12 @@ template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, 
     }
 }
 
-// The chains of dot products over D, or E. The portable rung, which does not fuse, needs them shorter.
-FASTLM_INLINE int64_t chain(int64_t K) { return !kFused ? (K > 64 ? 16 : 4) : K <= 16 ? 4 : K <= 32 ? 8 : 16; }
-// Those over keys in the forward pass: the spans at a mask's edge are as long, so that a row's bits do not depend on where the edge
-// lies. Every path through the forward pass keeps to them.
+// The chains over keys in the forward pass: the spans at a mask's edge are as long, so that a row's bits do not depend on where the
+// edge lies. Every path through the forward pass keeps to them.
 constexpr int64_t kChain = kKeys / 4;
 
 static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
-    product<false, false>(c, kRows, a, lda, b, kRows, M, vectors, K, chain(K));
+    product<false, false>(c, kRows, a, lda, b, kRows, M, vectors, K, 0);
 }
 
 // Rows [first, first + rows) of group g of sequence b; row r is query t = r / (H / G), head g H / G + r % (H / G).

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -91,16 +92,42 @@ def test_rows(isa):
         np.testing.assert_array_equal(ops.attention(q[:, t - 1 : t + 1], k[:, : t + 1], v[:, : t + 1], True)[:, 1:], alone)
 
 
-@pytest.mark.parametrize("share", [1, 2, 5])
-def test_decode_equals_full(isa, share):
-    """Query by query against the whole at once, within the tolerance of the oracle."""
-    T, G, D = 70, 2, 33
-    x = {"q": random(2, T, G * share, D), "k": random(2, T, G, D), "v": random(2, T, G, D, seed=1), "causal": True}
-    ref = oracle("attention")
-    exact, naive = ref.forward(**widen(x)), ref.forward(**x)
-    steps = [ops.attention(x["q"][:, t : t + 1], x["k"][:, : t + 1], x["v"][:, : t + 1], True) for t in range(T)]
-    assert_close(np.concatenate(steps, axis=1), exact, naive, "decoding")
-    assert_close(ops.attention(**x), exact, naive, "tiles")
+@pytest.mark.parametrize("D", [1, 8, 16, 31, 64, 128])
+@pytest.mark.parametrize("share", [1, 3, 4, 8])
+@pytest.mark.parametrize("window", [None, 37])
+def test_row_bits(isa, D, share, window):
+    """A row of a long call has the bits that it has alone, in a piece of any length, recorded or not, in a cache with room to spare."""
+    S, G = 330, 2
+    q, k, v = random(2, S, G * share, D), random(2, S, G, D), random(2, S, G, D, seed=1)
+    y = ops.attention(q, k, v, True, window=window)
+    np.testing.assert_array_equal(ops.attention(Tensor(q, requires_grad=True), k, v, True, window=window).numpy(), y)
+    room = np.full((2, 2, 700, G, D), np.nan, np.float32)
+    room[0, :, :S], room[1, :, :S] = k, v
+    for first, n in ((0, 1), (40, 1), (255, 3), (256, 1), (64, 70), (319, 11)):
+        want, piece, end = y[:, first : first + n], q[:, first : first + n], first + n
+        np.testing.assert_array_equal(ops.attention(piece, k[:, :end], v[:, :end], True, window=window), want)
+        lengths = np.full(2, end, np.int32)
+        np.testing.assert_array_equal(ops.attention(piece, *room, True, lengths=lengths, window=window), want)
+        recorded = ops.attention(Tensor(piece, requires_grad=True), k[:, :end], v[:, :end], True, window=window)
+        np.testing.assert_array_equal(recorded.numpy(), want)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.int8], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("T", [1, 3, 80])
+@pytest.mark.parametrize(("share", "D", "E"), [(1, 64, 64), (4, 128, 128), (3, 31, 7), (12, 20, 40)])
+def test_kinds(isa, threads, dtype, T, share, D, E):
+    """Keys and values in bfloat16 or int8 give the bits of the float32 numbers that they stand for, on any number of threads."""
+    append = oracle("cache_append")
+    B, S, G = 3, 700, 2
+    k, v = (append.packed(random(B, S, G, n, seed=i), dtype) for i, n in enumerate((D, E)))
+    q, n = random(B, T, G * share, D), np.array([690, 300, 85], np.int32)
+    want = ops.attention(q, append.unpacked(k), append.unpacked(v), True, lengths=n)
+    for count in (1, 3):
+        _C.set_num_threads(count)
+        np.testing.assert_array_equal(ops.attention(q, k, v, True, lengths=n), want)
+    for b in range(B):
+        one = slice(b, b + 1)
+        np.testing.assert_array_equal(ops.attention(q[one], k[one, : n[b]], v[one, : n[b]], True), want[one])
 
 
 def test_views(isa):
@@ -252,6 +279,13 @@ def test_refuses():
         attention(q[:, :, :5], k, v)
     with pytest.raises(ValueError, match=r"\[attention\] q must have 4 axes, got shape \(5, 6, 16\)"):
         attention(q[0], k, v)
+    with pytest.raises(TypeError, match=r"\[attention\] v must be int8 as k is, got float32"):
+        attention(q, np.zeros((2, 7, 3, 20), np.int8), v)
+    with pytest.raises(ValueError, match=r"\[attention\] k must be \(B, S, G, D \+ 4\) = \(2, 7, 3, 20\), got \(2, 7, 3, 16\)"):
+        attention(q, k.astype(np.int8), k.astype(np.int8))
+    half = k.astype(ml_dtypes.bfloat16)
+    with pytest.raises(TypeError, match=r"\[attention\] k and v must be float32 where a gradient is wanted, got bfloat16"):
+        attention(Tensor(q, requires_grad=True), half, half)
     with pytest.raises(TypeError, match=r"\[attention\] v must be float32, got float64"):
         attention(q, k, v.astype(np.float64))
     with pytest.raises(TypeError, match=r"\[attention\] q must be a NumPy array or a Tensor, got list"):
