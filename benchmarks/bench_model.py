@@ -1,91 +1,81 @@
-"""Whole models: decoding, prompts, training steps. Random weights where speed does not depend on them, the same ones for each library.
+"""Whole models: decoding, prompts, encoding, translation, training steps. Random weights where speed does not depend on them, the same
+ones for each library; how each runs the first four is in its engine_<who>.py.
 
-SmolLM2 is timed where its file is: `fastlm demo` puts it into the cache folder, or FASTLM_SMOLLM2 names it.
+SmolLM2 is timed where its file is: `fastlm demo` puts it into the cache folder, or FASTLM_SMOLLM2 names it. FASTLM_MINILM names the folder of
+all-MiniLM-L6-v2, FASTLM_IK_LLAMA that of ik_llama.cpp's programs.
 """
 
-import os
-import tempfile
-from pathlib import Path
-
-PROMPT, NEW = 32, 32
+PROMPT, NEW, SOURCE, TRANSLATED = 32, 32, 64, 128  # as in engine.py
 CASES = [
     {"model": "gpt-char", "task": "train", "batch": 12, "context": 64},
-    {"model": "smollm2", "task": "decode"},
-    {"model": "smollm2", "task": "prompt", "tokens": 512},
-    {"model": "gpt2", "task": "decode"},
-    {"model": "gpt2", "task": "prompt", "tokens": 512},
+    {"model": "smollm2", "task": "decode", "kind": "q4_1", "batch": 1},
+    {"model": "smollm2", "task": "decode", "kind": "q4_1", "batch": 8},
+    {"model": "smollm2", "task": "prompt", "kind": "q4_1", "tokens": 512},
+    *({"model": "gpt2", "task": "decode", "kind": kind, "batch": 1} for kind in ("f32", "bf16", "q8_0", "q4_0")),
+    *({"model": "gpt2", "task": "decode", "kind": kind, "batch": 8} for kind in ("q8_0", "q4_0")),
+    *({"model": "gpt2", "task": "prompt", "kind": kind, "tokens": 512} for kind in ("f32", "q8_0")),
     {"model": "gpt2", "task": "train", "batch": 4, "context": 256},
     {"model": "gpt2", "task": "train", "batch": 1, "context": 1024},
     {"model": "gpt-char-6x384", "task": "train", "batch": 12, "context": 256},
+    {"model": "stories260k", "task": "decode", "kind": "f32", "batch": 1},
+    *({"model": "all-minilm-l6-v2", "task": "encode", "kind": "f32", "batch": 256, "input": given} for given in ("ids", "text")),
+    {"model": "all-minilm-l6-v2", "task": "encode", "kind": "int8", "batch": 256, "input": "ids"},
+    *({"model": "bert-base-uncased", "task": "encode", "kind": kind, "batch": 8, "tokens": 128} for kind in ("f32", "int8")),
+    *({"model": "t5-small", "task": "translate", "kind": kind, "batch": batch} for kind in ("f32", "int8") for batch in (1, 8)),
 ]
 SIZES = {  # weights that multiply in a token (embedding tables count once: the tied head), layers, width
     "gpt-char": (4 * 12 * 128**2 + 65 * 128, 4, 128),
     "gpt-char-6x384": (6 * 12 * 384**2 + 65 * 384, 6, 384),
     "gpt2": (12 * 12 * 768**2 + 50257 * 768, 12, 768),
     "smollm2": (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49152 * 576, 30, 576),
+    "stories260k": (5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172) + 512 * 64, 5, 64),
+    "all-minilm-l6-v2": (6 * 12 * 384**2, 6, 384),
+    "bert-base-uncased": (12 * 12 * 768**2, 12, 768),
+    "t5-small": (6 * (6 * 512 * 512 + 2 * 512 * 2048) + 32128 * 512, 6, 512),  # of the decoder; its cross-attention's K and V once a source
 }
+BITS = {"f32": 32, "bf16": 16, "int8": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # a weight, its share of the scales included
+
+
+def name(case):
+    """What the table shows and --case selects by: "gpt2-decode-q4_0-8"."""
+    return "-".join(str(v) for v in case.values())
 
 
 def tokens(case):
-    """Of one call: those trained on, those read, or those written."""
+    """Of one call: those trained on, those read, or those written. A sentence's are known once it is made."""
     if case["task"] == "train":
         return case["batch"] * case["context"]
-    return case.get("tokens", NEW)
+    if case["task"] == "prompt":
+        return case["tokens"]
+    if case["task"] == "encode":
+        return sum(lengths(case))
+    return case["batch"] * (TRANSLATED if case["task"] == "translate" else NEW)
+
+
+def lengths(case):
+    import engine
+
+    return [len(row) for row in engine.encode_ids(case)]
 
 
 def work(both, case):
+    """Operations, and the bytes of the weights as often as they must be read."""
     weights, layers, width = SIZES[case["model"]]
-    count = tokens(case)
     if case["task"] == "train":
-        return count * (6 * weights + 6 * layers * width * case["context"]), 4 * weights * 3
-    bits = 5 if case["model"] == "smollm2" else 32  # Q4_1: 20 bytes for 32 weights
+        return tokens(case) * (6 * weights + 6 * layers * width * case["context"]), 4 * weights * 3
+    size = weights * BITS[case["kind"]] / 8
     if case["task"] == "decode":
-        return 2 * weights * (PROMPT + NEW), weights * bits // 8 * NEW
-    return 2 * weights * count, weights * bits // 8
+        return 2 * weights * case["batch"] * (PROMPT + NEW), size * NEW
+    if case["task"] == "encode":
+        rows = lengths(case)
+        return 2 * weights * sum(rows) + 4 * layers * width * sum(n * n for n in rows), size
+    if case["task"] == "translate":
+        encoder = 6 * (4 * 512 * 512 + 2 * 512 * 2048) + 12 * 512 * 512
+        return 2 * case["batch"] * (weights * TRANSLATED + encoder * SOURCE), size * TRANSLATED
+    return 2 * weights * tokens(case), size
 
 
-def setup(case, who):
-    return globals().get(f"{case['task']}_{who}", lambda case: None)(case)
-
-
-def prompt_ids(case, count):
-    return [(7 * i * i + 3 * i) % 1000 + 40 for i in range(count)]
-
-
-def smollm2():
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("FASTLM_CACHE") or Path(cache) / "fastlm"
-    path = Path(os.environ.get("FASTLM_SMOLLM2") or Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return path if path.exists() else None
-
-
-def shared_folder(case):
-    """Where ours, which is prepared first, leaves its random weights for the peers."""
-    return Path(tempfile.gettempdir()) / f"fastlm-bench-{os.getuid()}" / case["model"]
-
-
-# --- fastlm ---
-
-
-def lm_ours(case):
-    import fastlm
-    from fastlm import models
-
-    if case["model"] == "smollm2":
-        return fastlm.load(smollm2()) if smollm2() else None
-    if not (shared_folder(case) / "config.json").exists():
-        fastlm.LM(models.create(case["model"])).save(shared_folder(case))
-    return fastlm.load(shared_folder(case))
-
-
-def decode_ours(case):
-    lm = lm_ours(case)
-    return lm and (lambda: lm.generate_ids(prompt_ids(case, PROMPT), max_tokens=NEW))
-
-
-def prompt_ours(case):
-    lm = lm_ours(case)
-    return lm and (lambda: lm.generate_ids(prompt_ids(case, case["tokens"]), max_tokens=1))
+# --- training: ours and torch's ---
 
 
 def train_config(case):
@@ -106,52 +96,6 @@ def train_ours(case):
     text = np.random.default_rng(0).integers(0, model.config.vocab_size, 100_000)
     steps = fastlm.train(model, text, steps=1 << 30, batch=case["batch"], context=case["context"])
     return lambda: next(steps).loss
-
-
-# --- transformers and torch ---
-
-
-def model_transformers(case):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if case["model"] == "smollm2":
-        return None  # it would dequantise the file: another computation
-    return AutoModelForCausalLM.from_pretrained(shared_folder(case), dtype=torch.float32).eval()
-
-
-def decode_transformers(case):
-    import torch
-
-    model = model_transformers(case)
-    if model is None:
-        return None
-    ids = torch.tensor([prompt_ids(case, PROMPT)])
-    ones = torch.ones_like(ids)
-
-    def run():
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=ones, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, use_cache=True
-            )
-        return out[0, PROMPT:]
-
-    return run
-
-
-def prompt_transformers(case):
-    import torch
-
-    model = model_transformers(case)
-    if model is None:
-        return None
-    ids = torch.tensor([prompt_ids(case, case["tokens"])])
-
-    def run():
-        with torch.inference_mode():
-            return model(ids, logits_to_keep=1).logits[0, -1].argmax()[None]
-
-    return run
 
 
 def train_torch_compile(case):
@@ -216,55 +160,4 @@ def train_torch(case, compiled=False):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return run
-
-
-# --- llama.cpp ---
-
-
-def model_llama_cpp(case):
-    from llama_cpp import Llama
-
-    if case["model"] != "smollm2" or smollm2() is None:
-        return None
-    threads = int(os.environ["FASTLM_NUM_THREADS"])
-    return Llama(str(smollm2()), n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-
-def decode_llama_cpp(case):
-    """llama_decode and argmax: its Python wrapper's own loop costs more than the library."""
-    return _llama(case, PROMPT, NEW)
-
-
-def prompt_llama_cpp(case):
-    return _llama(case, case["tokens"], 1)
-
-
-def _llama(case, read, write):
-    import ctypes
-
-    import llama_cpp as lib
-    import numpy as np
-
-    llm = model_llama_cpp(case)
-    if llm is None:
-        return None
-    context, V = llm.ctx, llm.n_vocab()
-
-    def decode(ids):
-        array = (lib.llama_token * len(ids))(*ids)
-        if lib.llama_decode(context, lib.llama_batch_get_one(array, len(ids))):
-            raise RuntimeError("llama_decode failed")
-        return int(
-            np.ctypeslib.as_array(ctypes.cast(lib.llama_get_logits_ith(context, -1), ctypes.POINTER(ctypes.c_float)), (V,)).argmax()
-        )
-
-    def run():
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        out = [decode(prompt_ids(case, read))]
-        while len(out) < write:
-            out.append(decode(out[-1:]))
-        return np.array(out)
-
-    run.keeps = llm  # else its memory goes when this function returns
     return run

@@ -1,8 +1,8 @@
 """Runs the benchmarks: checks the answer, takes turns with the peers, prints a table, appends JSON lines.
 
 Only one process computes at a time. Each round gives every contestant one turn, so that a slow minute of the machine hits all of
-them; the time printed is the best of all rounds, the ratio is the median over the rounds of (peer / ours) within one round: above 1,
-fastlm is faster.
+them; a turn's time is the best of its calls, the time printed is the median of the rounds, the ratio is the median over the rounds of
+(peer / ours) within one round: above 1, fastlm is faster.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Row:
     backward: bool
     threads: int
     rounds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> best seconds of each round
+    setups: dict[str, str] = field(default_factory=dict)  # contestant -> precision, threads
     work: tuple[float, float] | None = None  # operations, bytes
     tokens: int | None = None  # of one call of a model
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
@@ -88,7 +89,10 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        return min(self.rounds["ours"]) if self.rounds.get("ours") else math.nan
+        return self.median("ours")
+
+    def median(self, who: str) -> float:
+        return statistics.median(self.rounds[who]) if self.rounds.get(who) else math.nan
 
     def ratio(self, peer: str) -> float | None:
         """How many times faster than the peer; None where it is absent."""
@@ -122,11 +126,12 @@ class Row:
             "op": self.op,
             "case": self.case,
             "pass": "forward + backward" if self.backward else "forward",
-            "ms": {k: round(min(v) * 1e3, 6) for k, v in self.rounds.items()},
+            "ms": {k: round(self.median(k) * 1e3, 6) for k in self.rounds},
             "rounds_ms": {k: [round(t * 1e3, 6) for t in v] for k, v in self.rounds.items()},
+            "setups": self.setups,
             "ratio": {k: self.ratio(k) for k in self.rounds if k != "ours"},
             "work": self.work,
-            "tokens_per_second": {k: self.tokens / min(v) for k, v in self.rounds.items()} if self.tokens else None,
+            "tokens_per_second": {k: self.tokens / self.median(k) for k in self.rounds} if self.tokens else None,
             "roof": self.roof,
             "share_of_roof": self.share,
             "problems": self.problems,
@@ -183,8 +188,28 @@ def check(row: Row, folder: Path, present: Sequence[str], reference: str) -> Non
                     row.problems[who] = f"wrong answer: {name} is off by {error:.2e}, the largest element is {scale:.2e}"
 
 
+def check_engines(row: Row, folder: Path, present: Sequence[str]) -> None:
+    """Of whole models: the peers against ours, float32 alone, since rounding parts the others. Greedy ids may part later, the first must
+    agree; states and embeddings to 2e-2 of the largest."""
+    answers = {who: np.load(folder / f"{who}.npz")["0"] for who in present if (folder / f"{who}.npz").stat().st_size > 300}
+    mine = answers.pop("ours", None)
+    if mine is None:
+        return
+    for who, theirs in answers.items():
+        if mine.dtype.kind in "iu":
+            first, other = (np.atleast_2d(x)[:, 0].tolist() for x in (mine, theirs))
+            if first != other:
+                row.problems[who] = f"its first tokens are {other}, ours {first}"
+        elif mine.shape != theirs.shape:
+            row.problems[who] = f"its answer is {theirs.shape}, ours {mine.shape}"
+        else:
+            error, scale = float(np.abs(mine - theirs).max()), float(np.abs(mine).max())
+            if not error <= 2e-2 * scale:
+                row.problems[who] = f"its answer is off by {error:.2e}, the largest element is {scale:.2e}"
+
+
 def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: int, seconds: float) -> Row:
-    module = worker.bench(row.op)
+    module, model = worker.bench(row.op), worker.is_model(row.op)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         present, slow = [], {}
@@ -195,17 +220,16 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
             elif answer["present"]:
                 present.append(who)
                 slow[who] = answer["seconds"]
+                if answer["label"]:
+                    row.setups[who] = answer["label"]
             if answer.get("work"):
                 row.work, row.tokens = (answer["work"][0], answer["work"][1]), answer["tokens"]
         if "ours" not in present:
             return row
-        if hasattr(module, "setup"):  # greedy ids: rounding may part them later, the first must agree
-            first = {
-                who: np.load(folder / f"{who}.npz")["0"].ravel()[:1] for who in present if who not in getattr(module, "RANDOM", ())
-            }
-            for who, ids in first.items():
-                if ids.dtype.kind in "iu" and ids.tolist() != first["ours"].tolist():
-                    row.problems[who] = f"its first token is {ids.tolist()}, ours {first['ours'].tolist()}"
+        if model:
+            case = worker.cases(row.op)[index]
+            if case.get("kind") == "f32" and case["task"] != "train":
+                check_engines(row, folder, present)
         elif "numpy" in present:
             wide = (folder / "numpy.npz").stat().st_size < 1 << 28 and slow["numpy"] < 10  # else float32 NumPy is the reference
             if wide:
@@ -214,7 +238,7 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
             check(row, folder, found, "exact" if wide and (folder / "exact.npz").exists() else "numpy")
     for _ in range(rounds):
         for who in tuple(present):
-            if slow[who] > (30.0 if hasattr(module, "setup") else 3.0):  # so slow that its first call is timing enough
+            if slow[who] > (30.0 if model else 3.0):  # so slow that its first call is timing enough
                 row.rounds.setdefault(who, []).append(slow[who])
                 continue
             time.sleep(0.02)  # the threads of the one before go to sleep
@@ -228,26 +252,56 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
     return row
 
 
-def run(ops: Sequence[str] = (), threads: int | None = None, quick: bool = False) -> Iterator[Row]:
-    """Yields one row after the other. `quick`: the first two cases of each operation and short turns."""
+def label(op: str, index: int) -> str:
+    """A case as the table shows it and as --case selects it."""
+    case = worker.cases(op)[index]
+    shown: str = worker.bench(op).name(case) if worker.is_model(op) else case_id(case)
+    return shown
+
+
+def selected(ops: Sequence[str], wanted: Sequence[str] = (), quick: bool = False) -> dict[str, list[int]]:
+    """{operation: numbers of its cases}: those whose label contains one of `wanted`, or all. ValueError where none does."""
     known(ops)
+    chosen = {op: [i for i in range(len(worker.cases(op))) if not wanted or any(w in label(op, i) for w in wanted)] for op in ops}
+    if not any(chosen.values()):
+        there = ", ".join(label(op, i) for op in ops for i in range(len(worker.cases(op))))
+        raise ValueError(f"[bench] no case is called {', '.join(wanted)}; there are {there}")
+    return {op: indices[:2] if quick else indices for op, indices in chosen.items() if indices}
+
+
+def measured_roof(contestant: Contestant, roof: dict[str, float]) -> dict[str, float]:
+    """A roof measured while something else ran is too low: measured often, the highest counts."""
+    found: dict[str, float] = contestant.ask("roof").get("roof", {})
+    return {k: max(v, roof.get(k, 0.0)) for k, v in (roof | found).items()} if found else roof
+
+
+def run(
+    ops: Sequence[str] = (), threads: int | None = None, quick: bool = False, wanted: Sequence[str] = (), rounds: int | None = None
+) -> Iterator[Row]:
+    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`.
+    All rows share one `roof`, which the last measurements may still raise."""
+    chosen = selected(ops or operations(), wanted, quick)
     threads = threads or backend.num_threads()
     contestants: dict[str, Contestant] = {}
     try:
         pythons = {"ours": sys.executable} | {who: python for who, (python, _) in peers.find().items()}
-        roof: dict[str, float] = {}
-        for op in ops or operations():
+        contestants["ours"] = Contestant("ours", sys.executable, threads)
+        roof = measured_roof(contestants["ours"], {})  # before any peer starts
+        for op, indices in chosen.items():
             for who, python in pythons.items():
-                if who not in contestants or contestants[who].process.poll() is not None:  # one that died starts anew
+                if who in contestants and contestants[who].process.poll() is None:
+                    continue
+                if any(worker.takes_part(who, op, index) for index in indices):  # one that died starts anew
                     contestants[who] = Contestant(who, python, threads)
-            # A roof measured while something else ran is too low: measure often, keep the highest.
-            roof = {k: max(v, roof.get(k, 0.0)) for k, v in contestants["ours"].ask("roof").get("roof", {}).items()}
-            whole = worker.cases(op)
-            for index, case in enumerate(whole[:2] if quick else whole):
+                    contestants[who].ask("ready")
+            roof.update(measured_roof(contestants["ours"], roof))
+            for index in indices:
+                taking = {who: c for who, c in contestants.items() if worker.takes_part(who, op, index)}
                 for backward in worker.passes(op, index):
-                    row = Row(op, case_id(case), backward, threads, roof=roof)
-                    row.ceiling = getattr(worker.bench(op), "CEILING", row.ceiling)
-                    yield run_case(row, index, contestants, 2 if quick else 5, 0.05 if quick else 0.3)
+                    row = Row(op, label(op, index), backward, threads, roof=roof)
+                    row.ceiling = worker.ceiling(op, index) or row.ceiling
+                    yield run_case(row, index, taking, rounds or (2 if quick else 5), 0.05 if quick else 0.3)
+            roof.update(measured_roof(contestants["ours"], roof))
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -275,13 +329,24 @@ def line(row: Row, found: Sequence[str]) -> str:
         ratio = row.ratio(peer)
         text += f" {('-' if ratio is None else f'{ratio:.2f}x'):>14}"
     if row.tokens and row.rounds:
-        text += "\n    tokens/s: " + ", ".join(f"{who} {row.tokens / min(times):,.0f}" for who, times in row.rounds.items())
+        speeds = (
+            f"{who} {row.tokens / row.median(who):,.0f}" + (f" ({row.setups[who]})" if who in row.setups else "") for who in row.rounds
+        )
+        text += "\n    tokens/s: " + ", ".join(speeds)
     return text
 
 
-def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | None, plot: str | None) -> int:
+def main(
+    ops: Sequence[str],
+    threads: int | None,
+    quick: bool,
+    output: str | None,
+    plot: str | None,
+    wanted: Sequence[str] = (),
+    rounds: int | None = None,
+) -> int:
     """Prints the table; 1 where an answer was wrong."""
-    known(ops)
+    chosen = selected(ops or operations(), wanted, quick)
     found = peers.find()
     versions = {k: v for k, (_, v) in found.items()}
     threads = threads or backend.num_threads()
@@ -296,29 +361,39 @@ def main(ops: Sequence[str], threads: int | None, quick: bool, output: str | Non
         print(
             f"the machine is not quiet (load {load:.1f}): what computes beside this makes the figures worse, the peers' most of all"
         )
+    # A column for each peer that takes part in any of the cases.
+    columns = [p for p in found if any(worker.takes_part(p, op, i) for op, indices in chosen.items() for i in indices)]
     path = Path(output) if output else default_output()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat().st_size if path.exists() else 0
     rows: list[Row] = []
     wrong = False
-    for row in run(ops, threads, quick):
+    for row in run(ops, threads, quick, wanted, rounds):
         if not rows:
-            gflops, read, copy = (row.roof[k] for k in ("gflops", "read_gbs", "copy_gbs"))
-            print(f"roof: {gflops:.0f} GFLOP/s float32, {read:.1f} GB/s read, {copy:.1f} GB/s copy")
-            print(heading(list(found)))
+            print(roof_line(row.roof))
+            print(heading(columns))
         rows.append(row)
-        print(line(row, list(found)), flush=True)
+        print(line(row, columns), flush=True)
         for who, problem in row.problems.items():
             print(f"    {who}: {problem}")
         wrong = wrong or "ours" in row.problems
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row.record(versions)) + "\n")
+    print(f"at the end: {roof_line(rows[-1].roof)}")
+    os.truncate(path, before)  # once more, with the roof as it is known now
+    with path.open("a") as file:
+        file.writelines(json.dumps(row.record(versions)) + "\n" for row in rows)
     print(f"written to {path}")
     if plot:
         from fastlm.benchmarks.roofline import draw
 
-        draw(rows, plot)
+        draw([row.record(versions) for row in rows], plot)
         print(f"roofline drawn to {plot}")
     return int(wrong)
+
+
+def roof_line(roof: dict[str, float]) -> str:
+    return f"roof: {roof['gflops']:.0f} GFLOP/s float32, {roof['read_gbs']:.1f} GB/s read, {roof['copy_gbs']:.1f} GB/s copy"
 
 
 def default_output() -> Path:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
-PEERS = ("torch", "transformers", "llama_cpp")
+PEERS = ("torch", "torch_compile", "transformers", "ctranslate2", "onnxruntime", "openvino", "llama_cpp", "ik_llama")
 _ASK = """
 import importlib.metadata as m, importlib.util as u, json
-names = {"numpy": "numpy", "torch": "torch", "transformers": "transformers", "llama_cpp": "llama_cpp_python"}
+names = {k: k for k in ("numpy", "torch", "transformers", "ctranslate2", "onnxruntime", "openvino")} | {"llama_cpp": "llama_cpp_python"}
 print(json.dumps({k: m.version(v) for k, v in names.items() if u.find_spec(k)}))
 """
 
@@ -22,7 +24,22 @@ def installed(python: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     versions: dict[str, str] = json.loads(done.stdout)
+    if "torch" in versions:
+        versions["torch_compile"] = versions["torch"]
     return versions
+
+
+def ik_llama() -> str | None:
+    """The version of ik_llama.cpp in the folder that FASTLM_IK_LLAMA names."""
+    folder = os.environ.get("FASTLM_IK_LLAMA")
+    if not folder or not (Path(folder) / "llama-bench").exists():
+        return None
+    try:
+        done = subprocess.run([Path(folder) / "llama-cli", "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    version = re.search(r"\(([0-9a-f]{7,})\)", done.stdout + done.stderr)
+    return version.group(1) if version else "unknown"
 
 
 def find() -> dict[str, tuple[str, str]]:
@@ -34,4 +51,6 @@ def find() -> dict[str, tuple[str, str]]:
         for peer in PEERS:
             if python and peer in versions and peer not in found:
                 found[peer] = (python, versions[peer])
+    if version := ik_llama():
+        found["ik_llama"] = (sys.executable, version)
     return found

@@ -13,7 +13,7 @@ PEERS = [p for p in ("torch",) if importlib.util.find_spec(p)]
 CASES = [
     pytest.param(op, i, backward, who, id=f"{op}-{case_id(case)}-{'fb' if backward else 'f'}-{who}")
     for op in harness.operations()
-    if not hasattr(worker.bench(op), "setup")
+    if not worker.is_model(op)
     for i, case in enumerate(worker.cases(op))
     for backward in worker.passes(op, i)
     for who in ("ours", "numpy", *PEERS)

@@ -9,8 +9,12 @@ A benchmark file `bench_<op>.py` is as short as its operation lets it be:
     BACKWARD = True                               the backward pass is timed as well; or a function of the case that says whether
     torch(**inputs)                               the same with torch tensors; any other peer by its name
     ours(**inputs), numpy(**inputs)               where `fastlm.ops.<op>` or the oracle is not what should be timed
-    CEILING = "int8_scaled_gops"                  the key of `backend.roof()` that operations are compared with; "gflops" by default
-    setup(case, who) -> callable                  for whole models: CASES is then in the file too, and `tokens(case)` of one call
+    CEILING = "int8_scaled_gops"                  the key of `backend.roof()` that operations are compared with, or a function of the case
+                                                  that says it; "gflops" by default
+    CASES, tokens(case), name(case)               for whole models, each `task` of which is a function in engine_<who>.py, see engine.py, or
+                                                  <task>_<who> in the file itself
+
+What is timed may say itself how long it took, `run.times(seconds) -> list`, and what it is, `run.label`.
 """
 
 from __future__ import annotations
@@ -66,6 +70,12 @@ def passes(op: str, index: int) -> tuple[bool, ...]:
     """False: the forward pass; True: forward and backward, where the benchmark's BACKWARD says so."""
     backward = getattr(bench(op), "BACKWARD", False)
     return (False, True) if (backward(cases(op)[index]) if callable(backward) else backward) else (False,)
+
+
+def ceiling(op: str, index: int) -> str | None:
+    """What the operations of a case are compared with, where it is not the float32 multiply-adds."""
+    found = getattr(bench(op), "CEILING", None)
+    return found(cases(op)[index]) if callable(found) else found
 
 
 def inputs(op: str, index: int) -> dict[str, Any]:
@@ -167,17 +177,40 @@ def torch_peer(op: str, index: int, backward: bool, who: str) -> Callable[[], An
     return step
 
 
+def is_model(op: str) -> bool:
+    """Whole models, whose answers only the engines themselves can give."""
+    return hasattr(bench(op), "name")
+
+
+def task(op: str, index: int, who: str) -> Callable[..., Any] | None:
+    """What sets a contestant up for a case of a whole model; None where it does not take part."""
+    case = cases(op)[index]
+    own: Callable[..., Any] | None = getattr(bench(op), f"{case['task']}_{who}", None)
+    if own is not None or not (path := HERE / f"engine_{who}.py").exists():
+        return own
+    by_file(HERE / "engine.py")
+    found: Callable[..., Any] | None = getattr(by_file(path), case["task"], None)
+    return found
+
+
+def takes_part(who: str, op: str, index: int) -> bool:
+    if is_model(op):
+        return task(op, index, who) is not None
+    return who in ("ours", "numpy") or hasattr(bench(op), who)
+
+
 def contestant(who: str, op: str, index: int, backward: bool) -> Callable[[], Any] | None:
     """None where this benchmark has no such contestant."""
     module = bench(op)
-    if hasattr(module, "setup"):
-        ready: Callable[[], Any] | None = module.setup(cases(op)[index], who)
+    if is_model(op):
+        prepare = task(op, index, who)
+        ready: Callable[[], Any] | None = prepare and prepare(cases(op)[index])
         return ready
     if who == "ours":
         return ours(op, index, backward)
     if who == "numpy":
         return plain(op, index, backward)
-    if who in ("torch", "transformers"):
+    if who in ("torch", "torch_compile", "transformers"):
         return torch_peer(op, index, backward, who)
     call = getattr(module, who, None)
     if call is None or backward:
@@ -236,7 +269,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is not an answer
     sys.path.insert(0, str(ROOT))
     threads = int(os.environ["FASTLM_NUM_THREADS"])
-    if who in ("torch", "transformers"):
+    if who in ("torch", "torch_compile", "transformers"):
         import torch
 
         torch.set_num_threads(threads)
@@ -253,19 +286,23 @@ def main() -> None:
                     start = time.perf_counter()
                     np.savez(command["result"], **arrays(run()))
                     answer["seconds"] = time.perf_counter() - start
+                    answer["label"] = getattr(run, "label", None)
                     if who == "ours" and hasattr(bench(command["op"]), "work"):
                         module = bench(command["op"])
                         case = cases(command["op"])[command["index"]]
-                        values = {"case": case} if hasattr(module, "setup") else inputs(command["op"], command["index"])
+                        values = {"case": case} if is_model(command["op"]) else inputs(command["op"], command["index"])
                         answer["work"] = [float(v) for v in module.work(command["backward"], **values)]
                         answer["tokens"] = module.tokens(case) if hasattr(module, "tokens") else None
             elif command["do"] == "exact":
                 np.savez(command["result"], **arrays(plain(command["op"], command["index"], command["backward"], wide=True)()))
+            elif command["do"] == "ready":
+                pass
             elif command["do"] == "roof":
                 answer["roof"] = roof()
             elif command["do"] == "time":
                 assert run is not None
-                answer["times"] = measure(run, command["seconds"], command["warm"])
+                own = getattr(run, "times", None)
+                answer["times"] = own(command["seconds"]) if own else measure(run, command["seconds"], command["warm"])
         except Exception as error:  # a peer that fails is reported in its column and the run goes on
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)

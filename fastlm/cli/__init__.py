@@ -146,12 +146,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stride", type=_positive, help="tokens between two windows (default: the context)")
     p.add_argument("--max-tokens", type=_positive, help="only the first tokens of the text")
 
-    p = command("bench", "time every operation against NumPy and, where installed, torch, transformers and llama.cpp", "bench:run")
+    p = command("bench", "time every operation and model against NumPy and the other engines that are installed", "bench:run")
     p.add_argument("ops", metavar="OP", nargs="*", help="operations (default: all)")
     p.add_argument("--quick", action="store_true", help="fewer cases and shorter turns")
     p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file")
     p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file")
-    p.add_argument("--list", action="store_true", help="only list the operations")
+    p.add_argument("--case", metavar="NAME", action="append", help="only cases whose name contains this; may be repeated")
+    p.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contestant (default: 5)")
+    p.add_argument("--list", action="store_true", help="only list the operations, or the cases of those named")
 
     p = command("plan", "what a published model costs: parameters, FLOPs, memory, and a layout over devices", "plan:run")
     p.add_argument("name", metavar="NAME", help="a preset, as in fastlm.models.PRESETS, or glam-1.2t")

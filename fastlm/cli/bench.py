@@ -8,7 +8,9 @@ import argparse
 def run(arguments: argparse.Namespace) -> int:
     from fastlm.benchmarks import harness
 
-    if arguments.list:
-        print("\n".join(harness.operations()))
+    a = arguments
+    if a.list:
+        names = a.ops or harness.operations()
+        print("\n".join(f"{op} {harness.label(op, i)}" for op, cases in harness.selected(names).items() for i in cases) if a.ops else "\n".join(names))
         return 0
-    return int(harness.main(arguments.ops, arguments.threads, arguments.quick, arguments.json, arguments.plot))
+    return int(harness.main(a.ops, a.threads, a.quick, a.json, a.plot, a.case or (), a.rounds))

@@ -1,0 +1,159 @@
+"""CTranslate2: a model converted into the temporary folder, at the best of one worker with all threads, one with one, and one-thread
+workers that share the batch."""
+
+import engine
+
+COMPUTE = {"f32": "float32", "bf16": "bfloat16", "q8_0": "int8_float32", "int8": "int8_float32"}
+
+
+class Tokens:
+    """Stands for the tokenizer that the converter asks for: the token of id 7 is "t7"."""
+
+    bos_token, eos_token, unk_token, pad_token = "t0", "t1", "t2", "t0"
+    special_tokens_map = {}
+
+    def __init__(self, size):
+        self.size = size
+
+    def get_vocab(self):
+        return {f"t{i}": i for i in range(self.size)}
+
+    def convert_ids_to_tokens(self, ids):
+        return f"t{ids}" if isinstance(ids, int) else [f"t{i}" for i in ids]
+
+
+def converted(case):
+    import json
+
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+
+    path = engine.shared(f"{case['model']}-ctranslate2")
+    if not path.exists():
+        transformers.BertConfig.position_embedding_type = "absolute"  # the converter reads what version 5 no longer sets
+        size = json.loads((engine.folder(case) / "config.json").read_text())["vocab_size"]
+
+        class Converter(TransformersConverter):
+            def load_tokenizer(self, *args, **kwargs):
+                return Tokens(size)
+
+        with engine.making(path) as new:
+            Converter(str(engine.folder(case))).convert(str(new))
+    return str(path)
+
+
+def setups():
+    """(workers, threads of each)."""
+    n = engine.threads()
+    return [(1, 1)] if n == 1 else [(1, n), (1, 1), (n, 1)]
+
+
+def options(case, cls):
+    """(model, label, workers)"""
+    import ctranslate2
+
+    if case["model"] == "smollm2" or case["kind"] not in COMPUTE:
+        return
+    path = converted(case)
+    for workers, count in setups():
+        if workers > 1 and case.get("batch", 1) == 1:
+            continue
+        model = getattr(ctranslate2, cls)(path, compute_type=COMPUTE[case["kind"]], inter_threads=workers, intra_threads=count)
+        yield model, f"{model.compute_type}, {workers} x {count} threads", workers
+
+
+def names(rows):
+    return [[f"t{i}" for i in row] for row in rows]
+
+
+def numbers(rows):
+    return [[int(t[1:]) for t in row] for row in rows]
+
+
+def written(case, cls, call):
+    """`call(model, prompts, the most that one worker takes) -> ids`."""
+    rows = names(engine.prompts(case))
+    found = [
+        engine.named(lambda model=model, size=-(-len(rows) // workers): call(model, rows, size), how)
+        for model, how, workers in options(case, cls)
+    ]
+    return engine.best(found) if found else None
+
+
+def decode(case):
+    length = dict(max_length=engine.NEW, min_length=engine.NEW, include_prompt_in_result=False)
+
+    def call(model, rows, size):
+        return numbers(r.sequences[0] for r in model.generate_batch(rows, max_batch_size=size, beam_size=1, **length))
+
+    return written(case, "Generator", call)
+
+
+def prompt(case):
+    ids = names([engine.prompt_ids(case["tokens"])])
+
+    def call(model, rows, size):
+        out = model.generate_batch(ids, max_length=1, min_length=1, beam_size=1, include_prompt_in_result=False)
+        return numbers(out[0].sequences)[0]
+
+    return written(case, "Generator", call)
+
+
+def translate(case):
+    length = dict(max_decoding_length=engine.TRANSLATED, min_decoding_length=engine.TRANSLATED)
+
+    def call(model, rows, size):
+        return numbers(r.hypotheses[0] for r in model.translate_batch(rows, max_batch_size=size, beam_size=1, **length))
+
+    return written(case, "Translator", call)
+
+
+def encode(case):
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    found = []
+    for model, how, workers in options(case, "Encoder"):
+        pool = ThreadPoolExecutor(workers)
+
+        def one(rows, model=model):
+            return np.array(model.forward_batch(rows).last_hidden_state)
+
+        def states(rows, pool=pool, workers=workers, one=one):
+            cut = -(-len(rows) // workers)
+            return list(pool.map(one, [rows[i : i + cut] for i in range(0, len(rows), cut)])) if workers > 1 else [one(rows)]
+
+        if "tokens" in case:
+            ids = engine.encode_ids(case)
+            found.append(engine.named(lambda states=states: np.concatenate(states(ids)), how))
+            continue
+        for size in (16, 32):
+            run = mixed(case, one, size, pool if workers > 1 else None)
+            found.append(engine.named(run, f"{how}, batches of {size}"))
+    return engine.best(found) if found else None
+
+
+def mixed(case, one, size, pool):
+    """As engine.encode_run, with the batches dealt to the workers."""
+    import numpy as np
+
+    tokenize = engine.tokenizer(case)
+    texts = engine.sentences(case["batch"]) if tokenize else None
+    given = None if tokenize else engine.encode_ids(case)
+
+    def run():
+        ids = given if tokenize is None else tokenize(texts)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        out = [None] * len(ids)
+
+        def part(rows):
+            x = one([ids[i] for i in rows])
+            for i, row in zip(rows, x, strict=True):
+                out[i] = row[: len(ids[i])].mean(0)
+
+        parts = [order[i : i + size] for i in range(0, len(order), size)]
+        list(map(part, parts) if pool is None else pool.map(part, parts))
+        return np.stack(out)
+
+    return run

@@ -1,0 +1,80 @@
+"""fastlm. Random weights are made here, first, for all."""
+
+import engine
+
+
+def stories260k():
+    """The shape of the smallest of llama2.c's models."""
+    from fastlm import models
+
+    return models.LlamaConfig(vocab_size=512, context=512, d_model=64, n_layer=5, n_head=8, n_kv_head=4, head_dim=8, d_ff=172)
+
+
+SHAPES = {"stories260k": stories260k}  # what is no preset
+
+
+def load(case):
+    """The language model in the case's precision; None where its file is absent."""
+    import fastlm
+    from fastlm import models
+
+    kind = case["kind"]
+    if case["model"] == "smollm2":
+        return engine.smollm2() and fastlm.load(engine.smollm2())
+    where = engine.folder(case)
+    if not (where / "config.json").exists():
+        with engine.making(where) as new:
+            fastlm.LM(models.create(SHAPES.get(case["model"], lambda: case["model"])())).save(new)
+    if kind in ("f32", "bf16"):
+        return fastlm.load(where, {"f32": "float32", "bf16": "bfloat16"}[kind])
+    if kind == "int8":  # weights and activations
+        lm = fastlm.load(where)
+        return lm.quantize("int8") if hasattr(lm, "quantize") else None
+    path = engine.gguf_file(case)
+    return path and fastlm.load(path)
+
+
+def label(case):
+    return f"{case['kind']}, {engine.threads()} threads"
+
+
+def decode(case):
+    lm = load(case)
+    if lm is None:
+        return None
+    prompts = engine.prompts(case)
+    return engine.named(lambda: lm.generate_ids(prompts, max_tokens=engine.NEW), label(case))
+
+
+def prompt(case):
+    lm = load(case)
+    if lm is None:
+        return None
+    ids = engine.prompt_ids(case["tokens"])
+    return engine.named(lambda: lm.generate_ids(ids, max_tokens=1), label(case))
+
+
+def translate(case):
+    lm = load(case)
+    if lm is None:
+        return None
+    sources = engine.prompts(case)
+    return engine.named(lambda: lm.generate_ids(sources, max_tokens=engine.TRANSLATED), label(case))
+
+
+def encode(case):
+    import numpy as np
+
+    lm = load(case)
+    if lm is None:
+        return None
+    if "tokens" in case:
+        ids = np.array(engine.encode_ids(case), np.int32)
+        return engine.named(lambda: lm.model.states(ids), label(case))
+    if case.get("input") == "text":
+        if lm.tokenizer is None:
+            return None
+        given = engine.sentences(case["batch"])
+    else:
+        given = engine.encode_ids(case)
+    return engine.named(lambda: lm.embed(given), label(case))
