@@ -1,8 +1,8 @@
 """Whole models: decoding, prompts, encoding, translation, training steps. Random weights where speed does not depend on them, the same
 ones for each library; how each runs the first four is in its engine_<who>.py.
 
-SmolLM2 is timed where its file is: `fastlm demo` puts it into the cache folder, or FASTLM_SMOLLM2 names it. FASTLM_MINILM names the folder of
-all-MiniLM-L6-v2, FASTLM_IK_LLAMA that of ik_llama.cpp's programs.
+SmolLM2 is timed where its file is: `fastlm demo` puts it into the cache folder, or FASTLM_SMOLLM2 names it. FASTLM_MINILM names the
+folder of all-MiniLM-L6-v2, FASTLM_IK_LLAMA that of ik_llama.cpp's programs.
 """
 
 PROMPT, NEW, SOURCE, TRANSLATED = 32, 32, 64, 128  # as in engine.py
@@ -31,7 +31,7 @@ SIZES = {  # weights that multiply in a token (embedding tables count once: the 
     "stories260k": (5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172) + 512 * 64, 5, 64),
     "all-minilm-l6-v2": (6 * 12 * 384**2, 6, 384),
     "bert-base-uncased": (12 * 12 * 768**2, 12, 768),
-    "t5-small": (6 * (6 * 512 * 512 + 2 * 512 * 2048) + 32128 * 512, 6, 512),  # of the decoder; its cross-attention's K and V once a source
+    "t5-small": (6 * (6 * 512**2 + 2 * 512 * 2048) + 32128 * 512, 6, 512),  # of the decoder, without K and V of the source
 }
 BITS = {"f32": 32, "bf16": 16, "int8": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # a weight, its share of the scales included
 

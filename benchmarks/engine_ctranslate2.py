@@ -10,10 +10,9 @@ class Tokens:
     """Stands for the tokenizer that the converter asks for: the token of id 7 is "t7"."""
 
     bos_token, eos_token, unk_token, pad_token = "t0", "t1", "t2", "t0"
-    special_tokens_map = {}
 
     def __init__(self, size):
-        self.size = size
+        self.size, self.special_tokens_map = size, {}
 
     def get_vocab(self):
         return {f"t{i}": i for i in range(self.size)}
@@ -73,15 +72,15 @@ def numbers(rows):
 def written(case, cls, call):
     """`call(model, prompts, the most that one worker takes) -> ids`."""
     rows = names(engine.prompts(case))
-    found = [
-        engine.named(lambda model=model, size=-(-len(rows) // workers): call(model, rows, size), how)
-        for model, how, workers in options(case, cls)
-    ]
+    found = []
+    for model, how, workers in options(case, cls):
+        size = -(-len(rows) // workers)
+        found.append(engine.named(lambda model=model, size=size: call(model, rows, size), how))
     return engine.best(found) if found else None
 
 
 def decode(case):
-    length = dict(max_length=engine.NEW, min_length=engine.NEW, include_prompt_in_result=False)
+    length = {"max_length": engine.NEW, "min_length": engine.NEW, "include_prompt_in_result": False}
 
     def call(model, rows, size):
         return numbers(r.sequences[0] for r in model.generate_batch(rows, max_batch_size=size, beam_size=1, **length))
@@ -100,7 +99,7 @@ def prompt(case):
 
 
 def translate(case):
-    length = dict(max_decoding_length=engine.TRANSLATED, min_decoding_length=engine.TRANSLATED)
+    length = {"max_decoding_length": engine.TRANSLATED, "min_decoding_length": engine.TRANSLATED}
 
     def call(model, rows, size):
         return numbers(r.hypotheses[0] for r in model.translate_batch(rows, max_batch_size=size, beam_size=1, **length))
@@ -111,30 +110,31 @@ def translate(case):
 def encode(case):
     from concurrent.futures import ThreadPoolExecutor
 
-    import numpy as np
-
     found = []
     for model, how, workers in options(case, "Encoder"):
         pool = ThreadPoolExecutor(workers)
-
-        def one(rows, model=model):
-            return np.array(model.forward_batch(rows).last_hidden_state)
-
-        def states(rows, pool=pool, workers=workers, one=one):
-            cut = -(-len(rows) // workers)
-            return list(pool.map(one, [rows[i : i + cut] for i in range(0, len(rows), cut)])) if workers > 1 else [one(rows)]
-
-        if "tokens" in case:
-            ids = engine.encode_ids(case)
-            found.append(engine.named(lambda states=states: np.concatenate(states(ids)), how))
-            continue
-        for size in (16, 32):
-            run = mixed(case, one, size, pool if workers > 1 else None)
-            found.append(engine.named(run, f"{how}, batches of {size}"))
+        run = equal(case, model, pool, workers) if "tokens" in case else mixed(case, model, pool, 32)
+        found.append(engine.named(run, how if "tokens" in case else f"{how}, batches of 32"))
     return engine.best(found) if found else None
 
 
-def mixed(case, one, size, pool):
+def states(model, rows):
+    import numpy as np
+
+    return np.array(model.forward_batch(rows).last_hidden_state)
+
+
+def equal(case, model, pool, workers):
+    """Rows of one length, an equal share for each worker."""
+    import numpy as np
+
+    ids = engine.encode_ids(case)
+    cut = -(-len(ids) // workers)
+    parts = [ids[i : i + cut] for i in range(0, len(ids), cut)]
+    return lambda: np.concatenate(list(pool.map(lambda part: states(model, part), parts)))
+
+
+def mixed(case, model, pool, size):
     """As engine.encode_run, with the batches dealt to the workers."""
     import numpy as np
 
@@ -148,12 +148,12 @@ def mixed(case, one, size, pool):
         out = [None] * len(ids)
 
         def part(rows):
-            x = one([ids[i] for i in rows])
+            x = states(model, [ids[i] for i in rows])
             for i, row in zip(rows, x, strict=True):
                 out[i] = row[: len(ids[i])].mean(0)
 
         parts = [order[i : i + size] for i in range(0, len(order), size)]
-        list(map(part, parts) if pool is None else pool.map(part, parts))
+        list(pool.map(part, parts))
         return np.stack(out)
 
     return run

@@ -1,5 +1,5 @@
-"""ik_llama.cpp by its own programs: llama-bench and, for batches, llama-batched-bench, in the folder that FASTLM_IK_LLAMA names. They say how
-long they took; nothing of their start is counted."""
+"""ik_llama.cpp by its own programs: llama-bench and, for batches, llama-batched-bench, in the folder that FASTLM_IK_LLAMA names. They say
+how long they took; nothing of their start is counted."""
 
 import json
 import os
@@ -44,7 +44,9 @@ def bench(case, test, work):
         return [s / 1e9 for s in rows[-1]["samples_ns"]]
 
     n = engine.threads()
-    return engine.named(Run("llama-bench", ["-m", found(case), "-o", "json", "-t", n, "-r", 3, "-rtr", 1, *test], seconds), label(case, n))
+    return engine.named(
+        Run("llama-bench", ["-m", found(case), "-o", "json", "-t", n, "-r", 3, "-rtr", 1, *test], seconds), label(case, n)
+    )
 
 
 def decode(case):
@@ -59,7 +61,24 @@ def decode(case):
         lines = re.findall(r"^\|\s*\d+\s*\|.*\|$", out, re.M)
         return [float(line.split("|")[9]) for line in lines]
 
-    arguments = ["-m", found(case), "-c", 1024 * batch, "-b", 2048, "-ub", 512, "-t", n, "-npp", engine.PROMPT, "-ntg", engine.NEW, "-npl", batch]
+    arguments = [
+        "-m",
+        found(case),
+        "-c",
+        1024 * batch,
+        "-b",
+        2048,
+        "-ub",
+        512,
+        "-t",
+        n,
+        "-npp",
+        engine.PROMPT,
+        "-ntg",
+        engine.NEW,
+        "-npl",
+        batch,
+    ]
     return engine.named(Run("llama-batched-bench", [*arguments, "-rtr"], seconds), label(case, n))
 
 

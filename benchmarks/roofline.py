@@ -14,8 +14,8 @@ MARKS = {  # of each contestant
 
 
 def draw(records: Sequence[dict[str, Any]], path: str) -> None:
-    """Writes the roofline plot of rows, as the JSON lines hold them, to a PNG or SVG file. Float32 operations over bytes, both counted once:
-    8-bit products may stand above the float32 ceiling."""
+    """Writes the roofline plot of rows, as the JSON lines hold them, to a PNG or SVG file: operations over the bytes that must be read,
+    under the ceilings of float32. 8-bit products may stand above them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,9 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
         return
     roof = {k: max(r["roof"][k] for r in rows) for k in rows[0]["roof"]}
     points = {  # (operation, contestant) -> points
-        (op, who): [(r["work"][0] / r["work"][1], r["work"][0] / r["ms"][who] / 1e6) for r in rows if r["op"] == op and who in r["ms"]]
+        (op, who): [
+            (r["work"][0] / r["work"][1], r["work"][0] / r["ms"][who] / 1e6) for r in rows if r["op"] == op and who in r["ms"]
+        ]
         for op in dict.fromkeys(r["op"] for r in rows)
         for who in MARKS
     }
@@ -44,12 +46,23 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
         if found:
             color = plt.cm.tab20(ops.index(op) % 20)
             ours = who == "ours"
-            style: dict[str, Any] = {"markersize": 6, "zorder": 3} if ours else {"markersize": 4.5, "alpha": 0.75, "fillstyle": "none"}
+            style: dict[str, Any] = (
+                {"markersize": 6, "zorder": 3} if ours else {"markersize": 4.5, "alpha": 0.75, "fillstyle": "none"}
+            )
             axes.plot(*zip(*found, strict=True), MARKS[who], color=color, label=op if ours else None, linestyle="none", **style)
     seen = [who for who in MARKS if any(found for (_, w), found in points.items() if w == who)]
-    marks = [plt.Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none") for w in seen]
+    marks = [
+        plt.Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none")
+        for w in seen
+    ]
     axes.add_artist(axes.legend(marks, ["fastlm" if w == "ours" else w for w in seen], fontsize="small", loc="upper left"))
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title=f"{rows[0]['cpu']}, {rows[0]['threads']} threads")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte",
+        ylabel="GFLOP/s",
+        title=f"{rows[0]['cpu']}, {rows[0]['threads']} threads",
+    )
     axes.legend(fontsize="small", ncols=2, loc="lower right")
     axes.set_ylim(bottom=min(y for _, y in every) / 2, top=max(roof["gflops"], max(y for _, y in every)) * 2)
     figure.tight_layout()

@@ -40,7 +40,6 @@ class Options(TypedDict, total=False):
 
 
 _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-_WIDTH = 16  # attention sums in another order over fewer queries; padding to as many, a text has the same bits alone
 _BEAMS = {"length_penalty", "early_stopping"}
 
 
@@ -152,12 +151,13 @@ class LM:
 
     # Encoders
 
-    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = 2048) -> Array:
+    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = 1024) -> Array:
         """One vector for each text, or each list of ids: (N, C) float32; (C,) for one text.
 
         The mean over the tokens or the first token's state, of length 1 or not, as the checkpoint's sentence-transformers files say
         (`model.pooling`); the plain mean where there are none. Longer texts are cut to the longest that these files or the model
-        allow. Texts of like length share a batch of about `batch_tokens` tokens; a text has the same vector alone and in company.
+        allow. Texts lie one behind the other without padding, up to `batch_tokens` tokens at a time; a text has the same vector alone
+        and in company.
         """
         if not isinstance(self.model, Encoder):
             raise ValueError(f"[embed] the model must be an encoder, got {type(self.model).__name__}")
@@ -175,14 +175,11 @@ class LM:
         pooling, longest = self.model.pooling, self.model.max_tokens
         longest = min(longest, pooling.max_tokens or longest)
         ids = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in ids]  # keeps [SEP]
-        out = np.empty((len(ids), self.model.config.d_model), np.float32)
-        for rows in _buckets([len(row) for row in ids], batch_tokens):
-            lengths = np.array([len(ids[i]) for i in rows])
-            mask = np.arange(max(lengths.max(), min(_WIDTH, longest))) < lengths[:, None]
-            padded = np.full(mask.shape, self.model.pad, np.int32)
-            padded[mask] = np.concatenate([ids[i] for i in rows])
-            out[rows] = pooling(self.model.states(padded, mask), lengths)
-        return out
+        pooled = []
+        for part in _parts([len(row) for row in ids], batch_tokens):
+            rows = ids[part]
+            pooled.append(pooling(self.model.packed_states(rows), np.array([len(row) for row in rows])))
+        return np.concatenate(pooled) if pooled else np.empty((0, self.model.config.d_model), np.float32)
 
     # Ids
 
@@ -347,13 +344,16 @@ def _batch(name: str, ids: Any) -> tuple[Array, bool]:
     return (array[None], True) if array.ndim == 1 else (array, False)
 
 
-def _buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of texts, longest first, in groups whose padded size is at most batch_tokens, or one text."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        count = max(1, batch_tokens // lengths[order[0]])
-        yield order[:count]
-        order = order[count:]
+def _parts(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
+    """Texts in their order, in runs of at most batch_tokens tokens, or one text."""
+    first = total = 0
+    for i, length in enumerate(lengths):
+        if total and total + length > batch_tokens:
+            yield slice(first, i)
+            first, total = i, 0
+        total += length
+    if total:
+        yield slice(first, len(lengths))
 
 
 def _like(one: bool, x: Any) -> Any:

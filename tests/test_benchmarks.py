@@ -58,11 +58,11 @@ def test_wrong_answers_are_seen(tmp_path, exact, ours, peer, wrong):
 
 def test_share_of_the_roof():
     roof = {"gflops": 100.0, "read_gbs": 10.0, "copy_gbs": 10.0, str(1 << 16): 80.0, str(1 << 28): 10.0}
-    compute = Row("op", "case", False, 1, {"ours": [0.02]}, (1e9, 1e6), roof=roof)  # 10 ms at best
+    compute = Row("op", "case", False, 1, {"ours": [0.02]}, work=(1e9, 1e6), roof=roof)  # 10 ms at best
     assert compute.share == pytest.approx(0.5)
-    memory = Row("op", "case", False, 1, {"ours": [0.2]}, (1e6, 1e9), roof=roof)  # 100 ms at best
+    memory = Row("op", "case", False, 1, {"ours": [0.2]}, work=(1e6, 1e9), roof=roof)  # 100 ms at best
     assert memory.share == pytest.approx(0.5)
-    cached = Row("op", "case", False, 1, {"ours": [1e-6]}, (1.0, 8e4), roof=roof)
+    cached = Row("op", "case", False, 1, {"ours": [1e-6]}, work=(1.0, 8e4), roof=roof)
     assert cached.share == pytest.approx(1.0)
 
 
@@ -73,3 +73,36 @@ def test_a_worker_says_what_went_wrong():
     contestant.process.wait()
     assert "ended" in contestant.ask("roof")["error"]
     contestant.close()
+
+
+def test_cases_are_selected_by_name():
+    names = [harness.label("model", i) for i in harness.selected(["model"], ["gpt2-decode"])["model"]]
+    assert names
+    assert all(name.startswith("gpt2-decode") for name in names)
+    assert list(harness.selected(["rms_norm", "model"], ["t5-small"])) == ["model"]
+    with pytest.raises(ValueError, match="no case is called gpt9"):
+        harness.selected(["model"], ["gpt9"])
+
+
+def test_who_takes_part():
+    at = {harness.label("model", i): i for i in range(len(worker.cases("model")))}
+    assert worker.takes_part("ours", "model", at["t5-small-translate-f32-1"])
+    assert worker.takes_part("ctranslate2", "model", at["t5-small-translate-f32-1"])
+    assert not worker.takes_part("llama_cpp", "model", at["t5-small-translate-f32-1"])
+    assert not worker.takes_part("numpy", "model", at["t5-small-translate-f32-1"])
+    assert worker.takes_part("torch", "model", at["gpt-char-train-12-64"])
+    assert worker.takes_part("numpy", "rms_norm", 0)
+
+
+def test_engines_are_checked_against_ours(tmp_path):
+    for who, value in (("ours", [[3, 4]]), ("llama_cpp", [[3, 5]]), ("transformers", [[4, 4]])):
+        np.savez(tmp_path / f"{who}.npz", **{"0": np.array(value)})
+    row = Row("model", "case", False, 1)
+    harness.check_engines(row, tmp_path, ["ours", "llama_cpp", "transformers"])
+    assert set(row.problems) == {"transformers"}
+    np.savez(tmp_path / "ours.npz", **{"0": np.ones((2, 3), np.float32)})
+    np.savez(tmp_path / "openvino.npz", **{"0": np.ones((2, 3), np.float32) * 1.001})
+    np.savez(tmp_path / "onnxruntime.npz", **{"0": np.ones((2, 3), np.float32) * 1.1})
+    row = Row("model", "case", False, 1)
+    harness.check_engines(row, tmp_path, ["ours", "openvino", "onnxruntime"])
+    assert set(row.problems) == {"onnxruntime"}

@@ -99,7 +99,7 @@ class Bert(Encoder):
         self.head = heads.make(HEADS, c)
 
     def hidden(self, ids: Array, context: Context) -> Any:
-        x = self.embeddings(ids, np.arange(context.time, dtype=np.int32), context.segments)
+        x = self.embeddings(ids, context.places, context.segments)
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return x

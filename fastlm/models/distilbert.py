@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fastlm.backend import Array
 from fastlm.models import bert, heads
 from fastlm.models.base import check_config
@@ -55,7 +53,7 @@ class DistilBert(Encoder):
         self.head = heads.make(HEADS, c)
 
     def hidden(self, ids: Array, context: Context) -> Any:
-        x = self.embeddings(ids, np.arange(context.time, dtype=np.int32), context.segments)
+        x = self.embeddings(ids, context.places, context.segments)
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return x

@@ -65,7 +65,7 @@ class Electra(Encoder):
         self.head = heads.make(HEADS, c)
 
     def hidden(self, ids: Array, context: Context) -> Any:
-        x = self.embeddings(ids, np.arange(context.time, dtype=np.int32), context.segments)
+        x = self.embeddings(ids, context.places, context.segments)
         if self.project is not None:
             x = self.project(x)
         for layer, block in enumerate(self.blocks):

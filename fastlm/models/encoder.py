@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,9 @@ class Pooling:
     max_tokens: int | None = None
 
     def __call__(self, x: Array, lengths: Array) -> Array:
-        """x (B, T, C), of which lengths (B,) positions are there -> (B, C) float32."""
-        pooled = x[:, 0].copy() if self.mode == "cls" else np.stack([row[:n].mean(0) for row, n in zip(x, lengths, strict=True)])
+        """x (B, T, C), of which lengths (B,) positions are there, or packed (R, C), R their sum -> (B, C) float32."""
+        rows = np.split(x, np.cumsum(lengths)[:-1]) if x.ndim == 2 else [row[:n] for row, n in zip(x, lengths, strict=True)]
+        pooled = np.stack([row[0] if self.mode == "cls" else row.mean(0) for row in rows])
         if self.normalise:
             pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
         return pooled
@@ -98,6 +100,15 @@ class Encoder(LanguageModel):
         """The hidden states after the last layer, (B, T, C) float32; nothing is recorded."""
         with no_grad():
             out: Array = data(self.run(ids, mask, segments))
+            return out
+
+    def packed_states(self, rows: Sequence[Sequence[int]]) -> Array:
+        """The hidden states of sequences of any lengths, one behind the other, (R, C) float32: nothing is padded, a sequence has the
+        same bits alone and in company; nothing is recorded."""
+        ids = as_ids("ids", np.concatenate([np.asarray(row) for row in rows])[None])
+        context = Context.packed([len(row) for row in rows])
+        with no_grad():
+            out: Array = data(self.hidden(ids, context))[0]
             return out
 
     def run(self, ids: Any, mask: Any = None, segments: Any = None) -> Any:

@@ -63,7 +63,7 @@ class Roberta(Encoder):
 
     def hidden(self, ids: Array, context: Context) -> Any:
         there = (ids != self.config.pad).astype(np.int32)
-        positions = np.cumsum(there, axis=1, dtype=np.int32) * there + np.int32(self.config.pad)
+        positions = context.within(there) * there + np.int32(self.config.pad)
         x = self.embeddings(ids, positions, context.segments)
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)

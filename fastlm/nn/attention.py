@@ -89,6 +89,10 @@ class Attention(Module):
         v = self.heads(v, self.n_kv_head)
         if self.position is not None:
             q, k = self.position(q, k, context)
+        if context.offsets is not None:
+            q, k, v = (_reshape(t, t.shape[1:]) for t in (q, k, v))
+            y = ops.attention_packed(q, k, v, context.offsets, self.sees.causal, scale=self.scale, window=self.sees.window)
+            return self.joined(_reshape(y, (1, *y.shape)), residual)
         if context.cache is not None:
             k, v = context.append(layer, data(k), data(v))
         y = ops.attention(

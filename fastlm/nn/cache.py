@@ -82,10 +82,25 @@ class Context:
     hides, and what a model adds that shares its position bias between layers (`add_bias`). `segments`: (B, T) int32 or None.
     `memory`: what cross-attention reads. `routings`: what the routers of experts chose, by layer. `training`: experts may be full.
 
+    `offsets`: (N + 1,) int32 where N sequences lie one behind the other in one row (`packed`), else None; `positions` are then (1, R).
+
     A mask (see Padding) is for models that see everything; a causal model needs none for padding on the right.
     """
 
-    __slots__ = ("bias", "cache", "end", "lengths", "memory", "positions", "routings", "segments", "start", "time", "training")
+    __slots__ = (
+        "bias",
+        "cache",
+        "end",
+        "lengths",
+        "memory",
+        "offsets",
+        "positions",
+        "routings",
+        "segments",
+        "start",
+        "time",
+        "training",
+    )
 
     def __init__(
         self,
@@ -106,6 +121,7 @@ class Context:
         self.end = time
         self.positions: Array | None = None
         self.lengths: Array | None = None
+        self.offsets: Array | None = None
         if mask is not None:
             if cache is not None:
                 raise ValueError("[mask] mask must be None with a cache: the cache's lengths say what is there.")
@@ -129,6 +145,29 @@ class Context:
             self.start = None
             self.lengths = before + np.int32(time)
             self.positions = before[:, None] + np.arange(time, dtype=np.int32)
+
+    @classmethod
+    def packed(cls, lengths: Any) -> Context:
+        """For ids (1, R), sequences of these lengths one behind the other: attention stays within each. Nothing is padding."""
+        offsets = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        context = cls(1, int(offsets[-1]))
+        context.offsets = offsets
+        context.positions = context.within(np.ones((1, context.time), np.int32)) - np.int32(1)
+        return context
+
+    def within(self, counts: Array) -> Array:
+        """The sum of counts (B, T) int32 up to each place, within its sequence."""
+        sums: Array = np.cumsum(counts, axis=1, dtype=np.int32)
+        if self.offsets is not None:
+            before = np.concatenate([np.zeros(1, np.int32), sums[0]])[self.offsets[:-1]]
+            sums -= np.repeat(before, np.diff(self.offsets))
+        return sums
+
+    @property
+    def places(self) -> Array:
+        """Each token's number in its sequence: (T,), or (B, T) where they differ."""
+        return np.arange(self.time, dtype=np.int32) if self.positions is None else self.positions
 
     def add_bias(self, bias: Any) -> None:
         """Adds (1 or B, 1 or H, T, S) to the scores of every layer's self-attention, with its gradient."""

@@ -172,12 +172,26 @@ def test_counts(preset, head):
 
 
 def test_bits_alone_and_in_a_padded_batch():
-    """From 16 positions on, which lm.embed pads to: attention sums in another order over fewer queries."""
+    """From 16 positions on: attention sums in another order over fewer queries."""
     model, (ids, mask, segments) = load("bert.masked_lm"), inputs("bert.masked_lm")
     wide = [np.pad(x, ((0, 0), (0, 6))) for x in (ids, mask, segments)]
     whole = model.logits(*wide)
     for b, n in enumerate(mask.sum(1)):
         np.testing.assert_array_equal(whole[b, :n], model.logits(*(x[b : b + 1, :16] for x in wide))[0, :n])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if GOLDEN[f"{name}.ids"].ndim == 2])
+def test_packed(name):
+    """Sequences one behind the other: the states of a padded batch, and each sequence's bits as it has them alone."""
+    model, (ids, mask, _) = load(name), inputs(name)
+    ids = np.concatenate([ids, np.roll(ids, 1, axis=1)])
+    lengths = [int(n) for n in (*mask.sum(1), *mask.sum(1)[::-1])]
+    rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
+    packed = np.split(model.packed_states(rows), np.cumsum(lengths)[:-1])
+    whole = model.states(ids, np.arange(ids.shape[1]) < np.array(lengths)[:, None])
+    for b, n in enumerate(lengths):
+        np.testing.assert_array_equal(packed[b], model.packed_states([rows[b]]))
+        close(packed[b], whole[b, :n])
 
 
 def test_ignored_positions_cost_and_change_nothing():
