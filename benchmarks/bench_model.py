@@ -36,6 +36,10 @@ SIZES = {  # weights that multiply in a token (embedding tables count once: the 
 BITS = {"f32": 32, "bf16": 16, "int8": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # a weight, its share of the scales included
 
 
+def CEILING(case):
+    return "gflops" if case.get("kind", "f32") in ("f32", "bf16") else "int8_scaled_gops"
+
+
 def name(case):
     """What the table shows and --case selects by: "gpt2-decode-q4_0-8"."""
     return "-".join(str(v) for v in case.values())
