@@ -7,12 +7,14 @@ The reference is an npz file. `ids` (B, T) integers; optional `mask` and `segmen
     final        (B, T, C)  what the head reads
     logits       (B, T, V)  or of the head's own shape
 
-`SCRIPT` writes one with transformers, in float64.
+For an encoder-decoder `ids` is the source, `mask` its mask, `decoder_ids` (B, T) what the decoder reads, and the states are
+`encoder.embedding`, `encoder.layer.0` ... `decoder.final`, `logits`. `SCRIPT` writes one with transformers, in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,45 @@ from fastlm import hub
 from fastlm.backend import Array
 from fastlm.models.base import CausalLM
 from fastlm.models.encoder import Encoder
+from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.nn import Module
 from fastlm.tensor import data, no_grad
 
-SCRIPT = '''"""python reference.py FOLDER golden.npz: hidden states and logits of 2 x 16 random tokens, by transformers in float64."""
+SCRIPT = '''"""python reference.py FOLDER golden.npz: hidden states and logits of 2 x 12 random tokens, by transformers in float64."""
 import sys
 import numpy, torch, transformers
 config = transformers.AutoConfig.from_pretrained(sys.argv[1])
-model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1], attn_implementation="eager").double().eval()
-ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+config._attn_implementation = config._experts_implementation = "eager"  # torch's grouped product knows no float64
+model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1], config=config).double().eval()
+ids, other = (torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+states, inputs = {}, {"input_ids": ids}
+stacks = {"": model}
+if config.is_encoder_decoder:
+    inputs["decoder_input_ids"] = other
+    stacks = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
+
+
+def watch(prefix, layer):
+    def keep(module, args, kwargs, output):
+        number = sum(key.startswith(prefix + "layer.") for key in states)
+        for name, x in (("embedding", args[0] if args else kwargs["hidden_states"]), (f"layer.{number}", output)):
+            x = x[0] if isinstance(x, (tuple, list)) else x
+            if name != "embedding" or number == 0:
+                states[prefix + name] = x if x.shape[:2] == ids.shape else x.transpose(0, 1)  # XLNet goes by time first
+    layer.register_forward_hook(keep, with_kwargs=True)
+
+
+for prefix, stack in stacks.items():
+    for layer in next(m for m in stack.modules() if isinstance(m, torch.nn.ModuleList)):
+        watch(prefix, layer)
 with torch.no_grad():
-    out = model(ids, output_hidden_states=True)
-names = ["embedding", *(f"layer.{i}" for i in range(len(out.hidden_states) - 2)), "final"]
-states = {name: state.numpy() for name, state in zip(names, out.hidden_states)}
-numpy.savez(sys.argv[2], ids=ids.numpy(), **states, **({"logits": out.logits.numpy()} if "logits" in out else {}))
+    out = model(**inputs, output_hidden_states=True)
+for prefix in stacks:
+    states[prefix + "final"] = out[prefix.replace(".", "_") + "hidden_states"][-1]
+if "logits" in out:
+    states["logits"] = out.logits
+more = {"decoder_ids": other.numpy()} if config.is_encoder_decoder else {}
+numpy.savez_compressed(sys.argv[2], ids=ids.numpy(), **more, **{name: state.float().numpy() for name, state in states.items()})
 '''
 
 
@@ -57,26 +84,40 @@ def _first(x: Any) -> Array:
     return found
 
 
-def observe(model: Any, ids: Array, mask: Array | None = None, segments: Array | None = None) -> dict[str, Array]:
-    """The model's hidden states and logits under the names above. ValueError for a model that is no decoder and no encoder."""
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(model, (CausalLM, Encoder)) or not isinstance(blocks, list):
-        raise ValueError(f"[verify] the model must be a decoder or an encoder with blocks, got {type(model).__name__}.")
+def observe(
+    model: Any, ids: Array, mask: Array | None = None, segments: Array | None = None, decoder_ids: Array | None = None
+) -> dict[str, Array]:
+    """The model's hidden states and logits under the names above. ValueError where what is given does not go with the model."""
     if isinstance(model, CausalLM) and not (mask is None and segments is None):
         raise ValueError("[verify] the reference must have no mask and no segments for a causal model: leave out padding.")
-    states: list[tuple[Array, Array]] = []
-    model.blocks = [Watched(block, states) for block in blocks]  # type: ignore[union-attr]
+    two = isinstance(model, EncoderDecoder)
+    if two != (decoder_ids is not None) or (two and segments is not None):
+        raise ValueError("[verify] the reference must have decoder_ids, and no segments, for an encoder-decoder, and for no other.")
+    with no_grad():
+        if isinstance(model, EncoderDecoder):
+            found, memory = _watched(model.encoder, lambda: model.encode(ids, mask), "encoder.")
+            found["encoder.final"] = data(memory.states)
+            seen, (final, _) = _watched(model.decoder, lambda: model._run(decoder_ids, memory), "decoder.")
+            return found | seen | {"decoder.final": data(final), "logits": model.logits(ids, decoder_ids, mask)}
+        if isinstance(model, Encoder):
+            found, final = _watched(model, lambda: model.run(ids, mask, segments))
+            logits = {} if model.head is None else {"logits": model.logits(ids, mask, segments)}
+        else:
+            found, final = _watched(model, lambda: model._run(ids, None))
+            logits = {"logits": model.logits(ids)}
+        return found | {"final": data(final)} | logits
+
+
+def _watched(stack: Any, run: Callable[[], Any], prefix: str = "") -> tuple[dict[str, Array], Any]:
+    """The states in a stack's layers, its `blocks` or the `groups` that share them, while `run` runs; and what it returns."""
+    name = "blocks" if hasattr(stack, "blocks") else "groups"
+    blocks, states = getattr(stack, name), list[tuple[Array, Array]]()
+    setattr(stack, name, [Watched(block, states) for block in blocks])
     try:
-        with no_grad():
-            final = data(model._run(ids, None) if isinstance(model, CausalLM) else model.run(ids, mask, segments))
+        result = run()
     finally:
-        model.blocks = blocks  # type: ignore[union-attr]
-    found = {"embedding": states[0][0], **{f"layer.{i}": y for i, (_, y) in enumerate(states)}, "final": final}
-    if isinstance(model, CausalLM):
-        found["logits"] = model.logits(ids)
-    elif model.head is not None:
-        found["logits"] = model.logits(ids, mask, segments)
-    return found
+        setattr(stack, name, blocks)
+    return {f"{prefix}embedding": states[0][0], **{f"{prefix}layer.{i}": y for i, (_, y) in enumerate(states)}}, result
 
 
 def errors(
@@ -92,18 +133,21 @@ def errors(
             raise ValueError(f"[verify] {name} of the reference must have the shape {got.shape}, got {want.shape}.")
         error = np.abs(got - want.astype(np.float64)) / np.maximum(1, np.abs(want))
         error = np.where(np.isnan(error), np.inf, error)
-        if mask is not None and error.shape[:2] == mask.shape:
+        if mask is not None and not name.startswith("decoder.") and error.shape[:2] == mask.shape:
             error[np.asarray(mask) == 0] = 0
         where = np.unravel_index(int(error.argmax()), error.shape)
         largest[name] = float(error[where]), tuple(int(i) for i in where)
     return largest
 
 
+_INPUTS = ("ids", "mask", "segments", "decoder_ids")
+
+
 def read(path: str) -> dict[str, Array]:
     """The arrays of the reference. ValueError where there are no ids or nothing to compare."""
     with np.load(Path(path), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    if "ids" not in arrays or not arrays.keys() - {"ids", "mask", "segments"}:
+    if "ids" not in arrays or not arrays.keys() - set(_INPUTS):
         raise ValueError(
             f"[verify] {path} must hold ids and any of embedding, layer.0 ..., final, logits; got {', '.join(arrays) or 'nothing'}. "
             "`fastlm verify --script` prints the script that writes it."
@@ -118,15 +162,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.folder or not arguments.reference:
         raise ValueError("[verify] give FOLDER and --reference golden.npz; --script prints how to write that.")
     reference = read(arguments.reference)
-    ids, mask, segments = reference.pop("ids"), reference.pop("mask", None), reference.pop("segments", None)
+    given: Any = {name: reference.pop(name, None) for name in _INPUTS}
     model, _ = hub.load_folder_or_gguf(arguments.folder)
-    largest = errors(observe(model, ids, mask, segments), reference, mask)
-    print(f"{'':<12} {'largest error':>14}  at")
+    largest = errors(observe(model, **given), reference, given["mask"])
+    print(f"{'':<18} {'largest error':>14}  at")
     first = None
     for name, (error, where) in largest.items():
         wrong = not error <= arguments.tolerance
         first = name if wrong and first is None else first
-        print(f"{name:<12} {error:>14.2e}  {where}{'  <-' if wrong else ''}")
+        print(f"{name:<18} {error:>14.2e}  {where}{'  <-' if wrong else ''}")
     if first is None:
         print(f"all within {arguments.tolerance:g} x max(1, |value|)")
         return 0

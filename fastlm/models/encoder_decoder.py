@@ -14,11 +14,15 @@ from fastlm.tensor import Tensor, data, no_grad
 
 
 class EncoderDecoder(LanguageModel):
-    """A subclass sets `config` and defines `encode_hidden`, `decode_hidden`, `head_weight`, and `head_scale` where it has one.
+    """A subclass sets `config`, `encoder` and `decoder`, stacks with `blocks`, and defines `encode_hidden`, `decode_hidden`,
+    `head_weight`, and `head_scale` where it has one.
 
     source_ids (B, S); decoder_ids (B, T), the decoder's inputs as given: nothing is shifted. mask (B, S): 1 where the source has a
     token, 0 where it has padding. Padding on the right of decoder_ids needs no mask: its targets are -100.
     """
+
+    encoder: Any
+    decoder: Any
 
     def encode_hidden(self, ids: Array, context: Context) -> Any:
         """ids (B, S) int32 -> (B, S, C)."""

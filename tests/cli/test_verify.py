@@ -46,6 +46,44 @@ def test_names_the_wrong_layer(layer, tmp_path, capsys):
     assert f"the first beyond 1e-05 x max(1, |value|): layer.{layer}" in capsys.readouterr().out
 
 
+# What `fastlm verify --script` wrote, see tests/data/make_verify.py; for each, a weight of layer 1 (of the decoder, where there are two).
+KINDS = {
+    "t5": ("t5/v1.0", "decoder.block.1.layer.1.EncDecAttention.v.weight", "decoder.layer.1"),
+    "switch": ("switch/tied", "encoder.block.1.layer.1.mlp.router.classifier.weight", "encoder.layer.1"),
+    "bert": ("encoders/bert.masked_lm", "bert.encoder.layer.1.attention.output.dense.weight", "layer.1"),
+    "albert": ("encoders/albert.masked_lm", None, "layer.0"),
+    "electra": ("encoders/electra.replaced_token", "electra.encoder.layer.1.intermediate.dense.weight", "layer.1"),
+    "roberta": ("encoders/roberta.bare", "encoder.layer.1.output.LayerNorm.weight", "layer.1"),
+    "distilbert": ("encoders/distilbert.masked_lm", "distilbert.transformer.layer.1.ffn.lin2.weight", "layer.1"),
+    "xlnet": ("xlnet/bi", "transformer.layer.1.rel_attn.o", "layer.1"),
+    "mixtral": ("experts/mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight", "layer.1"),
+    "gpt2": ("models/gpt2", "transformer.h.1.mlp.c_proj.weight", "layer.1"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind, capsys):
+    reference = DATA / "verify" / f"{kind}.npz"
+    assert main(["verify", str(DATA / KINDS[kind][0]), "--reference", str(reference)]) == 0
+    out = capsys.readouterr().out
+    found = [line.split()[0] for line in out.splitlines()[1:-1]]
+    assert set(found) == set(np.load(reference).files) - {"ids", "decoder_ids"}
+    assert sum(".layer." in f".{name}" for name in found) >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_bug_is_named(kind, tmp_path, capsys):
+    """One weight a percent off: the layer that holds it is the first one named. ALBERT's layers share one: the first of them."""
+    folder, name, layer = KINDS[kind]
+    shutil.copytree(DATA / folder, tmp_path / "model")
+    tensors = {k: np.array(v) for k, v in read_safetensors(tmp_path / "model").items()}
+    name = name or next(k for k in tensors if k.endswith("ffn_output.weight"))
+    tensors[name].flat[np.abs(tensors[name]).argmax()] *= 1.01
+    write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+    assert main(["verify", str(tmp_path / "model"), "--reference", str(DATA / "verify" / f"{kind}.npz")]) == 1
+    assert f"the first beyond 1e-05 x max(1, |value|): {layer}\n" in capsys.readouterr().out
+
+
 def test_encoder_with_padding(tmp_path, capsys):
     """States of padding are left out."""
     folder = DATA / "encoders" / "bert.masked_lm"
@@ -68,6 +106,7 @@ def test_encoder_with_padding(tmp_path, capsys):
         ({"layer.7": np.zeros((2, 24, 28))}, "the reference has layer.7; this model has embedding, layer.0"),
         ({"logits": np.zeros((2, 24, 60))}, r"logits of the reference must have the shape (2, 24, 61), got (2, 24, 60)"),
         ({"mask": np.ones((2, 24))}, "no mask and no segments for a causal model"),
+        ({"decoder_ids": np.ones((2, 24), np.int32)}, "decoder_ids, and no segments, for an encoder-decoder, and for no other"),
     ],
 )
 def test_refuses(changes, message, tmp_path, capsys):

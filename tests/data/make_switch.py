@@ -57,6 +57,14 @@ def build(name: str, seed: int) -> hf.SwitchTransformersForConditionalGeneration
     return model
 
 
+def save(model: torch.nn.Module, name: str) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(OUT / name)
+    again = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens") if name == "tied" else ()
+    kept = {k: v.detach().clone() for k, v in model.state_dict().items() if k.removesuffix(".weight") not in again}
+    save_file(kept, OUT / name / "model.safetensors", metadata={"format": "pt"})
+
+
 def double(model: torch.nn.Module) -> torch.nn.Module:
     """In float64 throughout: the router would keep to float32."""
     for part in model.modules():
@@ -97,10 +105,7 @@ def main() -> None:
     for name, seed in SEEDS.items():
         model = build(name, seed)
         model.config.output_router_logits = True
-        model.config.save_pretrained(OUT / name)
-        again = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens") if name == "tied" else ()
-        kept = {k: v.detach().clone() for k, v in model.state_dict().items() if k.removesuffix(".weight") not in again}
-        save_file(kept, OUT / name / "model.safetensors", metadata={"format": "pt"})
+        save(model, name)
         rng = np.random.default_rng(seed)
         source, ids = rng.integers(2, 61, (2, 19)), rng.integers(2, 61, (2, 15))
         ids[:, 0] = 0
