@@ -163,7 +163,9 @@ def _run(root: _Node, gradient: Array) -> None:
         if node.backward is None:
             raise RuntimeError("[backward] this part of the tape was used already: run the forward pass again")
         nodes[node.order] = node
-        stack.extend(p for p in node.parents if p.__class__ is _Node)
+        for p in node.parents:
+            if p.__class__ is _Node:
+                stack.append(p)
     gradients: dict[int, Array] = {root.order: gradient}  # of nodes that have not run yet
     for order in sorted(nodes, reverse=True):
         _step(nodes.pop(order), gradients)

@@ -16,6 +16,11 @@ int64_t stride(const py::array& a, int axis) { return a.strides(axis) / int64_t(
 // The stride of an axis that may be broadcast.
 int64_t spread(const py::array& a, int axis) { return a.shape(axis) == 1 ? 0 : stride(a, axis); }
 
+// From token to token of (B, T, H, D) that is evenly spaced; the stride of an axis of one is arbitrary.
+int64_t token_stride(const py::array& a) {
+    return a.shape(0) > 1 && a.shape(1) > 0 ? stride(a, 0) / int64_t(a.shape(1)) : stride(a, 1);
+}
+
 struct Block {
     float* memory;
     size_t bytes;
@@ -100,6 +105,7 @@ void bind_attention(py::module_& m) {
              const py::object& bias, const py::object& lengths, int64_t window, double scale, bool causal) {
               AttentionBackward p{};
               p.dq = f32(dq), p.dk = f32(dk), p.dv = f32(dv), p.dbias = f32(dbias);
+              p.dq_row = token_stride(dq), p.dk_row = token_stride(dk), p.dv_row = token_stride(dv);
               p.dy = f32(dy), p.y = f32(y), p.stats = f32(stats);
               p.in = inputs(q, k, v, bias, lengths, window, scale, causal);
               const AttentionInputs& in = p.in;
@@ -124,6 +130,7 @@ void bind_attention(py::module_& m) {
              int64_t longest, int64_t window, double scale, bool causal) {
               AttentionBackward p{};
               p.dq = f32(dq), p.dk = f32(dk), p.dv = f32(dv), p.dy = f32(dy), p.y = f32(y), p.stats = f32(stats);
+              p.dq_row = stride(dq, 0), p.dk_row = stride(dk, 0), p.dv_row = stride(dv, 0);
               p.in = packed(q, k, v, offsets, longest, window, scale, causal);
               run_backward(p, p.in.B * p.in.G);
           });

@@ -11,6 +11,7 @@ from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.ops.cache_append import CACHE_KINDS, SCALE, head_view
+from fastlm.ops.shape import gradients_like
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
 _F32 = np.dtype(np.float32)
@@ -69,7 +70,7 @@ def attention(
     _C.attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dq, dk, dv = backend.empty(qd.shape), backend.empty(kd.shape), backend.empty(vd.shape)
+        dq, dk, dv = _gradients(qd, kd, vd)
         target = leaf(bias)
         dbias = target.grad_buffer() if target is not None else backend.zeros(bias.shape) if needs_grad(bias) else None
         _C.attention_backward(dq, dk, dv, dbias, np.ascontiguousarray(dy), y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
@@ -89,6 +90,12 @@ def _keys_values(k: Any, v: Any) -> tuple[Array, Array, int]:
 
 
 _EXTRA = {0: "", SCALE: f" + {SCALE}"}
+
+
+def _gradients(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+    """Memory for the gradients: pieces of one array where q, k and v are pieces of one projection, so that `split` copies nothing."""
+    parts = gradients_like(*(x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) for x in (q, k, v)))
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
 
 
 def attention_packed(

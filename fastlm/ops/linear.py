@@ -72,9 +72,9 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
         dx = dw = None
         if want_weight:
             owner = leaf(weight)
-            target, add = owner.grad_target() if owner else (backend.empty((N, K)), False)
+            target, add = owner.grad_target() if owner is not None else (backend.empty((N, K)), False)
             product(target, dz, kept(), N, K, M, a_transposed=True, accumulate=add)
-            dw = None if owner else target
+            dw = None if owner is not None else target
         if want_x:
             dx = backend.empty(shape_x) if spare.onto is None else spare.onto
             back = wd.dequantize() if isinstance(wd, QuantizedArray) else wd

@@ -166,7 +166,7 @@ def _update(
     model: Any, optimizer: AdamW, batches: Callable[[int], Any], costs: Cost, n: int, accumulate: int, lr: float, clip: float | None
 ) -> tuple[float, float, int, float]:
     """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
-    model.zero_grad()
+    optimizer.zero_grad()
     total, tokens, flops = 0.0, 0, 0.0
     share = np.array(1.0 / accumulate, np.float32)
     for i in range(accumulate):
@@ -177,7 +177,7 @@ def _update(
         used = costs(batch)
         tokens, flops = tokens + used[0], flops + used[1]
     norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
-    model.zero_grad()  # the next forward pass has their memory
+    optimizer.zero_grad()
     return total / accumulate, norm, tokens, flops
 
 

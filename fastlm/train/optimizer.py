@@ -39,6 +39,11 @@ class AdamW:
         )  # fmt: skip
         return norm
 
+    def zero_grad(self) -> None:
+        """Drops the gradients; what is computed next has their memory."""
+        for p in self.parameters.values():
+            p.grad = None
+
     def state(self) -> dict[str, Array]:
         """The moments as `m.<name>` and `v.<name>`."""
         return {f"m.{k}": a for k, a in self.m.items()} | {f"v.{k}": a for k, a in self.v.items()}

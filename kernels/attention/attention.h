@@ -46,6 +46,7 @@ struct AttentionBackward {
     const float* dy;                  // (B, T, H, E)
     const float* y;                   // (B, T, H, E)
     const float* stats;               // (B, T, H, 2), from the forward pass
+    int64_t dq_row, dk_row, dv_row;   // strides from token to token, in floats: H D, G D, G E, or that of an array that holds all
     int64_t dbias_batch, dbias_head;  // 0 where the axis is broadcast
     int64_t chunks, chunk;            // pieces of the keys, and keys in each: a multiple of kAttentionKeys
     AttentionInputs in;

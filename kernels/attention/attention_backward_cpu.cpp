@@ -103,10 +103,8 @@ void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t wid
         }
 }
 
-// The row of dk and dv, (B, S, G, .) or packed (R, G, .).
-FASTLM_INLINE int64_t key_row(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
-    return ((p.offsets ? p.offsets[b] : b * p.S) + j) * p.G + g;
-}
+// The token of key j, in (B, S) or packed (R,).
+FASTLM_INLINE int64_t key_token(const AttentionInputs& p, int64_t b, int64_t j) { return (p.offsets ? p.offsets[b] : b * p.S) + j; }
 
 FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r) { return output(p, t.b, t.time[r], t.head[r]); }
 
@@ -152,21 +150,23 @@ void open_state(State& s, const AttentionBackward& p) {
     }
 }
 
-void close_state(const State& s, const AttentionInputs& p, float* dq) {
+void close_state(const State& s, const AttentionInputs& p, float* dq, int64_t dq_row) {
     const vf factor = set(float(p.scale));
     for (int64_t v = 0; v < s.t.vectors; ++v)
         for (int64_t c = 0; c < p.D; c += W) {
             vf a[W];
             for (int64_t i = 0; i < W; ++i) a[i] = c + i < p.D ? load(s.dqt + (c + i) * kRows + v * W) * factor : zero();
             transpose(a);
-            for (int64_t i = 0; i < least(W, s.t.rows - v * W); ++i)
-                store_n(dq + row_at(p, s.t, v * W + i) * p.D + c, a[i], p.D - c);
+            for (int64_t i = 0; i < least(W, s.t.rows - v * W); ++i) {
+                const int64_t row = row_at(p, s.t, v * W + i);
+                store_n(dq + row / p.H * dq_row + row % p.H * p.D + c, a[i], p.D - c);
+            }
         }
 }
 
 // All that `tiles` tiles of rows from `first` on give to the keys [begin, end) of (b, g), and these to them.
-void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, int64_t b, int64_t g, int64_t first, int64_t tiles,
-                   int64_t begin, int64_t end) {
+void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, int64_t dq_row, int64_t b, int64_t g, int64_t first,
+                   int64_t tiles, int64_t begin, int64_t end) {
     const AttentionInputs& in = p.in;
     const int64_t R = queries(in, b) * (in.H / in.G), D = round_up(in.D), E = round_up(in.E);
     int64_t low = end, high = begin;
@@ -180,7 +180,7 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
     }
     high = least(end, high);
     for (int64_t j = most(begin, low / kKeys * kKeys); j < high; j += kKeys) {
-        const int64_t n = least(kKeys, high - j), token = key_row(in, b, j, g);
+        const int64_t n = least(kKeys, high - j), token = key_token(in, b, j);
         const float* k = pack_rows<Float32>(w.k, key<Float32>(in, b, j, g), in.k_time, n, in.D, in.D);
         const float* v = pack_rows<Float32>(w.v, value<Float32>(in, b, j, g), in.v_time, n, in.E, in.E);
         std::memset(w.dk, 0, size_t(n * D) * sizeof(float));
@@ -189,10 +189,10 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
             const Tile& t = w.states[i].t;
             if (j < t.high_max && j + n > t.low_min) add_tile(w, w.states[i], p, k, v, j, least(n, t.high_max - j));
         }
-        add_rows(p.dk + token * in.D, in.G * in.D, w.dk, n, in.D, float(in.scale));
-        add_rows(p.dv + token * in.E, in.G * in.E, w.dv, n, in.E, 1.0f);
+        add_rows(p.dk + token * p.dk_row + g * in.D, p.dk_row, w.dk, n, in.D, float(in.scale));
+        add_rows(p.dv + token * p.dv_row + g * in.E, p.dv_row, w.dv, n, in.E, 1.0f);
     }
-    for (int64_t i = 0; i < tiles; ++i) close_state(w.states[i], in, dq);
+    for (int64_t i = 0; i < tiles; ++i) close_state(w.states[i], in, dq, dq_row);
 }
 
 // A piece owns (b, g) and a range of keys: it alone writes their dk, dv, and its own share of dq, so nothing is computed twice and
@@ -215,27 +215,31 @@ void backward(const AttentionBackward& p) {
             const int64_t c = piece % p.chunks, g0 = piece / p.chunks % ng, b0 = piece / p.chunks / ng;
             const int64_t begin = c * p.chunk;
             float* dq = p.chunks > 1 ? p.partial + c * dq_size : p.dq;
+            const int64_t dq_row = p.chunks > 1 ? in.H * in.D : p.dq_row;
             for (int64_t b = b0; b < (over_b ? in.B : b0 + 1); ++b)
                 for (int64_t g = g0; g < (over_g ? in.G : g0 + 1); ++g) {
                     const int64_t end = least(in.offsets ? length(in, b) : in.S, begin + p.chunk);
                     const int64_t rows = queries(in, b) * share, own = least(tiles, (rows + kRows - 1) / kRows);
                     for (int64_t j = begin; j < end; ++j) {
-                        const int64_t token = key_row(in, b, j, g);
-                        std::memset(p.dk + token * in.D, 0, size_t(in.D) * sizeof(float));
-                        std::memset(p.dv + token * in.E, 0, size_t(in.E) * sizeof(float));
+                        const int64_t token = key_token(in, b, j);
+                        std::memset(p.dk + token * p.dk_row + g * in.D, 0, size_t(in.D) * sizeof(float));
+                        std::memset(p.dv + token * p.dv_row + g * in.E, 0, size_t(in.E) * sizeof(float));
                     }
                     for (int64_t r = 0; r < rows; r += own * kRows)
-                        backward_rows(p, w, dq, b, g, r, least(own, (rows - r + kRows - 1) / kRows), begin, end);
+                        backward_rows(p, w, dq, dq_row, b, g, r, least(own, (rows - r + kRows - 1) / kRows), begin, end);
                 }
         }
     });
     if (p.chunks == 1) return;
-    parallel_for(dq_size, 1 << 15, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; i += W) {
-            vf sum = load_n(p.partial + i, to - i);
-            for (int64_t c = 1; c < p.chunks; ++c) sum = sum + load_n(p.partial + c * dq_size + i, to - i);
-            store_n(p.dq + i, sum, to - i);
-        }
+    const int64_t width_q = in.H * in.D;
+    parallel_for(in.rows, most(1, (1 << 15) / most(1, width_q)), [&](int64_t from, int64_t to) {
+        for (int64_t row = from; row < to; ++row)
+            for (int64_t i = 0; i < width_q; i += W) {
+                const float* at = p.partial + row * width_q + i;
+                vf sum = load_n(at, width_q - i);
+                for (int64_t c = 1; c < p.chunks; ++c) sum = sum + load_n(at + c * dq_size, width_q - i);
+                store_n(p.dq + row * p.dq_row + i, sum, width_q - i);
+            }
     });
 }
 
