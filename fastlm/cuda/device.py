@@ -1,0 +1,202 @@
+"""Device: memory, copies and launches. `device()` is the GPU; `emulated.Emulated` is the same interface on the host, for tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastlm.cuda.array import DeviceArray
+
+Run = Callable[[tuple[int, int, int], Sequence[Any]], None]
+
+
+class Device:
+    """What a device must be able to do. Work is queued on one stream, in order."""
+
+    name = "device"
+    stream = 0
+    dlpack = (2, 0)  # DLPack's type and number of the device
+
+    def block(self, bytes: int) -> Any:
+        """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
+        raise NotImplementedError
+
+    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+        raise NotImplementedError
+
+    def copy_out(self, to: NDArray[Any], source: int) -> None:
+        raise NotImplementedError
+
+    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        raise NotImplementedError
+
+    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
+    def triton(self, op: str, kernel: str, types: dict[str, str | None], constants: dict[str, Any], options: dict[str, int]) -> Run:
+        """The compiled variant of a Triton kernel: called with the grid and the arguments whose type is not None."""
+        raise NotImplementedError
+
+    def cuda(self, op: str, kernel: str, signature: str, block: int, shared: int, cluster: int) -> Run:
+        """An entry point of a CUDA C++ file."""
+        raise NotImplementedError
+
+    # --- what follows from these ---
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
+        """An uninitialised array."""
+        dt, n = np.dtype(dtype), 1
+        for k in shape:
+            n *= k
+        block = self.block(n * dt.itemsize)
+        return DeviceArray(self, tuple(shape), dt, block.pointer, block)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
+        """As `empty`, filled with zeros."""
+        a = self.empty(shape, dtype)
+        self.fill(a.pointer, 0, a.nbytes)
+        return a
+
+    def put(self, x: NDArray[Any]) -> DeviceArray:
+        """A copy of a NumPy array on the device."""
+        a = self.empty(x.shape, x.dtype)
+        self.copy_in(a.pointer, np.ascontiguousarray(x))
+        return a
+
+    def assign(self, to: DeviceArray, source: DeviceArray) -> None:
+        """to[...] = source: equal shapes and dtypes, any strides whose last axes are contiguous."""
+        if to.shape != source.shape or to.dtype != source.dtype:
+            raise ValueError(f"[cuda] cannot copy {source.shape} {source.dtype} into {to.shape} {to.dtype}.")
+        if not to.size:
+            return
+        _assign(self, to, source)
+
+
+def _assign(device: Device, to: DeviceArray, source: DeviceArray) -> None:
+    """Rows that are contiguous in both are copied by one two-dimensional copy for every pair of the two axes before them."""
+    shape, inner = to.shape, to.dtype.itemsize
+    axis = len(shape)
+    while axis and (shape[axis - 1] == 1 or to.strides[axis - 1] == source.strides[axis - 1] == inner):
+        inner *= shape[axis - 1]
+        axis -= 1
+    if axis == 0:
+        device.copy_2d(to.pointer, inner, source.pointer, inner, inner, 1)
+        return
+    for lead in np.ndindex(shape[: axis - 1]):
+        a = to.pointer + sum(i * s for i, s in zip(lead, to.strides, strict=False))
+        b = source.pointer + sum(i * s for i, s in zip(lead, source.strides, strict=False))
+        device.copy_2d(a, to.strides[axis - 1], b, source.strides[axis - 1], inner, shape[axis - 1])
+
+
+class Cuda(Device):
+    """The GPU, by the driver."""
+
+    def __init__(self) -> None:
+        from fastlm import _cuda
+
+        self._cuda = _cuda
+        found = _cuda.properties()
+        self.capability: tuple[int, int] = found["capability"]
+        self.properties: dict[str, Any] = found
+        self.name = str(found["name"])
+        self.stream = _cuda.create_stream()
+        from fastlm.cuda.images import Images
+
+        self.images = Images(self.capability)
+        self._runs: dict[Any, Run] = {}
+
+    def block(self, bytes: int) -> Any:
+        return self._cuda.Block(bytes, self.stream)
+
+    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+        self._cuda.copy_in(to, source.view(np.uint8).reshape(-1) if source.dtype.kind == "V" else source, self.stream)
+
+    def copy_out(self, to: NDArray[Any], source: int) -> None:
+        self._cuda.copy_out(to.view(np.uint8) if to.dtype.kind == "V" else to, source, self.stream)
+
+    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        if rows == 1 or to_pitch == source_pitch == width:
+            self._cuda.copy(to, source, width * rows, self.stream)
+        else:
+            self._cuda.copy_2d(to, to_pitch, source, source_pitch, width, rows, self.stream)
+
+    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+        self._cuda.fill(pointer, byte, bytes, self.stream)
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize(self.stream)
+
+    def triton(self, op: str, kernel: str, types: dict[str, str | None], constants: dict[str, Any], options: dict[str, int]) -> Run:
+        from fastlm.cuda.images import variant
+
+        key = variant(kernel, types, constants, options)
+        run = self._runs.get(key)
+        if run is None:
+            entry = self.images.find(op, "triton", key)
+            launch = self._cuda.Kernel(
+                self._cuda.Module(self.images.image(entry)), entry["entry"], entry["signature"] + "pp", entry["block"], entry["shared"]
+            )
+            stream = self.stream
+
+            def run(grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+                launch(grid, stream, *arguments, 0, 0)  # Triton's kernels end with two scratch pointers that ours do not use
+
+            self._runs[key] = run
+        return run
+
+    def cuda(self, op: str, kernel: str, signature: str, block: int, shared: int, cluster: int) -> Run:
+        key = kernel, block, shared, cluster
+        run = self._runs.get(key)
+        if run is None:
+            entry = self.images.find(op, "cuda", kernel)
+            launch = self._cuda.Kernel(self.images.module(entry, self._cuda.Module), kernel, signature, block, shared, cluster)
+            stream = self.stream
+
+            def run(grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+                launch(grid, stream, *arguments)
+
+            self._runs[key] = run
+        return run
+
+
+_device: Device | None = None
+
+
+def status() -> tuple[bool, str]:
+    """Whether a GPU can be used; why not, or what it is."""
+    try:
+        cuda: Any = importlib.import_module("fastlm._cuda")
+    except ImportError:
+        return False, "this build has no GPU part: it was built where no CUDA toolkit is."
+    usable, why, version = cuda.status()
+    if not usable:
+        return False, why
+    found = cuda.properties()
+    return True, (
+        f"{found['name']}, compute capability {found['capability'][0]}.{found['capability'][1]}, "
+        f"{found['memory'] / 2**30:.0f} GiB, driver for CUDA {version // 1000}.{version % 1000 // 10}"
+    )
+
+
+def device() -> Device:
+    """The device in use. Raises RuntimeError that says why there is none."""
+    global _device
+    if _device is None:
+        usable, why = status()
+        if not usable:
+            raise RuntimeError(f"[cuda] no GPU can be used: {why}")
+        _device = Cuda()
+    return _device
+
+
+def use(other: Device | None) -> None:
+    """Makes `other` the device; None: the GPU again, when it is next asked for."""
+    global _device
+    _device = other

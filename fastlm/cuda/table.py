@@ -1,0 +1,140 @@
+"""What `fastlm._C` is for the CPU: an object with the kernels' functions, by the same names and with the same arguments.
+
+`kernels/<op>/<op>_gpu.py` has them: the host's side of both twins. Each gets a `Gpu` first, through which it launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm.cuda.array import BFLOAT16, DeviceArray
+from fastlm.cuda.device import Device, device
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+TYPES = {np.dtype(n): t for n, t in (("float32", "fp32"), ("int32", "i32"), ("int64", "i64"), ("uint8", "u8"), ("int8", "i8"))}
+TYPES[BFLOAT16] = "bf16"
+TWINS = ("cuda", "triton")
+
+
+@cache
+def chosen() -> dict[str, str]:
+    """What FASTLM_KERNEL says: "layer_norm:triton,matmul:cuda", or "triton" for all."""
+    choice: dict[str, str] = {}
+    for part in filter(None, os.environ.get("FASTLM_KERNEL", "").split(",")):
+        op, _, twin = part.rpartition(":")
+        if twin not in TWINS:
+            raise ValueError(f"FASTLM_KERNEL must be like layer_norm:triton or triton, with one of {', '.join(TWINS)}, got {part!r}.")
+        choice[op or "*"] = twin
+    return choice
+
+
+class Gpu:
+    """How the host's side of an operation launches its kernels."""
+
+    def __init__(self, device: Device, op: str) -> None:
+        self.device, self.op = device, op
+        self.empty, self.zeros = device.empty, device.zeros
+
+    @property
+    def twin(self) -> str:
+        """The twin to use: FASTLM_KERNEL's choice, else CUDA C++ where the operation has one."""
+        choice = chosen()
+        twin = choice.get(self.op, choice.get("*", "cuda"))
+        return twin if (KERNELS / self.op / f"{self.op}_cuda.cu").exists() or twin == "triton" else "triton"
+
+    def triton(
+        self, kernel: str, grid: tuple[int, ...], arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 3, **constants: Any
+    ) -> None:
+        """Launches a Triton kernel. arguments: by name, in its order; arrays, None, whole numbers (int32), floats (float32).
+
+        A whole number that is a multiple of 16 gets a variant of its own, as in Triton's JIT; so does None. Pointers must be
+        multiples of 16.
+        """
+        types: dict[str, str | None] = {}
+        values: list[Any] = []
+        for name, value in arguments.items():
+            types[name] = _type(name, value)
+            if value is not None:
+                values.append(value)
+        run = self.device.triton(self.op, kernel, types, constants, {"num_warps": warps, "num_stages": stages})
+        run(_three(grid), [v.pointer if isinstance(v, DeviceArray) else v for v in values])
+
+    def cuda(
+        self, kernel: str, grid: tuple[int, ...], block: int, arguments: list[Any], *, shared: int = 0, cluster: int = 1
+    ) -> None:
+        """Launches an entry point of <op>_cuda.cu. arguments: arrays or None (pointers), int (int32), np.int64, float, bytes (tensor map)."""
+        letters = "".join(map(_letter, arguments))
+        run = self.device.cuda(self.op, kernel, letters, block, shared, cluster)
+        values = [v.pointer if isinstance(v, DeviceArray) else 0 if v is None else v for v in arguments]
+        run(_three(grid), values)
+
+
+def _type(name: str, value: Any) -> str | None:
+    if isinstance(value, DeviceArray):
+        if value.pointer % 16:
+            raise ValueError(f"[cuda] {name} must begin at a multiple of 16 bytes: pass a copy.")
+        return "*" + TYPES[value.dtype]
+    if value is None:
+        return None
+    if isinstance(value, float):
+        return "fp32"
+    return "i32:16" if value % 16 == 0 else "i32"
+
+
+def _letter(value: Any) -> str:
+    if value is None or isinstance(value, DeviceArray):
+        return "p"
+    if isinstance(value, bytes):
+        return "t"
+    if isinstance(value, float):
+        return "f"
+    return "l" if isinstance(value, np.int64) else "i"
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
+
+
+@cache
+def functions() -> dict[str, tuple[str, Any]]:
+    """Every function of every <op>_gpu.py: name -> (operation, function)."""
+    found: dict[str, tuple[str, Any]] = {}
+    for path in sorted(KERNELS.glob("*/*_gpu.py")):
+        op = path.parent.name
+        module = importlib.import_module(f"fastlm.kernels.{op}.{op}_gpu")
+        found |= {name: (op, f) for name, f in vars(module).items() if callable(f) and not name.startswith("_")}
+    return found
+
+
+class Table:
+    """`table(device).layer_norm_forward(...)`; the functions are bound to the device at first use."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in functions():
+            raise AttributeError(f"[cuda] there is no kernel {name} for the GPU yet.")
+        op, function = functions()[name]
+        bound = partial(function, Gpu(self._device, op))
+        setattr(self, name, bound)
+        return bound
+
+
+_tables: dict[int, Table] = {}
+
+
+def table(on: Device | None = None) -> Table:
+    """The kernels of a device, default the one in use."""
+    on = on or device()
+    if id(on) not in _tables:
+        _tables[id(on)] = Table(on)
+    return _tables[id(on)]
