@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -17,10 +19,37 @@ _POOLED = 1 << 16  # bytes; below this malloc is as good and cheaper
 
 
 _FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> Array:
-    """An uninitialised C-contiguous array; a large one reuses memory that an earlier array gave back."""
+def kernels(x: Any) -> Any:
+    """The kernels for arrays like x: `fastlm._C`, or those of the device that x is on, by the same names."""
+    if type(x) is np.ndarray or isinstance(x, np.ndarray):
+        return _C
+    return importlib.import_module("fastlm.cuda").table(x.device)
+
+
+def on_device(x: Any) -> bool:
+    """Whether x is an array in a device's memory."""
+    return not isinstance(x, np.ndarray) and hasattr(x, "__dlpack_device__") and hasattr(x, "pointer")
+
+
+def empty_like(x: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """An uninitialised array with x's dtype, where x is, of x's or another shape."""
+    return empty(x.shape if shape is None else shape, x.dtype, like=x)
+
+
+def contiguous(x: Any) -> Any:
+    """x, or a C-contiguous copy where it is."""
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x)
+    return x if x.contiguous else x.copy()
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None) -> Any:
+    """An uninitialised C-contiguous array, where `like` is; a large one reuses memory that an earlier array gave back."""
+    if like is not None and not isinstance(like, np.ndarray):
+        return like.device.empty(shape, dtype)
     dt = _FLOAT32 if dtype is _FLOAT32 else np.dtype(dtype)  # np.dtype(dtype) costs more than the rest
     n = dt.itemsize
     for size in shape:
@@ -31,8 +60,10 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> Array:
     return array
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32, like: Any = None) -> Any:
     """As `empty`, filled with zeros."""
+    if like is not None and not isinstance(like, np.ndarray):
+        return like.device.zeros(shape, dtype)
     a = empty(shape, dtype)
     a.fill(0)
     return a
@@ -54,6 +85,26 @@ def reset_peak() -> None:
 def release() -> None:
     """What is held for reuse goes back to the system."""
     _C.release_cached()
+
+
+def ones_like(x: Any) -> Any:
+    """Ones of x's shape, float32, where x is."""
+    ones = np.ones(x.shape, np.float32)
+    return ones if isinstance(x, np.ndarray) else x.device.put(ones)
+
+
+def copy(x: Any) -> Any:
+    """A C-contiguous copy of x, where x is."""
+    return np.array(x, order="C") if isinstance(x, np.ndarray) else x.copy()
+
+
+def add(x: Any, y: Any, out: Any = None) -> Any:
+    """x + y of one shape, into `out` or a new array."""
+    if isinstance(x, np.ndarray):
+        return np.add(x, y, out=out)
+    out = empty_like(x) if out is None else out
+    kernels(x).add(out, x, contiguous(y))
+    return out
 
 
 def num_threads() -> int:

@@ -123,7 +123,7 @@ class Tensor:
     def grad_buffer(self) -> Array:
         """`grad`, made of zeros where there is none: what a kernel adds a parameter's gradient to."""
         if self.grad is None:
-            self.grad = backend.zeros(self.shape)
+            self.grad = backend.zeros(self.shape, like=self.data)
         return self.grad
 
     def grad_target(self) -> tuple[Array, bool]:
@@ -147,7 +147,7 @@ class Tensor:
                 raise ValueError(
                     f"[backward] gradient must be given for a tensor of shape {self.shape}; only one element has a default"
                 )
-            gradient = np.ones(self.shape, np.float32)
+            gradient = backend.ones_like(self.data)
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"[backward] gradient must have the tensor's shape {self.shape}, got {tuple(gradient.shape)}")
         _run(self._node, gradient)
@@ -183,7 +183,7 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
     if node.reuses:
         onto = gradients.pop(first.order, None) if first.__class__ is _Node else None
         if onto is not None and not _alone(onto, 2):
-            onto = np.array(onto, order="C")
+            onto = backend.copy(onto)
         spare = Spare(dy if _alone(dy, 2) else None, onto)
         ds = backward(dy, spare)
         if onto is not None and ds[0] is None:
@@ -198,18 +198,23 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
         if parent.__class__ is _Node:
             order = parent.order
             old = gradients.pop(order, None)
-            gradients[order] = d if old is None else old.__iadd__(d) if _alone(old, 2) else old + d
+            if old is not None and _alone(old, 2):
+                backend.add(old, d, out=old)
+                d = old
+            gradients[order] = d if old is None or d is old else backend.add(old, d)
         else:
             assert isinstance(parent, Tensor)
-            if parent.grad is None and d.base.__class__ is not np.ndarray and _alone(d, 3) and d.dtype == np.float32:
+            if parent.grad is None and _alone(d, 3) and d.base.__class__ is not np.ndarray and d.dtype == np.float32:
                 parent.grad = d
             else:
-                np.add(parent.grad_buffer(), d, out=parent.grad)
+                backend.add(parent.grad_buffer(), d, out=parent.grad)
 
 
 def _alone(d: Array, held: int) -> bool:
     """Whether nothing but the caller refers to d: with `held` references, that of the call to sys.getrefcount not counted. A view counts
-    those to its memory's owner: it alone."""
+    those to its memory's owner: it alone. Arrays on a device do not say."""
+    if not isinstance(d, np.ndarray):
+        return False
     base = d.base
     return (
         sys.getrefcount(d) <= held + 1
@@ -332,7 +337,7 @@ def accumulator(parameter: Any) -> tuple[Array | None, Array | None]:
     target = leaf(parameter)
     if target is not None:
         return target.grad_buffer(), None
-    fresh = backend.zeros(parameter.shape)
+    fresh = backend.zeros(parameter.shape, like=parameter.data)
     return fresh, fresh
 
 

@@ -60,36 +60,50 @@ def assert_close(got: Array, exact: Array, naive: Array, what: str) -> None:
     )
 
 
-def check_forward(op: str, call: Callable[..., Any], case: Mapping[str, Any]) -> None:
-    """The operation on NumPy arrays against the oracle."""
+Put = Callable[[Array], Any]
+
+
+def put_all(inputs: Mapping[str, Any], put: Put | None) -> dict[str, Any]:
+    """The inputs with their arrays where `put` brings them: on a device. Without it, as they are."""
+    return {k: put(v) if put is not None and isinstance(v, np.ndarray) else v for k, v in inputs.items()}
+
+
+def taken(y: Any) -> Array:
+    """A result as a NumPy array on the host."""
+    array: Array = y if isinstance(y, np.ndarray) else y.numpy()
+    return array
+
+
+def check_forward(op: str, call: Callable[..., Any], case: Mapping[str, Any], put: Put | None = None) -> None:
+    """The operation against the oracle, on NumPy arrays or on a device's (`put` brings an array there)."""
     ref = oracle(op)
     inputs = ref.inputs(case, rng(case))
-    got = call(**inputs)
+    got = call(**put_all(inputs, put))
     exact, naive = ref.forward(**widen(inputs)), ref.forward(**inputs)
     if not isinstance(exact, tuple):
         got, exact, naive = (got,), (exact,), (naive,)
-    for i, (g, e, n) in enumerate(zip(got, exact, naive, strict=True)):
+    for i, (g, e, n) in enumerate(zip(map(taken, got), exact, naive, strict=True)):
         assert g.dtype == np.float32
         assert_close(g, np.asarray(e), np.asarray(n), f"{op} {case_id(case)} output {i}")
 
 
-def check_backward(op: str, call: Callable[..., Any], case: Mapping[str, Any]) -> None:
+def check_backward(op: str, call: Callable[..., Any], case: Mapping[str, Any], put: Put | None = None) -> None:
     """The gradients that the tape gives against the oracle's. The output's gradient is random; several outputs get one each."""
     ref = oracle(op)
     generator = rng(case)
     inputs = ref.inputs(case, generator)
-    tensors = {k: Tensor(v, requires_grad=True) if k in ref.GRADIENTS and v is not None else v for k, v in inputs.items()}
+    tensors = {k: Tensor(v, requires_grad=True) if k in ref.GRADIENTS and v is not None else v for k, v in put_all(inputs, put).items()}
     got = call(**tensors)
     outputs = got if isinstance(got, tuple) else (got,)
     dys = [generator.standard_normal(y.shape).astype(np.float32) for y in outputs]
     dy: Any = tuple(dys) if isinstance(got, tuple) else dys[0]
     wide: Any = tuple(d.astype(np.float64) for d in dys) if isinstance(got, tuple) else dys[0].astype(np.float64)
     exact, naive = ref.backward(wide, **widen(inputs)), ref.backward(dy, **inputs)
-    _backward(outputs, dys)
+    _backward(outputs, dys if put is None else [put(d) for d in dys])
     for name in exact:
         gradient = tensors[name].grad
         assert gradient is not None, f"{op}: no gradient for {name}"
-        assert_close(gradient, np.asarray(exact[name]), np.asarray(naive[name]), f"{op} {case_id(case)} gradient of {name}")
+        assert_close(taken(gradient), np.asarray(exact[name]), np.asarray(naive[name]), f"{op} {case_id(case)} gradient of {name}")
 
 
 def _backward(outputs: tuple[Tensor, ...], dys: list[Array]) -> None:

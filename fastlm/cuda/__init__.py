@@ -1,7 +1,7 @@
 """The GPU: device, arrays on it, and how kernels are found and launched there. Nothing here needs torch or triton at run time."""
 
 from fastlm.cuda.array import DeviceArray, from_dlpack
-from fastlm.cuda.device import Device, device, status
+from fastlm.cuda.runtime import Device, device, status
 from fastlm.cuda.table import table
 
 __all__ = ["Device", "DeviceArray", "device", "from_dlpack", "status", "table"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
-    from fastlm.cuda.device import Device
+    from fastlm.cuda.runtime import Device
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -177,7 +177,7 @@ def from_dlpack(x: Any) -> DeviceArray:
 
     Raises TypeError for what has neither __dlpack__ nor __cuda_array_interface__, ValueError for another device.
     """
-    from fastlm.cuda.device import device
+    from fastlm.cuda.runtime import device
     from fastlm.cuda.dlpack import accept
 
     return accept(x, device())

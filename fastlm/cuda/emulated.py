@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlm.cuda import device as devices
+from fastlm.cuda import runtime
 from fastlm.cuda.array import DeviceArray
-from fastlm.cuda.device import Device, Run
+from fastlm.cuda.runtime import Device, Run
 from fastlm.cuda.images import variant
 
 GUARD = 256  # bytes before and after every block
@@ -41,7 +42,7 @@ class Block:
         return bool((self.memory[: self.start] == POISON).all() and (self.memory[self.start + self.bytes :] == POISON).all())
 
     def __del__(self) -> None:
-        if not self.intact():
+        if not sys.is_finalizing() and not self.intact():
             Emulated.damaged += 1
 
 
@@ -133,11 +134,11 @@ def emulated(**options: Any) -> Iterator[Emulated]:
         os.environ["FASTLM_KERNEL"] = twin
     chosen.cache_clear()
     on = Emulated(**options)
-    devices.use(on)
+    runtime.use(on)
     try:
         yield on
     finally:
-        devices.use(None)
+        runtime.use(None)
         if twin is not None:
             os.environ.pop("FASTLM_KERNEL") if before is None else os.environ.__setitem__("FASTLM_KERNEL", before)
         chosen.cache_clear()

@@ -8,11 +8,14 @@ nearest even, products are taken of widened values, and any other arithmetic on 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("triton was imported without its interpreter: import fastlm.cuda.interpreter first, or set TRITON_INTERPRET=1")
 os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.language as tl  # noqa: E402

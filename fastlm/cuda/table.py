@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastlm.cuda.array import BFLOAT16, DeviceArray
-from fastlm.cuda.device import Device, device
+from fastlm.cuda.runtime import Device, device
 
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = (Path(__file__).parent.parent / "kernels").resolve()
 TYPES = {np.dtype(n): t for n, t in (("float32", "fp32"), ("int32", "i32"), ("int64", "i64"), ("uint8", "u8"), ("int8", "i8"))}
 TYPES[BFLOAT16] = "bf16"
 TWINS = ("cuda", "triton")
@@ -50,17 +50,26 @@ class Gpu:
         return twin if (KERNELS / self.op / f"{self.op}_cuda.cu").exists() or twin == "triton" else "triton"
 
     def triton(
-        self, kernel: str, grid: tuple[int, ...], arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 3, **constants: Any
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        arguments: Mapping[str, Any],
+        *,
+        plain: tuple[str, ...] = (),
+        warps: int = 4,
+        stages: int = 3,
+        **constants: Any,
     ) -> None:
         """Launches a Triton kernel. arguments: by name, in its order; arrays, None, whole numbers (int32), floats (float32).
 
-        A whole number that is a multiple of 16 gets a variant of its own, as in Triton's JIT; so does None. Pointers must be
-        multiples of 16.
+        A whole number that is a multiple of 16 gets a variant of its own, as in Triton's JIT, but for the `plain` ones, where
+        that gains nothing; so does None. Every form that may come here must be listed by variants() in <op>_triton.py. Pointers
+        must be multiples of 16.
         """
         types: dict[str, str | None] = {}
         values: list[Any] = []
         for name, value in arguments.items():
-            types[name] = _type(name, value)
+            types[name] = _type(name, value, name in plain)
             if value is not None:
                 values.append(value)
         run = self.device.triton(self.op, kernel, types, constants, {"num_warps": warps, "num_stages": stages})
@@ -76,7 +85,7 @@ class Gpu:
         run(_three(grid), values)
 
 
-def _type(name: str, value: Any) -> str | None:
+def _type(name: str, value: Any, plain: bool) -> str | None:
     if isinstance(value, DeviceArray):
         if value.pointer % 16:
             raise ValueError(f"[cuda] {name} must begin at a multiple of 16 bytes: pass a copy.")
@@ -85,7 +94,7 @@ def _type(name: str, value: Any) -> str | None:
         return None
     if isinstance(value, float):
         return "fp32"
-    return "i32:16" if value % 16 == 0 else "i32"
+    return "i32:16" if value % 16 == 0 and not plain else "i32"
 
 
 def _letter(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.backend import Array
+from fastlm.backend import BFLOAT16, Array, contiguous, on_device
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -18,13 +18,15 @@ def array(op: str, name: str, x: Any, dtype: Any = _FLOAT32, ndim: int | None = 
     y = any_array(op, name, x, dtype, at_least)
     if ndim is not None and y.ndim != ndim:
         raise ValueError(f"[{op}] {name} must have {ndim} axes, got shape {y.shape}.")
-    return y if y.flags.c_contiguous else np.ascontiguousarray(y)
+    return contiguous(y)
 
 
 def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) -> Array:
     """x as it is, with any strides and, where `dtype` is None, any dtype."""
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) and not on_device(x):
         raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
+    if dtype == _FLOAT32 and x.dtype == BFLOAT16 and not isinstance(x, np.ndarray):
+        dtype = None  # a device computes with either
     if dtype is not None and x.dtype is not dtype and x.dtype != dtype:  # identity first: it is the usual case, and cheaper
         raise TypeError(
             f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."

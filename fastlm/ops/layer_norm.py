@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import Spare, accumulator, data, record, record_many, recording, remade, wrap
 
@@ -23,16 +21,16 @@ def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Any:
     wd = check.weight("layer_norm", "weight", data(weight), xd)
     bd = None if bias is None else check.weight("layer_norm", "bias", data(bias), xd)
     eps = check.number("layer_norm", "eps", eps, low=0.0)
-    y = backend.empty(xd.shape)
+    y = backend.empty_like(xd)
     if not recording(x, weight, bias):
-        _C.layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
+        kernels(xd).layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
         return wrap(y, x, weight, bias)
-    stats = backend.empty((*xd.shape[:-1], 3))
-    _C.layer_norm_forward(y, None, stats, xd, None, wd, bd, eps)
+    stats = backend.empty((*xd.shape[:-1], 3), like=xd)
+    kernels(xd).layer_norm_forward(y, None, stats, xd, None, wd, bd, eps)
 
     def again() -> Array:
-        y = backend.empty(xd.shape)
-        _C.layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
+        y = backend.empty_like(xd)
+        kernels(xd).layer_norm_forward(y, None, None, xd, None, wd, bd, eps)
         return y
 
     def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
@@ -53,12 +51,12 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any = None, eps: fl
     wd = check.weight("add_layer_norm", "weight", data(weight), xd)
     bd = None if bias is None else check.weight("add_layer_norm", "bias", data(bias), xd)
     eps = check.number("add_layer_norm", "eps", eps, low=0.0)
-    y, total = backend.empty(xd.shape), backend.empty(xd.shape)
+    y, total = backend.empty_like(xd), backend.empty_like(xd)
     if not recording(x, residual, weight, bias):
-        _C.layer_norm_forward(y, total, None, xd, rd, wd, bd, eps)
+        kernels(xd).layer_norm_forward(y, total, None, xd, rd, wd, bd, eps)
         return wrap(y, x, residual, weight, bias), wrap(total, x, residual, weight, bias)
-    stats = backend.empty((*xd.shape[:-1], 3))
-    _C.layer_norm_forward(y, total, stats, xd, rd, wd, bd, eps)
+    stats = backend.empty((*xd.shape[:-1], 3), like=xd)
+    kernels(xd).layer_norm_forward(y, total, stats, xd, rd, wd, bd, eps)
 
     def backward(dy: Array | None, dtotal: Array | None) -> Sequence[Array | None]:
         if dy is None:
@@ -74,12 +72,12 @@ def _backward(
     dy: Array, dtotal: Array | None, xd: Array, weight: Any, bias: Any, wd: Array, stats: Array, into: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """`into`: where the gradient of x is written; dy or dtotal may be the place."""
-    dx = backend.empty(xd.shape) if into is None else into
+    dx = backend.empty_like(xd) if into is None else into
     weight_target, dweight = accumulator(weight)
     bias_target, dbias = accumulator(bias)
     partial = None
     if weight_target is not None or bias_target is not None:
-        partial = backend.empty((-(-stats.size // 3 // _C.layer_norm_rows), 2, xd.shape[-1]))
-    dtotal = None if dtotal is None else np.ascontiguousarray(dtotal)
-    _C.layer_norm_backward(dx, weight_target, bias_target, partial, np.ascontiguousarray(dy), dtotal, xd, wd, stats)
+        partial = backend.empty((-(-stats.size // 3 // _C.layer_norm_rows), 2, xd.shape[-1]), like=xd)
+    dtotal = None if dtotal is None else contiguous(dtotal)
+    kernels(xd).layer_norm_backward(dx, weight_target, bias_target, partial, contiguous(dy), dtotal, xd, wd, stats)
     return dx, dweight, dbias

@@ -45,11 +45,10 @@ def layer_norm_forward(y, total, stats, x, residual, weight, bias, C, eps, BLOCK
     rest = tl.sum(rests, 0) / C
     rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 0) / C - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
     shift = -rest * rstd
-    if stats is not None:
-        at = stats + tl.program_id(0).to(tl.int64) * 3
-        tl.store(at, mean)
-        tl.store(at + 1, shift)
-        tl.store(at + 2, rstd)
+    at = stats + tl.program_id(0).to(tl.int64) * 3
+    tl.store(at, mean)
+    tl.store(at + 1, shift)
+    tl.store(at + 2, rstd)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
         normal = (_row(x, residual, first + c, c < C) - mean) * rstd + shift
@@ -107,34 +106,26 @@ def layer_norm_backward_partial(partial, dy, x, stats, R, C, ROWS: tl.constexpr,
 
 
 @triton.jit
-def layer_norm_backward_parameters(dweight, dbias, partial, pieces, C, BLOCK: tl.constexpr):
-    """dweight, dbias (C,) += the partial sums, in their order."""
+def layer_norm_backward_parameters(sums, partial, part, pieces, C, BLOCK: tl.constexpr):
+    """sums (C,) += part 0 (of the weight) or 1 (of the bias) of the partial sums, in their order."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sum_w = tl.zeros([BLOCK], tl.float32)
-    sum_b = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for i in range(pieces):
-        sum_w += tl.load(partial + 2 * i.to(tl.int64) * C + c, mask=c < C, other=0.0)
-        sum_b += tl.load(partial + (2 * i.to(tl.int64) + 1) * C + c, mask=c < C, other=0.0)
-    if dweight is not None:
-        tl.store(dweight + c, tl.load(dweight + c, mask=c < C, other=0.0) + sum_w, mask=c < C)
-    if dbias is not None:
-        tl.store(dbias + c, tl.load(dbias + c, mask=c < C, other=0.0) + sum_b, mask=c < C)
+        total += tl.load(partial + (2 * i + part) * C + c, mask=c < C, other=0.0)
+    tl.store(sums + c, tl.load(sums + c, mask=c < C, other=0.0) + total, mask=c < C)
 
 
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
     """Every form that layer_norm_gpu.py may ask for: kernel, types, constants, options."""
     options = {"num_warps": 4, "num_stages": 3}
     for f, C in product(("*fp32", "*bf16"), ("i32:16", "i32")):
-        for stats, residual, bias in product(("*fp32", None), (f, None), (f, None)):
-            types = {"y": f, "total": residual, "stats": stats, "x": f, "residual": residual, "weight": f, "bias": bias}
+        for residual, bias in product((f, None), (f, None)):
+            types = {"y": f, "total": residual, "stats": "*fp32", "x": f, "residual": residual, "weight": f, "bias": bias}
             yield "layer_norm_forward", types | {"C": C, "eps": "fp32"}, {"BLOCK": BLOCK}, options
         for dtotal in (f, None):
             types = {"dx": f, "dy": f, "dtotal": dtotal, "x": f, "weight": f, "stats": "*fp32", "C": C}
             yield "layer_norm_backward_x", types, {"BLOCK": BLOCK}, options
-        for R in ("i32:16", "i32"):
-            types = {"partial": "*fp32", "dy": f, "x": f, "stats": "*fp32", "R": R, "C": C}
-            yield "layer_norm_backward_partial", types, {"ROWS": 32, "BLOCK": 256}, options
-    for dweight, dbias, pieces, C in product(("*fp32", None), ("*fp32", None), ("i32:16", "i32"), ("i32:16", "i32")):
-        if dweight or dbias:
-            types = {"dweight": dweight, "dbias": dbias, "partial": "*fp32", "pieces": pieces, "C": C}
-            yield "layer_norm_backward_parameters", types, {"BLOCK": 256}, options
+        types = {"partial": "*fp32", "dy": f, "x": f, "stats": "*fp32", "R": "i32", "C": C}
+        yield "layer_norm_backward_partial", types, {"ROWS": 32, "BLOCK": 256}, options
+    types = {"sums": "*fp32", "partial": "*fp32", "part": "i32", "pieces": "i32", "C": "i32"}
+    yield "layer_norm_backward_parameters", types, {"BLOCK": 256}, options

@@ -1,0 +1,73 @@
+"""Both GPU twins of every operation on the cases of the CPU: Triton by its interpreter, CUDA C++ by the emulator."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import numpy as np
+import pytest
+
+from fastlm.cuda.emulated import SCHEDULES, Emulated, emulated
+from fastlm.cuda.images import variant
+from fastlm.cuda.runtime import device
+from fastlm.cuda.table import KERNELS
+from fastlm.testing import case_id, cases, check_backward, check_forward, oracle
+from tests.gpu.build import gpu_build
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import fastlm.cuda.interpreter  # noqa: F401  before triton
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the Triton layer needs triton")
+
+
+def ops(pattern):
+    folders = sorted(p.parent for p in KERNELS.glob(pattern))
+    return [f.name for f in folders if (f / f"{f.name}_ref.py").exists()]
+
+
+def each(pattern):
+    params = [(op, c) for op in ops(pattern) for c in cases(op)]
+    return pytest.mark.parametrize(("op", "case"), params, ids=lambda v: v if isinstance(v, str) else case_id(v))
+
+
+def check(op, case):
+    """The case on the device in use, forward and backward, as the CPU's test calls the operation."""
+    module = importlib.import_module(f"tests.kernels.test_{op}")
+    call = getattr(module, "call", None) or getattr(importlib.import_module("fastlm.ops"), op)
+    before = Emulated.damaged
+    check_forward(op, call, case, put=device().put)
+    if getattr(oracle(op), "GRADIENTS", ()):
+        check_backward(op, call, case, put=device().put)
+    assert Emulated.damaged == before, "memory outside of an array was written"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@needs_triton
+@each("*/*_triton.py")
+def test_triton(op, case):
+    with emulated(twin="triton") as on:
+        check(op, case)
+    module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
+    listed = {variant(*v) for v in module.variants()}
+    assert on.launched[op] <= listed, f"{on.launched[op] - listed} would not be compiled ahead of time"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["in order", "shuffled", "shuffled, eager"])
+@each("*/*_cuda.cu")
+def test_cuda(op, case, schedule, tmp_path_factory):
+    folder = gpu_build().emulate(op, KERNELS.parent / "build/emulated").parent
+    with emulated(twin="cuda", libraries=folder, seed=schedule[0], eager=schedule[1]):
+        check(op, case)
+
+
+def test_not_on_the_host():
+    """NumPy never reads a device's array by itself."""
+    with emulated() as on:
+        a = on.put(np.ones((2, 3), np.float32))
+        with pytest.raises(TypeError, match=r"call \.numpy\(\)"):
+            np.asarray(a)
+        with pytest.raises(TypeError):
+            a + np.ones(3)
+        assert a[:, 1:].numpy().shape == (2, 2)

@@ -1,0 +1,236 @@
+"""Compiles the GPU kernels ahead of time and packs them: fastlm/cuda/images/sm_90.zip and the like. No GPU is needed.
+
+    python tools/gpu_build.py                        everything that the tools here allow
+    python tools/gpu_build.py --ops layer_norm --archs 90 --check
+    python tools/gpu_build.py --emulate build/emulated    the CUDA C++ kernels as libraries for the host
+
+--check refuses kernels over their budget: stack, spills, more registers than are there, or tensor core instructions missing where
+`<op>_triton.py` or `<op>_cuda.cu` says that they must be there (EXPECT).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+IMAGES = ROOT / "fastlm/cuda/images"
+ARCHS = ("80", "90", "100")  # 90 and 100 are compiled as 90a and 100a, which run nowhere else; "ptx" is for the rest
+sys.path.insert(0, str(ROOT))
+
+
+def cuda_ops() -> list[str]:
+    return sorted(p.parent.name for p in KERNELS.glob("*/*_cuda.cu"))
+
+
+def triton_ops() -> list[str]:
+    return sorted(p.parent.name for p in KERNELS.glob("*/*_triton.py"))
+
+
+# --- the host ---
+
+
+def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | None = None) -> Path:
+    """<op>_cuda.cu as a library for the host. defines: planted bugs, for the tests of the emulator."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name or op}.so"
+    source = KERNELS / op / f"{op}_cuda.cu"
+    newest = max(p.stat().st_mtime for p in [source, *KERNELS.glob(f"{op}/*.h"), *(ROOT / "csrc/cuda").glob("*.h")])
+    if library.exists() and library.stat().st_mtime > newest:
+        return library
+    flags = ["-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+    with tempfile.TemporaryDirectory(dir=folder) as name_:
+        made = Path(name_) / "library.so"
+        command = ["g++", *flags, "-x", "c++", "-DFASTLM_EMULATE", *(f"-D{d}" for d in defines), f"-I{ROOT}", str(source), "-o", str(made)]
+        run(command)
+        made.replace(library)
+    return library
+
+
+# --- the device ---
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def target(arch: str) -> tuple[str, str]:
+    """nvcc's names: of the virtual architecture and of the real one."""
+    if arch == "ptx":
+        return "compute_80", "compute_80"
+    suffix = "a" if int(arch) >= 90 else ""
+    return f"compute_{arch}{suffix}", f"sm_{arch}{suffix}"
+
+
+def compile_cuda(op: str, arch: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """The image of <op>_cuda.cu, and for each entry point what the compiler says that it uses."""
+    compiler = nvcc()
+    assert compiler is not None
+    virtual, real = target(arch)
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image"
+        kind = "-ptx" if arch == "ptx" else "-cubin"
+        said = run(
+            [compiler, "-std=c++17", "-O3", kind, f"-gencode=arch={virtual},code={real}", f"-I{ROOT}", "-Xptxas", "-v", "--expt-relaxed-constexpr"]
+            + [str(KERNELS / op / f"{op}_cuda.cu"), "-o", str(image)]
+        )
+        data = image.read_bytes()
+    if arch == "ptx":
+        return data, [{"kernel": n} for n in re.findall(rb"\.entry\s+(\w+)", data)]
+    entries = []
+    for part in said.split("Compiling entry function ")[1:]:
+        name = re.match(r"'(\w+)'", part)
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if name and numbers and registers:
+            stack, stores, loads = map(int, numbers.groups())
+            entries.append({"kernel": name[1], "registers": int(registers[1]), "stack": stack, "spills": stores + loads})
+    return data, entries
+
+
+def variants(op: str) -> Iterator[Any]:
+    yield from importlib.import_module(f"fastlm.kernels.{op}.{op}_triton").variants()
+
+
+def compile_triton(op: str, arch: str) -> list[tuple[dict[str, Any], bytes]]:
+    """Every variant of <op>_triton.py: its manifest entry and its image."""
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastlm.cuda.images import variant
+
+    made = []
+    module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
+    letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    for kernel, types, constants, options in module.variants():
+        function = getattr(module, kernel)
+        names = function.arg_names
+        signature = {n: "constexpr" if n in constants or types[n] is None else types[n].split(":")[0] for n in names}
+        given = {(names.index(n),): v for n, v in constants.items()} | {(names.index(n),): None for n, t in types.items() if t is None}
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t and (t[0] == "*" or t.endswith(":16"))}
+        source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32), options=dict(options))
+        meta = compiled.metadata
+        image = compiled.asm["ptx"].encode() if arch == "ptx" else compiled.asm["cubin"]
+        entry = {
+            "key": f"triton {variant(kernel, types, constants, options)}",
+            "entry": meta.name,
+            "signature": "".join("p" if t[0] == "*" else letters[t.split(":")[0]] for t in types.values() if t),
+            "block": 32 * meta.num_warps,
+            "shared": meta.shared,
+        }
+        if getattr(meta, "global_scratch_size", 0):
+            raise RuntimeError(f"{op}: {kernel} wants scratch memory, which our launcher does not give")
+        if arch != "ptx":
+            entry |= resources(image, triton)
+        made.append((entry, image))
+    return made
+
+
+def resources(cubin: bytes, triton: Any) -> dict[str, int]:
+    """Registers, stack and tensor core instructions of a cubin."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        used = run([str(tools / "cuobjdump"), "-res-usage", file.name])
+        code = run([str(tools / "nvdisasm"), "-c", file.name])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
+    assert found, used
+    counts = {name: len(re.findall(rf"\b{name}", code)) for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "UTC\\w*MMA", "LDL", "STL")}
+    return {"registers": int(found[1]), "stack": int(found[2])} | {k.replace("\\w*", ""): v for k, v in counts.items()}
+
+
+def job(arguments: tuple[str, str, str]) -> tuple[str, str, str, list[tuple[dict[str, Any], bytes]]]:
+    twin, op, arch = arguments
+    if twin == "triton":
+        return twin, op, arch, compile_triton(op, arch)
+    image, entries = compile_cuda(op, arch)
+    return twin, op, arch, [({"key": f"cuda {e['kernel']}", "entry": e["kernel"]} | e, image) for e in entries]
+
+
+def over_budget(op: str, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    problems = []
+    if entry.get("stack", 0) > 0:
+        problems.append(f"{entry['stack']} bytes of stack")
+    if entry.get("spills", 0) + entry.get("LDL", 0) + entry.get("STL", 0) > 0:
+        problems.append("spilled registers")
+    return [f"{op}: {entry['key']}: {p}" for p in problems]
+
+
+def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int) -> list[str]:
+    """Compiles, and returns what is over budget."""
+    work = [("triton", op, arch) for op in triton_ops() if op in ops for arch in archs]
+    if nvcc():
+        work += [("cuda", op, arch) for op in cuda_ops() if op in ops for arch in archs]
+    else:
+        print("no nvcc: the CUDA C++ kernels are left out", file=sys.stderr)
+    problems: list[str] = []
+    archives: dict[str, dict[str, Any]] = {a: {} for a in archs}
+    images: dict[str, dict[str, bytes]] = {a: {} for a in archs}
+    with ProcessPoolExecutor(jobs) as pool:
+        for twin, op, arch, made in pool.map(job, work):
+            for entry, image in made:
+                name = hashlib.sha256(image).hexdigest()[:16]
+                images[arch][name] = image
+                archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | {"file": name}
+                problems += over_budget(op, entry) if check else []
+            print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels", file=sys.stderr)
+    if pack:
+        IMAGES.mkdir(exist_ok=True)
+        for arch in archs:
+            path = IMAGES / (f"sm_{arch}.zip" if arch != "ptx" else "ptx.zip")
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+                archive.writestr("manifest.json", json.dumps(archives[arch], indent=0, sort_keys=True))
+                for name, image in sorted(images[arch].items()):
+                    archive.writestr(name, image)
+            print(f"{path.name}: {len(archives[arch])} kernels, {path.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--ops", nargs="+", default=sorted({*cuda_ops(), *triton_ops()}))
+    parser.add_argument("--archs", nargs="+", default=[*ARCHS, "ptx"])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--no-pack", dest="pack", action="store_false")
+    parser.add_argument("--emulate", type=Path, metavar="FOLDER")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    if arguments.emulate:
+        for op in arguments.ops:
+            if op in cuda_ops():
+                print(emulate(op, arguments.emulate))
+        return 0
+    problems = build(arguments.ops, arguments.archs, arguments.check, arguments.pack, arguments.jobs)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
