@@ -12,7 +12,7 @@ BUILD := build/dev
 RUN := PYTHONPATH=. $(BIN)/python
 # The requirements are read from pyproject.toml; the sentinel carries their hash, so a changed list installs again and nothing else does.
 READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp kernels/*/*.h kernels/*/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
 .PHONY: dev test learn lint format demo bench wheel sanitize stubs clean
 .DEFAULT_GOAL := dev

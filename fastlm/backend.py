@@ -34,22 +34,24 @@ def on_device(x: Any) -> bool:
     return not isinstance(x, np.ndarray) and hasattr(x, "__dlpack_device__") and hasattr(x, "pointer")
 
 
-def empty_like(x: Any, shape: tuple[int, ...] | None = None) -> Any:
+def empty_like(x: Any, shape: tuple[int, ...] | None = None) -> Array:
     """An uninitialised array with x's dtype, where x is, of x's or another shape."""
     return empty(x.shape if shape is None else shape, x.dtype, like=x)
 
 
-def contiguous(x: Any) -> Any:
+def contiguous(x: Any) -> Array:
     """x, or a C-contiguous copy where it is."""
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x)
-    return x if x.contiguous else x.copy()
+    there: Array = x if x.contiguous else x.copy()
+    return there
 
 
-def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None) -> Any:
+def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None) -> Array:
     """An uninitialised C-contiguous array, where `like` is; a large one reuses memory that an earlier array gave back."""
     if like is not None and not isinstance(like, np.ndarray):
-        return like.device.empty(shape, dtype)
+        there: Array = like.device.empty(shape, dtype)
+        return there
     dt = _FLOAT32 if dtype is _FLOAT32 else np.dtype(dtype)  # np.dtype(dtype) costs more than the rest
     n = dt.itemsize
     for size in shape:
@@ -60,10 +62,11 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None)
     return array
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32, like: Any = None) -> Any:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32, like: Any = None) -> Array:
     """As `empty`, filled with zeros."""
     if like is not None and not isinstance(like, np.ndarray):
-        return like.device.zeros(shape, dtype)
+        there: Array = like.device.zeros(shape, dtype)
+        return there
     a = empty(shape, dtype)
     a.fill(0)
     return a
@@ -87,24 +90,28 @@ def release() -> None:
     _C.release_cached()
 
 
-def ones_like(x: Any) -> Any:
+def ones_like(x: Any) -> Array:
     """Ones of x's shape, float32, where x is."""
     ones = np.ones(x.shape, np.float32)
-    return ones if isinstance(x, np.ndarray) else x.device.put(ones)
+    there: Array = ones if isinstance(x, np.ndarray) else x.device.put(ones)
+    return there
 
 
-def copy(x: Any) -> Any:
+def copy(x: Any) -> Array:
     """A C-contiguous copy of x, where x is."""
-    return np.array(x, order="C") if isinstance(x, np.ndarray) else x.copy()
+    there: Array = np.array(x, order="C") if isinstance(x, np.ndarray) else x.copy()
+    return there
 
 
-def add(x: Any, y: Any, out: Any = None) -> Any:
+def add(x: Any, y: Any, out: Any = None) -> Array:
     """x + y of one shape, into `out` or a new array."""
     if isinstance(x, np.ndarray):
-        return np.add(x, y, out=out)
+        summed: Array = np.add(x, y, out=out)
+        return summed
     out = empty_like(x) if out is None else out
     kernels(x).add(out, x, contiguous(y))
-    return out
+    there: Array = out
+    return there
 
 
 def num_threads() -> int:

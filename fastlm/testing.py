@@ -92,7 +92,9 @@ def check_backward(op: str, call: Callable[..., Any], case: Mapping[str, Any], p
     ref = oracle(op)
     generator = rng(case)
     inputs = ref.inputs(case, generator)
-    tensors = {k: Tensor(v, requires_grad=True) if k in ref.GRADIENTS and v is not None else v for k, v in put_all(inputs, put).items()}
+    tensors = {
+        k: Tensor(v, requires_grad=True) if k in ref.GRADIENTS and v is not None else v for k, v in put_all(inputs, put).items()
+    }
     got = call(**tensors)
     outputs = got if isinstance(got, tuple) else (got,)
     dys = [generator.standard_normal(y.shape).astype(np.float32) for y in outputs]

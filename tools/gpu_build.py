@@ -52,10 +52,31 @@ def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | No
     newest = max(p.stat().st_mtime for p in [source, *KERNELS.glob(f"{op}/*.h"), *(ROOT / "csrc/cuda").glob("*.h")])
     if library.exists() and library.stat().st_mtime > newest:
         return library
-    flags = ["-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-shared",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wno-unused-function",
+        "-Wno-unknown-pragmas",
+    ]
     with tempfile.TemporaryDirectory(dir=folder) as name_:
         made = Path(name_) / "library.so"
-        command = ["g++", *flags, "-x", "c++", "-DFASTLM_EMULATE", *(f"-D{d}" for d in defines), f"-I{ROOT}", str(source), "-o", str(made)]
+        command = [
+            "g++",
+            *flags,
+            "-x",
+            "c++",
+            "-DFASTLM_EMULATE",
+            *(f"-D{d}" for d in defines),
+            f"-I{ROOT}",
+            str(source),
+            "-o",
+            str(made),
+        ]
         run(command)
         made.replace(library)
     return library
@@ -91,10 +112,8 @@ def compile_cuda(op: str, arch: str) -> tuple[bytes, list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image"
         kind = "-ptx" if arch == "ptx" else "-cubin"
-        said = run(
-            [compiler, "-std=c++17", "-O3", kind, f"-gencode=arch={virtual},code={real}", f"-I{ROOT}", "-Xptxas", "-v", "--expt-relaxed-constexpr"]
-            + [str(KERNELS / op / f"{op}_cuda.cu"), "-o", str(image)]
-        )
+        flags = ["-std=c++17", "-O3", kind, f"-gencode=arch={virtual},code={real}", f"-I{ROOT}", "-Xptxas", "-v"]
+        said = run([compiler, *flags, "--expt-relaxed-constexpr", str(KERNELS / op / f"{op}_cuda.cu"), "-o", str(image)])
         data = image.read_bytes()
     if arch == "ptx":
         return data, [{"kernel": n} for n in re.findall(rb"\.entry\s+(\w+)", data)]
@@ -129,8 +148,12 @@ def compile_triton(op: str, arch: str) -> list[tuple[dict[str, Any], bytes]]:
         function = getattr(module, kernel)
         names = function.arg_names
         signature = {n: "constexpr" if n in constants or types[n] is None else types[n].split(":")[0] for n in names}
-        given = {(names.index(n),): v for n, v in constants.items()} | {(names.index(n),): None for n, t in types.items() if t is None}
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t and (t[0] == "*" or t.endswith(":16"))}
+        given = {(names.index(n),): v for n, v in constants.items()} | {
+            (names.index(n),): None for n, t in types.items() if t is None
+        }
+        aligned = {
+            (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t and (t[0] == "*" or t.endswith(":16"))
+        }
         source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32), options=dict(options))
         meta = compiled.metadata
@@ -160,7 +183,9 @@ def resources(cubin: bytes, triton: Any) -> dict[str, int]:
         code = run([str(tools / "nvdisasm"), "-c", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
     assert found, used
-    counts = {name: len(re.findall(rf"\b{name}", code)) for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "UTC\\w*MMA", "LDL", "STL")}
+    counts = {
+        name: len(re.findall(rf"\b{name}", code)) for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "UTC\\w*MMA", "LDL", "STL")
+    }
     return {"registers": int(found[1]), "stack": int(found[2])} | {k.replace("\\w*", ""): v for k, v in counts.items()}
 
 

@@ -9,8 +9,8 @@
 #include "csrc/cuda/emulator.h"
 
 // An array in shared memory, poisoned before each block runs.
-#define FASTLM_SHARED(Type, name, count)                                                  \
-    static const size_t name##_at = emulator::reserve(sizeof(Type) * size_t(count));      \
+#define FASTLM_SHARED(Type, name, count)                                             \
+    static const size_t name##_at = emulator::reserve(sizeof(Type) * size_t(count)); \
     Type* const name = reinterpret_cast<Type*>(emulator::shared_base() + name##_at)
 // The dynamic shared memory of the launch, aligned to 1024 bytes.
 #define FASTLM_DYNAMIC_SHARED(name) char* const name = emulator::dynamic_shared()
@@ -64,8 +64,8 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
-// The sum over a block of THREADS, the same in all of them, in a fixed order. `room` is shared memory for THREADS / 32 floats and may be
-// used again after the next barrier.
+// The sum over a block of THREADS, the same in all of them, in a fixed order. `room` is shared memory for THREADS / 32 floats and
+// may be used again after the next barrier.
 template <int THREADS> __device__ __forceinline__ float block_sum(float v, float* room) {
     v = warp_sum(v);
     __syncthreads();  // the room may still be read by the sum before

@@ -45,11 +45,11 @@ struct Fiber {
     std::vector<char> stack;
     dim3 thread;
     bool done = false;
-    uint64_t exchanged = 0;             // what a shuffle or a fragment hands to the other lanes
-    uint32_t fragment[16] = {};         // of mma
-    std::vector<Copy> open;             // cp.async since the last commit
+    uint64_t exchanged = 0;      // what a shuffle or a fragment hands to the other lanes
+    uint32_t fragment[16] = {};  // of mma
+    std::vector<Copy> open;      // cp.async since the last commit
     std::vector<std::vector<Copy>> groups;
-    std::vector<Copy> products;         // wgmma that was not waited for
+    std::vector<Copy> products;  // wgmma that was not waited for
 };
 
 struct Barrier {
@@ -80,8 +80,7 @@ inline void yield() { swapcontext(&self().context, &state.scheduler); }
 inline void meet(Barrier& b, unsigned count) {
     const unsigned long generation = b.generation;
     ++state.steps;
-    if (++b.arrived == count)
-        b.arrived = 0, ++b.generation;
+    if (++b.arrived == count) b.arrived = 0, ++b.generation;
     else
         while (b.generation == generation) yield();
 }
@@ -115,15 +114,15 @@ inline size_t reserve(size_t bytes) {
     if (reserved() > kStatic) std::abort();
     return at;
 }
-inline char* shared_base() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(state.shared.data()) + 1023) & ~uintptr_t(1023)); }
+inline char* shared_base() {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(state.shared.data()) + 1023) & ~uintptr_t(1023));
+}
 inline char* dynamic_shared() { return shared_base() + kStatic; }
 
 // Where asynchronous work went: at once, or when it is waited for.
 inline void later(std::vector<Copy>& queue, Copy copy) {
-    if (state.eager)
-        copy();
-    else
-        queue.push_back(std::move(copy));
+    if (state.eager) copy();
+    else queue.push_back(std::move(copy));
 }
 
 inline void trampoline() {
@@ -213,7 +212,8 @@ template <class... A> int enter(const char* name, void (*kernel)(A...)) {
 #define __shfl_xor_sync(mask, v, l) emulator::shuffle(v, emulator::lane() ^ size_t(l))
 #define __shfl_sync(mask, v, l) emulator::shuffle(v, size_t(l))
 #define __shfl_down_sync(mask, v, d) emulator::shuffle(v, std::min<size_t>(emulator::lane() + size_t(d), 31))
-#define __shfl_up_sync(mask, v, d) emulator::shuffle(v, emulator::lane() >= size_t(d) ? emulator::lane() - size_t(d) : emulator::lane())
+#define __shfl_up_sync(mask, v, d) \
+    emulator::shuffle(v, emulator::lane() >= size_t(d) ? emulator::lane() - size_t(d) : emulator::lane())
 
 template <class T> T atomicAdd(T* p, T v) {
     const T old = *p;

@@ -10,16 +10,13 @@ import platform
 from pathlib import Path
 
 import fastlm
-from fastlm import _C, backend
+from fastlm import _C, backend, cuda
 
 
 def gpu() -> str:
-    """What is there, and why it is not used."""
-    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists():
-        return "an NVIDIA GPU is there, but this version has kernels for the CPU only"
-    if Path("/dev/kfd").exists():
-        return "an AMD GPU is there, but this version has kernels for the CPU only"
-    return "none: no driver found, and this version has kernels for the CPU only"
+    """What is there, or why nothing can be used."""
+    usable, what = cuda.status()
+    return f"{what}; layer_norm has kernels for it so far" if usable else f"none: {what}"
 
 
 def version(package: str) -> str:

@@ -35,7 +35,13 @@ class DeviceArray:
     __array_ufunc__ = None  # NumPy's operators raise instead of copying element by element
 
     def __init__(
-        self, device: Device, shape: tuple[int, ...], dtype: DTypeLike, pointer: int, owner: Any, strides: tuple[int, ...] | None = None
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        pointer: int,
+        owner: Any,
+        strides: tuple[int, ...] | None = None,
     ) -> None:
         self.device, self.shape, self.dtype, self.pointer, self.owner = device, shape, np.dtype(dtype), pointer, owner
         self.strides = contiguous_strides(shape, self.dtype.itemsize) if strides is None else strides
@@ -177,7 +183,7 @@ def from_dlpack(x: Any) -> DeviceArray:
 
     Raises TypeError for what has neither __dlpack__ nor __cuda_array_interface__, ValueError for another device.
     """
-    from fastlm.cuda.runtime import device
     from fastlm.cuda.dlpack import accept
+    from fastlm.cuda.runtime import device
 
     return accept(x, device())

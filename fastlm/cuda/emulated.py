@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from fastlm.cuda import runtime
 from fastlm.cuda.array import DeviceArray
-from fastlm.cuda.runtime import Device, Run
 from fastlm.cuda.images import variant
+from fastlm.cuda.runtime import Device, Run
 
 GUARD = 256  # bytes before and after every block
 POISON = 0xFF  # nan as float32 and bfloat16, -1 as an integer
@@ -91,7 +91,9 @@ class Emulated(Device):
 
         def run(grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
             given = iter(arguments)
-            values = {n: None if t is None else tensor(next(given), t) if t.startswith("*") else next(given) for n, t in types.items()}
+            values = {
+                n: None if t is None else tensor(next(given), t) if t.startswith("*") else next(given) for n, t in types.items()
+            }
             if all(grid):
                 with np.errstate(all="ignore"):
                     function[grid](**values, **constants)
@@ -108,8 +110,9 @@ class Emulated(Device):
         letters = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 
         def run(grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
-            held = [
-                ctypes.create_string_buffer(v, 128) if c == "t" else letters[c](v) for c, v in zip(signature, arguments, strict=True)
+            held: list[Any] = [
+                ctypes.create_string_buffer(v, 128) if c == "t" else letters[c](v)
+                for c, v in zip(signature, arguments, strict=True)
             ]
             pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(h) for h in held))
             sizes = (ctypes.c_int * 3)(*grid)
@@ -128,12 +131,13 @@ def emulated(**options: Any) -> Iterator[Emulated]:
     """Inside, the device is an emulated one; `twin` chooses the twin of all operations."""
     twin = options.pop("twin", None)
     before = os.environ.get("FASTLM_KERNEL")
-    from fastlm.cuda.table import chosen
+    from fastlm.cuda.table import Table, chosen
 
     if twin is not None:
         os.environ["FASTLM_KERNEL"] = twin
     chosen.cache_clear()
     on = Emulated(**options)
+    on.table = Table(on)
     runtime.use(on)
     try:
         yield on

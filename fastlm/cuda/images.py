@@ -33,7 +33,9 @@ class Images:
             raise RuntimeError(f"[{op}] this build has no kernels for {self.name}: build them with `make gpu`.")
         entry = self.manifest.get(f"{twin} {key}")
         if entry is None:
-            raise RuntimeError(f"[{op}] {self.path} has no {twin} kernel {key!r}: it is older than this code. Build it with `make gpu`.")
+            raise RuntimeError(
+                f"[{op}] {self.path} has no {twin} kernel {key!r}: it is older than this code. Build it with `make gpu`."
+            )
         found: dict[str, Any] = entry
         return found
 

@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise ImportError("triton was imported without its interpreter: import fastlm.cuda.interpreter first, or set TRITON_INTERPRET=1")
+    raise ImportError(
+        "triton was imported without its interpreter: import fastlm.cuda.interpreter first, or set TRITON_INTERPRET=1"
+    )
 os.environ["TRITON_INTERPRET"] = "1"
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl
+from triton.runtime import interpreter
 
 _NUMPY = {"fp32": np.float32, "bf16": np.uint16, "i32": np.int32, "i64": np.int64, "u8": np.uint8, "i8": np.int8}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "u8": "uint8", "i8": "int8"}

@@ -20,6 +20,7 @@ class Device:
     name = "device"
     stream = 0
     dlpack = (2, 0)  # DLPack's type and number of the device
+    table: Any = None  # its kernels, see fastlm/cuda/table.py
 
     def block(self, bytes: int) -> Any:
         """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
@@ -141,7 +142,11 @@ class Cuda(Device):
         if run is None:
             entry = self.images.find(op, "triton", key)
             launch = self._cuda.Kernel(
-                self._cuda.Module(self.images.image(entry)), entry["entry"], entry["signature"] + "pp", entry["block"], entry["shared"]
+                self._cuda.Module(self.images.image(entry)),
+                entry["entry"],
+                entry["signature"] + "pp",
+                entry["block"],
+                entry["shared"],
             )
             stream = self.stream
 

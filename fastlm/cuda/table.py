@@ -30,7 +30,9 @@ def chosen() -> dict[str, str]:
     for part in filter(None, os.environ.get("FASTLM_KERNEL", "").split(",")):
         op, _, twin = part.rpartition(":")
         if twin not in TWINS:
-            raise ValueError(f"FASTLM_KERNEL must be like layer_norm:triton or triton, with one of {', '.join(TWINS)}, got {part!r}.")
+            raise ValueError(
+                f"FASTLM_KERNEL must be like layer_norm:triton or triton, with one of {', '.join(TWINS)}, got {part!r}."
+            )
         choice[op or "*"] = twin
     return choice
 
@@ -78,7 +80,7 @@ class Gpu:
     def cuda(
         self, kernel: str, grid: tuple[int, ...], block: int, arguments: list[Any], *, shared: int = 0, cluster: int = 1
     ) -> None:
-        """Launches an entry point of <op>_cuda.cu. arguments: arrays or None (pointers), int (int32), np.int64, float, bytes (tensor map)."""
+        """Launches an entry point of <op>_cuda.cu. arguments: arrays or None, int (int32), np.int64, float, bytes (a tensor map)."""
         letters = "".join(map(_letter, arguments))
         run = self.device.cuda(self.op, kernel, letters, block, shared, cluster)
         values = [v.pointer if isinstance(v, DeviceArray) else 0 if v is None else v for v in arguments]
@@ -138,12 +140,10 @@ class Table:
         return bound
 
 
-_tables: dict[int, Table] = {}
-
-
 def table(on: Device | None = None) -> Table:
     """The kernels of a device, default the one in use."""
     on = on or device()
-    if id(on) not in _tables:
-        _tables[id(on)] = Table(on)
-    return _tables[id(on)]
+    found: Table | None = getattr(on, "table", None)
+    if found is None:
+        found = on.table = Table(on)
+    return found

@@ -26,14 +26,15 @@ def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) 
     if not isinstance(x, np.ndarray) and not on_device(x):
         raise TypeError(f"[{op}] {name} must be a NumPy array or a Tensor, got {type(x).__name__}.")
     if dtype == _FLOAT32 and x.dtype == BFLOAT16 and not isinstance(x, np.ndarray):
-        dtype = None  # a device computes with either
+        dtype = BFLOAT16  # a device computes with either
     if dtype is not None and x.dtype is not dtype and x.dtype != dtype:  # identity first: it is the usual case, and cheaper
         raise TypeError(
             f"[{op}] {name} must be {np.dtype(dtype)}, got {x.dtype}. Convert it with {name}.astype('{np.dtype(dtype)}')."
         )
     if x.ndim < at_least:
         raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
-    return x
+    array: Array = x
+    return array
 
 
 def weight(op: str, name: str, w: Any, x: Array) -> Array:

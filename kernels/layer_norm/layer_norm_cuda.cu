@@ -1,7 +1,7 @@
 // Layer normalization in CUDA C++; the contract is layer_norm.h, with T float or bfloat16 for activations and parameters.
 //
-// A block of 256 threads takes a row. A thread keeps its columns in registers where the row has at most 256 * KEPT, so that a row is read
-// once; longer rows are read again, from L2.
+// A block of 256 threads takes a row. A thread keeps its columns in registers where the row has at most 256 * KEPT, so that a row
+// is read once; longer rows are read again, from L2.
 #include "csrc/cuda/device.h"
 
 namespace {
@@ -13,8 +13,8 @@ template <class T> __device__ float at(const T* x, const T* residual, int64_t i)
     return residual ? v + to_float(residual[i]) : v;
 }
 
-template <class T>
-__device__ void forward(T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int C, float eps) {
+template <class T> __device__ void forward(T* y, T* total, float* stats, const T* x, const T* residual, const T* weight,
+                                           const T* bias, int C, float eps) {
     FASTLM_SHARED(float, room, THREADS / 32);
     const int64_t row = blockIdx.x, first = row * C;
     const bool kept = C <= THREADS * KEPT;
@@ -105,21 +105,21 @@ template <class T> __device__ void backward_partial(float* partial, const T* dy,
 
 }  // namespace
 
-#define FASTLM_FORMS(T, suffix)                                                                                                  \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_forward_##suffix(                                                   \
-        T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int C, float eps) {         \
-        forward<T>(y, total, stats, x, residual, weight, bias, C, eps);                                                          \
-    }                                                                                                                            \
-    FASTLM_KERNEL(layer_norm_forward_##suffix)                                                                                   \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_backward_x_##suffix(                                                \
-        T* dx, const T* dy, const T* dtotal, const T* x, const T* weight, const float* stats, int C) {                           \
-        backward_x<T>(dx, dy, dtotal, x, weight, stats, C);                                                                      \
-    }                                                                                                                            \
-    FASTLM_KERNEL(layer_norm_backward_x_##suffix)                                                                                \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS)                                                                                \
-        layer_norm_backward_partial_##suffix(float* partial, const T* dy, const T* x, const float* stats, int R, int C) {        \
-        backward_partial<T>(partial, dy, x, stats, R, C);                                                                        \
-    }                                                                                                                            \
+#define FASTLM_FORMS(T, suffix)                                                                                                   \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_forward_##suffix(                                                    \
+        T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int C, float eps) {          \
+        forward<T>(y, total, stats, x, residual, weight, bias, C, eps);                                                           \
+    }                                                                                                                             \
+    FASTLM_KERNEL(layer_norm_forward_##suffix)                                                                                    \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_backward_x_##suffix(T* dx, const T* dy, const T* dtotal, const T* x, \
+                                                                                 const T* weight, const float* stats, int C) {    \
+        backward_x<T>(dx, dy, dtotal, x, weight, stats, C);                                                                       \
+    }                                                                                                                             \
+    FASTLM_KERNEL(layer_norm_backward_x_##suffix)                                                                                 \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS)                                                                                 \
+        layer_norm_backward_partial_##suffix(float* partial, const T* dy, const T* x, const float* stats, int R, int C) {         \
+        backward_partial<T>(partial, dy, x, stats, R, C);                                                                         \
+    }                                                                                                                             \
     FASTLM_KERNEL(layer_norm_backward_partial_##suffix)
 FASTLM_FORMS(float, fp32)
 FASTLM_FORMS(bfloat16, bf16)

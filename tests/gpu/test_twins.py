@@ -56,8 +56,10 @@ def test_triton(op, case):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["in order", "shuffled", "shuffled, eager"])
 @each("*/*_cuda.cu")
-def test_cuda(op, case, schedule, tmp_path_factory):
-    folder = gpu_build().emulate(op, KERNELS.parent / "build/emulated").parent
+def test_cuda(op, case, schedule):
+    folder = KERNELS.parent / "build/emulated"
+    for needed in {op, "add"}:
+        gpu_build().emulate(needed, folder)
     with emulated(twin="cuda", libraries=folder, seed=schedule[0], eager=schedule[1]):
         check(op, case)
 
@@ -71,3 +73,18 @@ def test_not_on_the_host():
         with pytest.raises(TypeError):
             a + np.ones(3)
         assert a[:, 1:].numpy().shape == (2, 2)
+
+
+@pytest.mark.parametrize("twin", [pytest.param("triton", marks=needs_triton), "cuda"])
+def test_add(twin):
+    """Equal shapes, and y repeated over the last axes; out may be x."""
+    rng = np.random.default_rng(0)
+    gpu_build().emulate("add", KERNELS.parent / "build/emulated")
+    x, y = rng.standard_normal((7, 3, 33), np.float32), rng.standard_normal((3, 33), np.float32)
+    with emulated(twin=twin, libraries=KERNELS.parent / "build/emulated") as on:
+        a, b = on.put(x), on.put(y)
+        out = on.empty(x.shape)
+        on.table.add(out, a, b)
+        np.testing.assert_array_equal(out.numpy(), x + y)
+        on.table.add(a, a, out)
+        np.testing.assert_array_equal(a.numpy(), x + (x + y))

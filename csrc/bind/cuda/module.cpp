@@ -49,7 +49,8 @@ struct Module {
     ~Module() { unload_module(module); }
 };
 
-// One entry point, ready to be launched. signature: a letter for each argument: p pointer, i int32, l int64, f float32, t tensor map.
+// One entry point, ready to be launched. signature: a letter for each argument: p pointer, i int32, l int64, f float32, t tensor
+// map.
 struct Kernel {
     std::shared_ptr<Module> module;
     Launch config;
@@ -58,12 +59,15 @@ struct Kernel {
 
 std::shared_ptr<Kernel> make_kernel(std::shared_ptr<Module> module, const std::string& name, std::string signature, uint32_t block,
                                     uint32_t shared, uint32_t cluster, bool overlap) {
-    if (signature.size() > 64) throw py::value_error("[cuda] " + name + " has " + std::to_string(signature.size()) + " arguments, at most 64 are allowed.");
+    if (signature.size() > 64)
+        throw py::value_error("[cuda] " + name + " has " + std::to_string(signature.size()) +
+                              " arguments, at most 64 are allowed.");
     for (const char c : signature)
         if (!std::strchr("pilft", c)) throw py::value_error("[cuda] signature must be made of p, i, l, f and t, got " + signature);
     auto kernel = std::make_shared<Kernel>();
     kernel->config.function = function(module->module, name.c_str(), int(shared));
-    kernel->config.block = block, kernel->config.shared = shared, kernel->config.cluster = cluster, kernel->config.overlap = overlap;
+    kernel->config.block = block, kernel->config.shared = shared, kernel->config.cluster = cluster,
+    kernel->config.overlap = overlap;
     kernel->module = std::move(module);
     kernel->signature = std::move(signature);
     return kernel;
@@ -72,7 +76,8 @@ std::shared_ptr<Kernel> make_kernel(std::shared_ptr<Module> module, const std::s
 void call(const Kernel& kernel, const std::array<uint32_t, 3>& grid, uintptr_t stream, const py::args& args) {
     const size_t n = kernel.signature.size();
     if (args.size() != n)
-        throw py::type_error("[cuda] the kernel takes " + std::to_string(n) + " arguments, got " + std::to_string(args.size()) + ".");
+        throw py::type_error("[cuda] the kernel takes " + std::to_string(n) + " arguments, got " + std::to_string(args.size()) +
+                             ".");
     alignas(64) CUtensorMap maps[8];
     alignas(8) unsigned char values[64][8];
     void* pointers[64];
@@ -144,9 +149,8 @@ PYBIND11_MODULE(_cuda, m) {
         copy_out(target, Pointer(from), bytes, Stream(stream));
     });
     m.def("copy", [](uint64_t to, uint64_t from, size_t bytes, uintptr_t stream) { copy(to, from, bytes, Stream(stream)); });
-    m.def("copy_2d", [](uint64_t to, size_t to_pitch, uint64_t from, size_t from_pitch, size_t width, size_t rows, uintptr_t stream) {
-        copy_2d(to, to_pitch, from, from_pitch, width, rows, Stream(stream));
-    });
+    m.def("copy_2d", [](uint64_t to, size_t to_pitch, uint64_t from, size_t from_pitch, size_t width, size_t rows,
+                        uintptr_t stream) { copy_2d(to, to_pitch, from, from_pitch, width, rows, Stream(stream)); });
     m.def("fill", [](uint64_t p, uint8_t byte, size_t bytes, uintptr_t stream) { fill(p, byte, bytes, Stream(stream)); });
     m.def("create_stream", [] { return uintptr_t(create_stream()); });
     m.def("destroy_stream", [](uintptr_t stream) { destroy_stream(Stream(stream)); });
@@ -163,11 +167,12 @@ PYBIND11_MODULE(_cuda, m) {
         return std::make_shared<Module>(std::string(image));
     }));
     py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel")
-        .def(py::init(&make_kernel), py::arg("module"), py::arg("name"), py::arg("signature"), py::arg("block"), py::arg("shared") = 0,
-             py::arg("cluster") = 1, py::arg("overlap") = false)
+        .def(py::init(&make_kernel), py::arg("module"), py::arg("name"), py::arg("signature"), py::arg("block"),
+             py::arg("shared") = 0, py::arg("cluster") = 1, py::arg("overlap") = false)
         .def("__call__", &call);
-    m.def("tensor_map", [](uint64_t p, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows, uint32_t box_columns) {
-        const CUtensorMap map = tensor_map(p, rows, columns, row_bytes, box_rows, box_columns);
-        return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
-    });
+    m.def("tensor_map",
+          [](uint64_t p, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows, uint32_t box_columns) {
+              const CUtensorMap map = tensor_map(p, rows, columns, row_bytes, box_rows, box_columns);
+              return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
+          });
 }

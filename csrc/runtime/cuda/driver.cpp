@@ -7,48 +7,48 @@
 #include <mutex>
 
 // Every function of the driver that is used; the names resolve to the versioned symbols that cuda.h maps them to.
-#define FASTLM_DRIVER(F)                                                                                                        \
-    F(cuInit)                                                                                                                   \
-    F(cuDriverGetVersion)                                                                                                       \
-    F(cuDeviceGetCount)                                                                                                         \
-    F(cuDeviceGet)                                                                                                              \
-    F(cuDeviceGetName)                                                                                                          \
-    F(cuDeviceGetAttribute)                                                                                                     \
-    F(cuDeviceTotalMem)                                                                                                         \
-    F(cuDevicePrimaryCtxRetain)                                                                                                 \
-    F(cuCtxSetCurrent)                                                                                                          \
-    F(cuGetErrorName)                                                                                                           \
-    F(cuGetErrorString)                                                                                                         \
-    F(cuMemPoolCreate)                                                                                                          \
-    F(cuMemPoolSetAttribute)                                                                                                    \
-    F(cuMemPoolGetAttribute)                                                                                                    \
-    F(cuMemAllocFromPoolAsync)                                                                                                  \
-    F(cuMemFreeAsync)                                                                                                           \
-    F(cuMemcpyHtoDAsync)                                                                                                        \
-    F(cuMemcpyDtoHAsync)                                                                                                        \
-    F(cuMemcpyDtoDAsync)                                                                                                        \
-    F(cuMemcpy2DAsync)                                                                                                          \
-    F(cuMemsetD8Async)                                                                                                          \
-    F(cuStreamCreate)                                                                                                           \
-    F(cuStreamDestroy)                                                                                                          \
-    F(cuStreamSynchronize)                                                                                                      \
-    F(cuStreamWaitEvent)                                                                                                        \
-    F(cuEventCreate)                                                                                                            \
-    F(cuEventDestroy)                                                                                                           \
-    F(cuEventRecord)                                                                                                            \
-    F(cuEventSynchronize)                                                                                                       \
-    F(cuEventElapsedTime)                                                                                                       \
-    F(cuStreamBeginCapture)                                                                                                     \
-    F(cuStreamEndCapture)                                                                                                       \
-    F(cuGraphInstantiateWithFlags)                                                                                              \
-    F(cuGraphDestroy)                                                                                                           \
-    F(cuGraphLaunch)                                                                                                            \
-    F(cuGraphExecDestroy)                                                                                                       \
-    F(cuModuleLoadData)                                                                                                         \
-    F(cuModuleUnload)                                                                                                           \
-    F(cuModuleGetFunction)                                                                                                      \
-    F(cuFuncSetAttribute)                                                                                                       \
-    F(cuLaunchKernelEx)                                                                                                         \
+#define FASTLM_DRIVER(F)           \
+    F(cuInit)                      \
+    F(cuDriverGetVersion)          \
+    F(cuDeviceGetCount)            \
+    F(cuDeviceGet)                 \
+    F(cuDeviceGetName)             \
+    F(cuDeviceGetAttribute)        \
+    F(cuDeviceTotalMem)            \
+    F(cuDevicePrimaryCtxRetain)    \
+    F(cuCtxSetCurrent)             \
+    F(cuGetErrorName)              \
+    F(cuGetErrorString)            \
+    F(cuMemPoolCreate)             \
+    F(cuMemPoolSetAttribute)       \
+    F(cuMemPoolGetAttribute)       \
+    F(cuMemAllocFromPoolAsync)     \
+    F(cuMemFreeAsync)              \
+    F(cuMemcpyHtoDAsync)           \
+    F(cuMemcpyDtoHAsync)           \
+    F(cuMemcpyDtoDAsync)           \
+    F(cuMemcpy2DAsync)             \
+    F(cuMemsetD8Async)             \
+    F(cuStreamCreate)              \
+    F(cuStreamDestroy)             \
+    F(cuStreamSynchronize)         \
+    F(cuStreamWaitEvent)           \
+    F(cuEventCreate)               \
+    F(cuEventDestroy)              \
+    F(cuEventRecord)               \
+    F(cuEventSynchronize)          \
+    F(cuEventElapsedTime)          \
+    F(cuStreamBeginCapture)        \
+    F(cuStreamEndCapture)          \
+    F(cuGraphInstantiateWithFlags) \
+    F(cuGraphDestroy)              \
+    F(cuGraphLaunch)               \
+    F(cuGraphExecDestroy)          \
+    F(cuModuleLoadData)            \
+    F(cuModuleUnload)              \
+    F(cuModuleGetFunction)         \
+    F(cuFuncSetAttribute)          \
+    F(cuLaunchKernelEx)            \
     F(cuTensorMapEncodeTiled)
 
 #define FASTLM_STRING(x) #x
@@ -98,8 +98,8 @@ std::string open() {
     const std::string have = "the driver supports CUDA " + version_text(d.status.driver_version);
     const std::string update = "; CUDA " + version_text(kOldest) + " or newer is needed: update the driver.";
     if (d.status.driver_version < kOldest) return have + update;
-#define FASTLM_LOAD(name)                                                                        \
-    d.name = reinterpret_cast<decltype(&::name)>(dlsym(library, FASTLM_SYMBOL(name)));           \
+#define FASTLM_LOAD(name)                                                              \
+    d.name = reinterpret_cast<decltype(&::name)>(dlsym(library, FASTLM_SYMBOL(name))); \
     if (!d.name) return have + " but lacks " FASTLM_SYMBOL(name) + update;
     FASTLM_DRIVER(FASTLM_LOAD)
 #undef FASTLM_LOAD
@@ -132,9 +132,7 @@ const Status& status() {
     std::call_once(once, [] {
         try {
             d.status.why = open();
-        } catch (const Error& error) {
-            d.status.why = error.what();
-        }
+        } catch (const Error& error) { d.status.why = error.what(); }
         d.status.usable = d.status.why.empty();
     });
     return d.status;
@@ -314,9 +312,9 @@ CUtensorMap tensor_map(Pointer p, uint64_t rows, uint64_t columns, uint64_t row_
     CUtensorMap map;
     const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {row_bytes};
     const cuuint32_t box[2] = {box_columns, box_rows}, steps[2] = {1, 1};
-    check(d.cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(p), sizes, strides, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+    check(d.cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(p), sizes, strides, box,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
           "describing a matrix for TMA");
     return map;
 }

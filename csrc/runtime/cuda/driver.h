@@ -20,7 +20,7 @@ struct Error : std::runtime_error {
 
 struct Status {
     bool usable = false;
-    std::string why;  // where it is not: what is missing and what to do
+    std::string why;         // where it is not: what is missing and what to do
     int driver_version = 0;  // 12080 is CUDA 12.8; 0 without a driver
 };
 
@@ -37,8 +37,8 @@ Properties properties();
 using Pointer = CUdeviceptr;
 using Stream = CUstream;
 
-// Stream-ordered memory. Allocations are aligned to 256 bytes. free may be called while kernels that use the memory are queued on the
-// same stream.
+// Stream-ordered memory. Allocations are aligned to 256 bytes. free may be called while kernels that use the memory are queued on
+// the same stream.
 Pointer allocate(size_t bytes, Stream);
 void free(Pointer, Stream) noexcept;
 struct Memory {
@@ -46,8 +46,8 @@ struct Memory {
 };
 Memory memory();  // of the pool
 
-void copy_in(Pointer to, const void* from, size_t bytes, Stream);    // returns when `from` may be changed
-void copy_out(void* to, Pointer from, size_t bytes, Stream);         // returns when it is there
+void copy_in(Pointer to, const void* from, size_t bytes, Stream);  // returns when `from` may be changed
+void copy_out(void* to, Pointer from, size_t bytes, Stream);       // returns when it is there
 void copy(Pointer to, Pointer from, size_t bytes, Stream);
 // rows of `width` bytes, with pitches
 void copy_2d(Pointer to, size_t to_pitch, Pointer from, size_t from_pitch, size_t width, size_t rows, Stream);
