@@ -12,11 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from fastlm.checkpoint import (
     FormatError,
-    QuantizedArray,
     read_gguf,
     read_json,
     read_safetensors,
@@ -31,12 +28,11 @@ from fastlm.models.convert import (
     config_to_hf,
     guess_architecture,
     load_hf,
-    load_tensors,
     parameter_dtype,
     tensors_to_hf,
 )
 from fastlm.models.encoder import Encoder, Pooling
-from fastlm.nn import rope_scaling
+from fastlm.models.gguf import config_from_gguf, load_gguf
 from fastlm.tokenizers import Tokenizer
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -201,116 +197,20 @@ def _folder_tokenizer(folder: Path) -> Tokenizer | None:
 # GGUF
 
 
-_GGUF_IGNORED = frozenset(
-    [
-        "rope.dimension_count",
-        "attention.value_length",
-        "tensor_data_layout",
-        "expert_count",
-        "expert_used_count",
-    ]
-)
-
-
 def _load_gguf(path: Path, dtype: str | None) -> tuple[LanguageModel, Tokenizer | None]:
     metadata, tensors = read_gguf(path)
     arch = metadata.get("general.architecture")
     known = [name for name, module in ARCHITECTURES.items() if hasattr(module, "GGUF_NAMES")]
     if not isinstance(arch, str) or arch not in known:
         raise FormatError(path, f"general.architecture must be one of {', '.join(known)}, got {arch!r:.60}")
-    module = ARCHITECTURES[arch]
-    tensors = dict(tensors)
+    module = ARCHITECTURES["mixtral" if arch == "llama" and metadata.get("llama.expert_count") else arch]
     try:
         config = config_from_gguf(module, arch, metadata, tensors)
         model = _declare(module, config, len(tensors))
-        tensors.pop("rope_freqs.weight", None)
-        if arch == "llama":
-            _unpermute(tensors, config)
-        load_tensors(model, tensors, module.GGUF_NAMES, dtype=dtype)
+        load_gguf(module, model, tensors, dtype)
     except (ValueError, TypeError) as error:
         raise FormatError(path, str(error)) from None
     return model, Tokenizer.from_gguf(metadata) if "tokenizer.ggml.tokens" in metadata else None
-
-
-def config_from_gguf(module: ModuleType, arch: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
-    """The model's Config from a GGUF file's metadata. ValueError names every key that is missing or not supported."""
-    keys = {k.removeprefix(arch + "."): v for k, v in metadata.items() if k.startswith(arch + ".")}
-    values: dict[str, Any] = {ours: _plain(keys[theirs]) for theirs, ours in module.GGUF_CONFIG.items() if theirs in keys}
-    embedding = tensors.get("token_embd.weight")
-    if embedding is not None and len(embedding.shape) == 2:
-        values["vocab_size"] = int(embedding.shape[0])  # the key may be missing, or count without the padding
-    values["tied"] = "output.weight" not in tensors
-    scaling = {k: keys.pop(k) for k in list(keys) if k.startswith("rope.scal")}
-    wrong = [
-        f"unknown key {arch}.{k} = {v!s:.60}" for k, v in keys.items() if k not in module.GGUF_CONFIG and k not in _GGUF_IGNORED
-    ]
-    if keys.get("expert_count", 0):
-        wrong.append(f"{arch}.expert_count must be 0, got {keys['expert_count']}")
-    required = {"context", "d_model", "n_layer", "n_head", "d_ff", "eps"}
-    wrong += [f"missing key {arch}.{k}" for k, ours in module.GGUF_CONFIG.items() if ours in required and ours not in values]
-    if wrong:
-        raise ValueError("metadata: " + "; ".join(wrong))
-    if arch == "llama":
-        values.setdefault("n_kv_head", values["n_head"])
-        if "head_dim" not in values:
-            if type(values["n_head"]) is not int or values["n_head"] < 1:
-                raise ValueError(f"metadata: {arch}.attention.head_count must be 1 or more, got {values['n_head']!r:.60}")
-            values["head_dim"] = values["d_model"] // values["n_head"]
-        for key in ("rope.dimension_count", "attention.value_length"):
-            if _plain(keys.get(key, values["head_dim"])) != values["head_dim"]:
-                raise ValueError(f"metadata: {arch}.{key} must be the head size {values['head_dim']}, got {keys[key]}")
-        values["rope_scaling"] = _gguf_scaling(scaling, tensors, float(values.get("rope_base", 1e4)))
-        values["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        values["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    return module.Config(**values)
-
-
-def _plain(value: Any) -> Any:
-    """A number as Python has it; an array of one number repeated (a value for each layer) as that number."""
-    if isinstance(value, np.ndarray) and value.size and np.all(value == value.flat[0]):
-        value = value.flat[0]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _gguf_scaling(keys: Mapping[str, Any], tensors: Mapping[str, Any], base: float) -> dict[str, Any] | None:
-    factors = tensors.get("rope_freqs.weight")
-    if isinstance(factors, np.ndarray):
-        dim = 2 * factors.size
-        for factor in (8.0, 32.0):  # LLaMA 3.1 and 3.2: by name, so that the model can be saved with a config.json
-            original = {"original_max_position_embeddings": 8192}
-            known = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | original
-            expected = rope_scaling(None, 1).frequencies(base, dim, 1) / rope_scaling(known, 1).frequencies(base, dim, 1)
-            if np.allclose(factors.reshape(-1), expected, rtol=1e-4):
-                return known
-        return {"rope_type": "factors", "factors": tuple(float(f) for f in factors.reshape(-1))}
-    kind = keys.get("rope.scaling.type", "linear" if "rope.scale_linear" in keys else "none")
-    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
-    if kind == "none" or factor in (0.0, 1.0):
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if kind == "yarn" and "rope.scaling.original_context_length" in keys:
-        scaling["original_max_position_embeddings"] = int(keys["rope.scaling.original_context_length"])
-    return scaling
-
-
-def _unpermute(tensors: dict[str, Any], config: Any) -> None:
-    """Puts the rows of Q and K back from the interleaved order of GGUF's llama files into the half-split one of our RoPE.
-
-    So there is one order in memory, and such a model can be saved as a Hugging Face folder as it is. A row is whole quantised
-    blocks, so quantised weights are permuted without decoding; only Q and K are copied out of the mapped file.
-    """
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-        if match is None:
-            continue
-        heads = config.n_head if match[1] == "q" else config.n_kv_head
-        if heads < 1 or tensor.shape[0] % (2 * heads):
-            continue  # misshapen: load_tensors says so
-        order = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        if isinstance(tensor, QuantizedArray):
-            tensors[name] = QuantizedArray(tensor.kind, tensor.shape, tensor.blocks[order])
-        else:
-            tensors[name] = tensor[order]
 
 
 # Saving

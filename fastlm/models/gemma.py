@@ -103,3 +103,11 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     raw = llama.hf_defaults({"num_key_value_heads": 16, "head_dim": 256} | raw)
     written = raw.pop("hidden_activation", None)
     return raw if written is None else raw | {"hidden_act": written}
+
+
+GGUF_CONFIG, GGUF_NAMES = llama.GGUF_CONFIG, llama.GGUF_NAMES
+
+
+def gguf_read(tensors: Mapping[str, Any], config: GemmaConfig) -> dict[str, Any]:
+    """The norms' weights are there with the 1 added that the model adds."""
+    return {name: tensor - np.float32(1) if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}

@@ -8,11 +8,15 @@ RMS norm before each part, rotary positions (half-split), grouped key/value head
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastlm.backend import Array
+from fastlm.checkpoint import QuantizedArray
 from fastlm.models.base import CausalLM, check_config
 from fastlm.nn import Attention, Context, Embedding, GatedMLP, Linear, Module, RMSNorm, Rope, rope_scaling
 
@@ -181,3 +185,25 @@ GGUF_NAMES = {
     "final_norm": "output_norm",
     "head": "output",
 }
+
+
+def gguf_read(tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Puts the rows of Q and K back from the interleaved order of GGUF's llama files into the half-split one of our RoPE.
+
+    So there is one order in memory, and such a model can be saved as a Hugging Face folder as it is. A row is whole quantised
+    blocks, so quantised weights are permuted without decoding; only Q and K are copied out of the mapped file.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+        if match is None:
+            continue
+        heads = config.n_head if match[1] == "q" else config.n_kv_head
+        if heads < 1 or tensor.shape[0] % (2 * heads):
+            continue  # misshapen: load_tensors says so
+        order = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        if isinstance(tensor, QuantizedArray):
+            found[name] = QuantizedArray(tensor.kind, tensor.shape, tensor.blocks[order])
+        else:
+            found[name] = tensor[order]
+    return found

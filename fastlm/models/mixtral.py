@@ -15,6 +15,7 @@ from typing import Any
 
 from fastlm import ops
 from fastlm.backend import Array
+from fastlm.checkpoint import QuantizedArray
 from fastlm.models import llama
 from fastlm.models.base import check_config
 from fastlm.models.experts import ExpertLM
@@ -152,3 +153,32 @@ def hf_read(tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
                 half = tensor.shape[1] // 2
                 found[f"{part}.w1.weight"], found[f"{part}.w3.weight"] = tensor[e, :half], tensor[e, half:]
     return found
+
+
+GGUF_CONFIG = llama.GGUF_CONFIG | {"expert_count": "n_expert", "expert_used_count": "n_expert_used"}
+GGUF_NAMES = {ours: theirs for ours, theirs in llama.GGUF_NAMES.items() if ".mlp." not in ours} | {
+    "blocks.{}.moe.router": "blk.{}.ffn_gate_inp",
+    "blocks.{}.moe.experts.{}.gate": "blk.{}.ffn_gate.{}",
+    "blocks.{}.moe.experts.{}.up": "blk.{}.ffn_up.{}",
+    "blocks.{}.moe.experts.{}.down": "blk.{}.ffn_down.{}",
+}
+
+
+def gguf_read(tensors: Mapping[str, Any], config: MixtralConfig) -> dict[str, Any]:
+    """As LLaMA's, and the stacked experts (E, out, in) as the single matrices that older files have; quantised ones stay so."""
+    found: dict[str, Any] = {}
+    for name, tensor in llama.gguf_read(tensors, config).items():
+        match = re.fullmatch(r"(blk\.\d+\.ffn_(gate|up|down))_exps\.weight", name)
+        if not match or len(tensor.shape) != 3:
+            found[name] = tensor
+            continue
+        for e in range(tensor.shape[0]):
+            found[f"{match[1]}.{e}.weight"] = _matrix(tensor, e)
+    return found
+
+
+def _matrix(stack: Any, e: int) -> Any:
+    if not isinstance(stack, QuantizedArray):
+        return stack[e]
+    rows = stack.shape[1]
+    return QuantizedArray(stack.kind, stack.shape[1:], stack.blocks[e * rows : (e + 1) * rows])

@@ -125,3 +125,10 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     raw = llama.hf_defaults(raw)
     raw.pop("head_dim")
     return raw
+
+
+GGUF_CONFIG = {k: v for k, v in llama.GGUF_CONFIG.items() if v != "head_dim"} | {"attention.sliding_window": "window"}
+GGUF_NAMES = {k: v for k, v in llama.GGUF_NAMES.items() if k.rpartition(".")[2] not in ("q", "k", "v", "gate", "up")} | {
+    "blocks.{}.attention.qkv": "blk.{}.attn_qkv",
+    "blocks.{}.mlp.gate_up": "blk.{}.ffn_up",
+}

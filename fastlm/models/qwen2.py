@@ -115,3 +115,6 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
                 f"config.json: layer_types[{layer}] must be {expected!r}, as max_window_layers says, got {kind!r:.60}."
             )
     return raw
+
+
+GGUF_CONFIG, GGUF_NAMES = llama.GGUF_CONFIG, llama.GGUF_NAMES  # without LLaMA's order of the rows of Q and K

@@ -113,3 +113,10 @@ HF_TIED = llama.HF_TIED
 def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     """As Qwen2's, with 128 dimensions a head whatever the width."""
     return qwen2.hf_defaults({"head_dim": 128} | raw)
+
+
+GGUF_CONFIG = llama.GGUF_CONFIG
+GGUF_NAMES = llama.GGUF_NAMES | {
+    "blocks.{}.attention.q_norm": "blk.{}.attn_q_norm",
+    "blocks.{}.attention.k_norm": "blk.{}.attn_k_norm",
+}

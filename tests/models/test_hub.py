@@ -12,6 +12,7 @@ import pytest
 
 from fastlm import hub, models
 from fastlm.checkpoint import FormatError, QuantizedArray, read_safetensors, write_safetensors
+from fastlm.models.gguf import scaling_from_gguf
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 GOLDEN = np.load(MODELS / "logits.npz")
@@ -229,13 +230,13 @@ def test_gguf_rope_factors():
 
     frequencies = Llama3Scaling(32.0, 1.0, 4.0, 8192).frequencies(5e5, 64, 1)
     factors = plain_frequencies(5e5, 64) / frequencies
-    found = hub._gguf_scaling({}, {"rope_freqs.weight": factors}, 5e5)
+    found = scaling_from_gguf({}, {"rope_freqs.weight": factors}, 5e5)
     assert found["rope_type"] == "llama3"
     assert found["factor"] == 32.0
-    model = models.declare(models.LlamaConfig(rope_scaling=hub._gguf_scaling({}, {"rope_freqs.weight": factors * 2}, 5e5)))
+    model = models.declare(models.LlamaConfig(rope_scaling=scaling_from_gguf({}, {"rope_freqs.weight": factors * 2}, 5e5)))
     np.testing.assert_allclose(model.blocks[0].attention.position.scaling.frequencies(5e5, 64, 1), frequencies / 2, rtol=1e-6)
-    assert hub._gguf_scaling({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}, 1e4) is None
-    assert hub._gguf_scaling({"rope.scale_linear": 4.0}, {}, 1e4) == {"rope_type": "linear", "factor": 4.0}
+    assert scaling_from_gguf({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}, 1e4) is None
+    assert scaling_from_gguf({"rope.scale_linear": 4.0}, {}, 1e4) == {"rope_type": "linear", "factor": 4.0}
 
 
 def test_gguf_refuses(tmp_path):
@@ -249,7 +250,5 @@ def test_gguf_refuses(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        FormatError, match=r"unknown key llama.surprise = 3; llama.expert_count must be 0, got 8; missing key llama.emb"
-    ):
+    with pytest.raises(FormatError, match=r"unknown key llama.surprise = 3; missing key llama.emb"):
         hub.load_folder_or_gguf(tmp_path / "m.gguf")
