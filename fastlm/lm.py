@@ -15,6 +15,7 @@ from fastlm.models.base import CausalLM, LanguageModel
 from fastlm.models.encoder import Encoder
 from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.models.xlnet import XLNet
+from fastlm.nn import cache_dtype
 
 if TYPE_CHECKING:
     from fastlm.generate import Output
@@ -43,15 +44,16 @@ _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _BEAMS = {"length_penalty", "early_stopping"}
 
 
-def load(path_or_id: str | os.PathLike[str], dtype: str | None = None, activations: str = "float32") -> LM:
+def load(path_or_id: str | os.PathLike[str], dtype: str | None = None, activations: str = "float32", cache: str = "float32") -> LM:
     """The language model of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
 
     dtype None keeps the weights as they are stored (quantised ones too); "float32" or "bfloat16" converts them. activations: what
-    quantised weights are multiplied with, see LM.activations. Raises FileNotFoundError where nothing is found, and a ValueError that
-    lists what is wrong with a file.
+    quantised weights are multiplied with, see LM.activations. cache: how keys and values are kept, see LM.cache. Raises
+    FileNotFoundError where nothing is found, and a ValueError that lists what is wrong with a file.
     """
     lm = LM(*hub.load_folder_or_gguf(path_or_id, dtype))
     lm.activations = activations
+    lm.cache = cache
     return lm
 
 
@@ -108,6 +110,25 @@ class LM:
     @activations.setter
     def activations(self, activations: str) -> None:
         storage.set_activations(self.model, activations)
+
+    @property
+    def cache(self) -> str:
+        """How keys and values are kept while a text is read or written: "float32", the default, "bfloat16" or "int8".
+
+        bfloat16 takes half the memory, int8, with a scale for each head's vector, a little more than a quarter; attention to long
+        texts is faster by nearly as much. They are read as they are, and a text has the same bits alone and in a batch. Setting
+        another than "float32" raises ValueError for a model that keeps none.
+        """
+        return self.model.cache_dtype
+
+    @cache.setter
+    def cache(self, cache: str) -> None:
+        cache_dtype(cache)
+        if cache != "float32" and (isinstance(self.model, XLNet) or not isinstance(self.model, (CausalLM, EncoderDecoder))):
+            raise ValueError(
+                f"[cache] {type(self.model).__name__} keeps no keys and values: cache must be 'float32', got {cache!r}."
+            )
+        self.model.cache_dtype = cache
 
     # Text
 

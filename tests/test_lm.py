@@ -58,6 +58,29 @@ def test_a_list_gives_what_each_gives_alone(stories: LM) -> None:
     assert len(set(samples)) == 3
 
 
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+def test_a_smaller_cache(stories: LM, cache: str) -> None:
+    """A text hardly differs, and has the same bits alone, in a list and by beams of one; half or a third of the memory."""
+    plain, prompts = stories.perplexity(PROMPT + stories.generate(PROMPT, max_tokens=200)), [PROMPT, "The dog"]
+    size = sum(a.nbytes for a in stories.model.new_cache(1, 10).keys)
+    text = PROMPT + stories.generate(PROMPT, max_tokens=200)
+    try:
+        stories.cache = cache
+        assert stories.cache == cache
+        assert sum(a.nbytes for a in stories.model.new_cache(1, 10).keys) <= size / 2
+        assert stories.perplexity(text) == pytest.approx(plain, rel=0.01)
+        assert stories.perplexity(text) != plain
+        assert stories.generate(prompts, max_tokens=40) == [stories.generate(p, max_tokens=40) for p in prompts]
+        assert stories.generate(PROMPT, max_tokens=40, beams=2) != ""
+    finally:
+        stories.cache = "float32"
+    with pytest.raises(ValueError, match=r"\[cache\] dtype must be one of 'float32', 'bfloat16', 'int8', got 'fp8'"):
+        stories.cache = "fp8"
+    bert = fastlm.load(DATA / "encoders" / "bert.bare")
+    with pytest.raises(ValueError, match=r"\[cache\] Bert keeps no keys and values: cache must be 'float32', got 'int8'"):
+        bert.cache = "int8"
+
+
 def test_stop_strings_are_cut(stories: LM) -> None:
     text = stories.generate(PROMPT, max_tokens=40)
     assert text.startswith(", there was a little girl named Lily.")

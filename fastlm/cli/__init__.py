@@ -184,6 +184,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a GGUF file")
     p.add_argument("--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)}")
     p.add_argument("--activations", choices=["float32", "int8"], default="float32", help="of quantised weights; int8 is faster")
+    p.add_argument("--cache", choices=["float32", "bfloat16", "int8"], default="float32", help="how keys and values are kept")
 
 
 def _sampling(p: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:

@@ -19,6 +19,7 @@ def loaded(arguments: argparse.Namespace) -> LM:
     if arguments.quantize:
         lm.quantize(arguments.quantize)
     lm.activations = arguments.activations
+    lm.cache = arguments.cache
     return lm
 
 

@@ -50,6 +50,7 @@ class LanguageModel(Module):
     """A model over token ids. Its kind is CausalLM, Encoder or EncoderDecoder."""
 
     config: Any
+    cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
 
 
 class CausalLM(LanguageModel):
@@ -62,10 +63,10 @@ class CausalLM(LanguageModel):
         """ids (B, T) int32 -> (B, T, C), after the final norm."""
         raise NotImplementedError(f"{type(self).__name__} defines no hidden")
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Memory for the keys and values of `batch` sequences of up to `capacity` positions."""
+    def new_cache(self, batch: int, capacity: int, dtype: str | None = None) -> Cache:
+        """Memory for the keys and values of `batch` sequences of up to `capacity` positions; dtype: default `cache_dtype`."""
         c = self.config
-        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim)
+        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype)
 
     def __call__(self, ids: Any, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V). With a cache the positions are appended to it and nothing is recorded."""

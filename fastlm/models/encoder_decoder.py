@@ -48,10 +48,11 @@ class EncoderDecoder(LanguageModel):
         """What the decoder reads of the source, recorded where parameters want gradients."""
         return self._read(source_ids, mask)[0]
 
-    def new_cache(self, memory: Memory, capacity: int) -> Cache:
-        """Memory for up to `capacity` positions of the decoder, with the source that it reads. `select` and `row` take both along."""
+    def new_cache(self, memory: Memory, capacity: int, dtype: str | None = None) -> Cache:
+        """Memory for up to `capacity` positions of the decoder, with the source that it reads. `select` and `row` take both along.
+        dtype: default `cache_dtype`; what is kept of the source is float32."""
         c = self.config
-        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim)
+        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype)
         cache.memory = memory
         return cache
 

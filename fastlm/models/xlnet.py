@@ -213,8 +213,8 @@ class XLNet(CausalLM):
         loss: Tensor = ops.cross_entropy(self._project(x), wanted[rows])
         return loss
 
-    def new_cache(self, batch: int, capacity: int) -> Any:
-        """The memories of `batch` sequences. They grow: the capacity is not needed."""
+    def new_cache(self, batch: int, capacity: int, dtype: str | None = None) -> Any:
+        """The memories of `batch` sequences, hidden states in float32. They grow: the capacity is not needed, nor a dtype."""
         return Memories([_Row() for _ in range(batch)])
 
     def _next(self, ids: Array, cache: Memories) -> Array:

@@ -1,7 +1,7 @@
 """Parts of models. They take numbers and objects, never a config; the wiring is in fastlm/models."""
 
 from fastlm.nn.attention import CAUSAL, EVERYTHING, Attention, CrossAttention, FusedAttention, Sees
-from fastlm.nn.cache import Cache, Context
+from fastlm.nn.cache import Cache, Context, cache_dtype
 from fastlm.nn.linear import Embedding, Linear
 from fastlm.nn.memory import Memory, Padding
 from fastlm.nn.mlp import MLP, GatedMLP
@@ -32,6 +32,7 @@ __all__ = [
     "RMSNorm",
     "Rope",
     "Sees",
+    "cache_dtype",
     "count_parameters",
     "initialise",
     "parameter",

@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.nn.memory import Memory, Padding
 
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+}
+
+
+def cache_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a cache by its name, or a ValueError that lists the known ones."""
+    if name not in DTYPES:
+        raise ValueError(f"[cache] dtype must be one of {', '.join(map(repr, DTYPES))}, got {name!r}.")
+    return DTYPES[name]
+
 
 class Cache:
-    """Keys and values of every layer, (B, capacity, G, D) float32, allocated once, and `lengths` (B,) int32: what is filled.
+    """Keys and values of every layer, (B, capacity, G, D), allocated once, and `lengths` (B,) int32: what is filled.
+
+    dtype: "float32", "bfloat16", or "int8" with a scale for each head's vector, (B, capacity, G, D + 4): see `ops.cache_append`.
 
     A model that is called with a cache appends T positions to every sequence and advances the lengths. To drop positions, lower
     the lengths: `cache.lengths[:] = n`. The capacity does not grow. `memory`: what a decoder's cross-attention reads, if it has one.
@@ -21,12 +37,13 @@ class Cache:
 
     memory: Memory | None = None
 
-    def __init__(self, n_layer: int, batch: int, capacity: int, n_kv_head: int, head_dim: int) -> None:
-        shape = (batch, capacity, n_kv_head, head_dim)
+    def __init__(self, n_layer: int, batch: int, capacity: int, n_kv_head: int, head_dim: int, dtype: str = "float32") -> None:
+        kind = cache_dtype(dtype)
+        shape = (batch, capacity, n_kv_head, head_dim + (ops.SCALE if kind == np.int8 else 0))
         if min(shape) < 0 or batch < 1:
             raise ValueError(f"[cache] batch must be at least 1 and capacity at least 0, got batch {batch}, capacity {capacity}.")
-        self.keys = [backend.empty(shape) for _ in range(n_layer)]
-        self.values = [backend.empty(shape) for _ in range(n_layer)]
+        self.keys = [backend.empty(shape, kind) for _ in range(n_layer)]
+        self.values = [backend.empty(shape, kind) for _ in range(n_layer)]
         self.lengths: Array = np.zeros(batch, np.int32)
 
     @property
@@ -63,7 +80,7 @@ class Cache:
             for layer, array in enumerate(arrays):
                 kept = array[index, :used]  # a copy
                 if not same:
-                    arrays[layer] = backend.empty((len(index), *array.shape[1:]))
+                    arrays[layer] = backend.empty((len(index), *array.shape[1:]), array.dtype)
                 arrays[layer][:, :used] = kept
         lengths = self.lengths[index]
         if same:
@@ -177,13 +194,7 @@ class Context:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
         assert self.cache is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.start is not None:
-            keys[:, self.start : self.end] = k
-            values[:, self.start : self.end] = v
-        else:
-            rows = np.arange(self.cache.batch)[:, None]
-            keys[rows, self.positions] = k
-            values[rows, self.positions] = v
+        ops.cache_append(keys, values, k, v, self.cache.lengths)
         return keys[:, : self.end], values[:, : self.end]
 
     def finish(self) -> None:

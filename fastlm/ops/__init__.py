@@ -3,7 +3,7 @@
 from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
 from fastlm.ops.attention import attention, attention_packed
-from fastlm.ops.cache_append import cache_append
+from fastlm.ops.cache_append import SCALE, cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.distillation import cosine_distance, kl_divergence
 from fastlm.ops.embedding import embedding
@@ -31,6 +31,7 @@ from fastlm.ops.sample import argmax, sample, top_k
 from fastlm.ops.shape import add, add_broadcast, reshape, scale, split
 
 __all__ = [
+    "SCALE",
     "Routing",
     "activation",
     "adamw",

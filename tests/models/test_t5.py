@@ -217,7 +217,7 @@ def test_learns_to_reverse():
     parameters = list(model.named_parameters().values())
     m, v = ([np.zeros(p.shape, np.float32) for p in parameters] for _ in range(2))
     rng = np.random.default_rng(0)
-    for step in range(1, 1501):
+    for step in range(1, 2001):
         source = rng.integers(2, 16, (32, 10))
         targets = np.concatenate([source[:, ::-1], np.ones((32, 1), np.int64)], axis=1)
         ids = np.concatenate([np.zeros((32, 1), np.int64), targets[:, :-1]], axis=1)
@@ -225,7 +225,7 @@ def test_learns_to_reverse():
         model.loss(source, ids, targets).backward()
         gradients = [p.grad for p in parameters]
         scale = min(1.0, 1.0 / (ops.global_norm(gradients) + 1e-6))
-        options = {"lr": 3e-3 * min(1.0, step / 50, (1501 - step) / 750), "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        options = {"lr": 3e-3 * min(1.0, step / 50, (2001 - step) / 1000), "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         for i, p in enumerate(parameters):
             ops.adamw(p.data, p.grad, m[i], v[i], step=step, scale=scale, weight_decay=0.0, **options)
     unseen = rng.integers(2, 16, (100, 10)).tolist()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fastlm.nn import Cache, Context
+from fastlm.testing import oracle
 
 
 def filled(lengths):
@@ -40,6 +41,28 @@ def test_select(rows):
             np.testing.assert_array_equal(cache.values[layer][i, :n], before.values[layer][row, :n])
     with pytest.raises(IndexError, match="rows"):
         cache.select([0, 9])
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 8), ("bfloat16", 8), ("int8", 12)])
+def test_dtypes(dtype, width):
+    """What is appended comes back rounded, and moves with its scale."""
+    cache = Cache(1, 2, 6, 3, 8, dtype)
+    assert cache.keys[0].shape == cache.values[0].shape == (2, 6, 3, width)
+    cache.keys[0][:] = cache.values[0][:] = 0
+    cache.lengths[:] = (3, 1)
+    context = Context(2, 2, cache)
+    k = np.random.default_rng(0).standard_normal((2, 2, 3, 8), np.float32)
+    keys, values = context.append(0, k, -k)
+    context.finish()
+    ref = oracle("cache_append")
+    for b, n in enumerate((3, 1)):
+        np.testing.assert_array_equal(keys[b, n : n + 2], ref.packed(k[b], keys.dtype))
+        np.testing.assert_array_equal(values[b, n : n + 2], ref.packed(-k[b], keys.dtype))
+    before = keys.copy()
+    np.testing.assert_array_equal(cache.select([1, 0, 1]).keys[0][:, :5], before[[1, 0, 1]])
+    assert cache.keys[0].dtype == before.dtype
+    with pytest.raises(ValueError, match=r"\[cache\] dtype must be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
+        Cache(1, 2, 6, 3, 8, "int4")
 
 
 @pytest.mark.parametrize("lengths", [[4, 4], [2, 5]])
