@@ -45,3 +45,18 @@ def view(memory: Any, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int)
         copied.view(np.uint8)[:] = raw
         return copied.reshape(shape)
     return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+def release(array: NDArray[Any]) -> None:
+    """Gives back the memory of an array's pages where it lies in a mapped file; they are read again when they are touched."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
+from fastlm.checkpoint.mapping import release
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.matmul import STORAGE, product
@@ -100,6 +101,7 @@ def packed(weight: QuantizedArray) -> Array:
         kept = backend.empty((_C.quantized_packed_bytes(N, K, kind),), np.uint8)
         _C.quantized_pack(kept, weight.blocks, N, K, kind)
         weight.cache["packed"] = kept
+        release(weight.blocks)  # those of a mapped file need not stay in memory
     return kept
 
 

@@ -18,7 +18,8 @@ def inputs(case: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def forward(w: np.ndarray, kind: str) -> np.ndarray:
-    """w (rows, K) float32 -> (rows, bytes of a row) uint8."""
+    """w (rows, K), taken as float32 -> (rows, bytes of a row) uint8."""
+    w = w.astype(np.float32)
     x, shape = (
         w.reshape(-1, 32),
         (w.shape[0], w.shape[1] // 32 * {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}[kind]),

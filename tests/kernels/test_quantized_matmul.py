@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from fastlm import _C, ops
+from fastlm.checkpoint.mapping import map_file
 from fastlm.checkpoint.quantized import QuantizedArray
 from fastlm.kernels.matmul.matmul_ref import bound
 from fastlm.kernels.quantized_matmul import quantized_matmul_ref as ref
@@ -87,6 +91,26 @@ def test_packs_once():
     weight.blocks[:] = 0  # not read again
     np.testing.assert_array_equal(ops.linear(x, weight), y)
     assert weight.cache["packed"] is kept
+
+
+def test_mapped_blocks_are_given_back(tmp_path):
+    """Once packed, the pages of the file leave memory; they come back when they are read."""
+    weight = ref.random_weight("Q4_0", (512, 4096), np.random.default_rng(5))
+    path = tmp_path / "blocks"
+    path.write_bytes(b"odd" + weight.blocks.tobytes())
+    mapped = map_file(path, "test")
+    blocks = np.frombuffer(mapped, np.uint8, weight.nbytes, 3).reshape(weight.blocks.shape)
+
+    def resident():  # kB of this file
+        text = Path("/proc/self/smaps").read_text()
+        return int(re.search(r"Rss: +(\d+)", text[text.index(str(path)) :])[1])
+
+    x = np.ones((1, 4096), np.float32)
+    y = ops.linear(x, QuantizedArray("Q4_0", (512, 4096), blocks))
+    assert resident() <= 128
+    np.testing.assert_array_equal(blocks, weight.blocks)
+    assert resident() > 1000
+    np.testing.assert_array_equal(y, ops.linear(x, weight))
 
 
 def test_refuses():
