@@ -1,6 +1,8 @@
 // transpose: W x W in registers, lane i of r[j] becomes lane j of r[i].
 // transpose_quads: the same for the W / 4 groups of four lanes of W / 4 vectors.
 // transpose_in_quads: 4 x 4 within every group of four lanes.
+// load_transposed: W rows in memory, `bytes` from one to the next. Halves of rows are put together as they are loaded, which takes
+// a stage of shuffles less than `transpose`: the shuffles are what bounds it.
 #pragma once
 
 #include "simd.h"
@@ -58,6 +60,30 @@ FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
 // The four numbers at p in every group of four lanes.
 FASTLM_INLINE vf load_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
+FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
+    const char* at = static_cast<const char*>(rows);
+    const auto two = [&](int low, int high, int half) FASTLM_LAMBDA {
+        const __m256 a = _mm256_loadu_ps((const float*)(at + low * bytes) + 8 * half);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(a), _mm256_loadu_ps((const float*)(at + high * bytes) + 8 * half), 1);
+    };
+    vf t[2][2][4];
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; ++g)  // rows 8 g .. 8 g + 3 in the lower half, the next four in the upper
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {  // inside, so that a line is done with before rows that share its place in L1 come
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) t[half][g][j] = two(8 * g + j, 8 * g + 4 + j, half);
+            transpose_in_quads(t[half][g]);
+        }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            r[8 * half + c] = _mm512_shuffle_f32x4(t[half][0][c], t[half][1][c], 0x88);
+            r[8 * half + 4 + c] = _mm512_shuffle_f32x4(t[half][0][c], t[half][1][c], 0xDD);
+        }
+}
+
 #elif defined(FASTLM_ISA_AVX2)
 
 FASTLM_INLINE void transpose_quads(vf (&r)[2]) {
@@ -76,6 +102,21 @@ FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
 }
 
 FASTLM_INLINE vf load_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+
+FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
+    const char* at = static_cast<const char*>(rows);
+    const auto two = [&](int row, int half) FASTLM_LAMBDA {
+        const __m128 a = _mm_loadu_ps((const float*)(at + row * bytes) + 4 * half);
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(a), _mm_loadu_ps((const float*)(at + (row + 4) * bytes) + 4 * half), 1);
+    };
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        vf t[4] = {two(0, half), two(1, half), two(2, half), two(3, half)};
+        transpose_in_quads(t);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) r[4 * half + c] = t[c];
+    }
+}
 
 FASTLM_INLINE void transpose(vf (&r)[W]) {
     vf t[8];
@@ -122,6 +163,14 @@ FASTLM_INLINE void transpose(vf (&r)[W]) {
 FASTLM_INLINE void transpose_quads(vf (&)[1]) {}
 FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) { transpose(r); }
 FASTLM_INLINE vf load_quad(const float* p) { return load(p); }
+FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
+    for (int i = 0; i < W; ++i) {
+        float t[W];
+        __builtin_memcpy(t, static_cast<const char*>(rows) + i * bytes, sizeof t);
+        r[i] = load(t);
+    }
+    transpose(r);
+}
 #endif
 
 }  // namespace

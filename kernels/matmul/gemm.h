@@ -15,11 +15,11 @@ namespace FASTLM_ISA {
 namespace {
 
 // The register block: MR rows by NV vectors of accumulators, with NV vectors of B and one broadcast beside them. kFused: rows up to
-// which B goes from memory to the registers and into the product without being stored.
+// which B may go from memory to the registers and into the product without being stored.
 #if defined(FASTLM_ISA_AVX512)
 constexpr int MR = 14, NV = 2, kFused = 12, kRegisters = 32;
 #elif defined(FASTLM_ISA_AVX2)
-constexpr int MR = 6, NV = 2, kFused = 4, kRegisters = 16;
+constexpr int MR = 6, NV = 2, kFused = 8, kRegisters = 16;
 #elif defined(FASTLM_ISA_NEON)
 constexpr int MR = 8, NV = 2, kFused = 8, kRegisters = 32;
 #else
@@ -142,10 +142,10 @@ const Micro micros[MR + 1] = {
 #endif
 };
 
-// M rows in panels of at most MR rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2.
+// M rows in panels of at most `most` rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2.
 struct RowPanels {
     int64_t count, size, longer;  // the first `longer` panels have size + 1 rows
-    explicit RowPanels(int64_t M) : count(ceil_div(M, MR)), size(count ? M / count : 0), longer(count ? M % count : 0) {}
+    RowPanels(int64_t M, int64_t most) : count(ceil_div(M, most)), size(count ? M / count : 0), longer(count ? M % count : 0) {}
     int64_t begin(int64_t i) const { return i * size + least(i, longer); }
     int64_t rows(int64_t i) const { return size + (i < longer ? 1 : 0); }
 };
@@ -217,7 +217,7 @@ FASTLM_INLINE int64_t group_size(int64_t panels, bool parallel) {
     return size < 1 ? 1 : least(size, kPanels);
 }
 
-// `B` knows how to pack its panels, pack(out, k0, kc, column, columns), and to multiply a few rows without storing them,
+// `B` knows how to pack its panels, pack(out, k0, kc, column, columns), and to multiply up to kFusedRows rows without storing them,
 // fused<M>(a, K, column, columns, sum, ld, bias) with a as (K, M).
 template <class B, int M> void gemm_fused(const Product& p, const B& b, const float* a, bool parallel) {
     constexpr int64_t step = B::template kColumns<M>;
@@ -233,14 +233,14 @@ template <class B, int M> void gemm_fused(const Product& p, const B& b, const fl
 
 // The number of rows as a constant.
 template <class B, int M> void gemm_few(const Product& p, const B& b, const float* a, bool parallel) {
-    if constexpr (M < kFused)
+    if constexpr (M < B::kFusedRows)
         if (p.M > M) return gemm_few<B, M + 1>(p, b, a, parallel);
     gemm_fused<B, M>(p, b, a, parallel);
 }
 
 template <class B> void gemm_block(const Product& p, const B& b, const float* a, float* packed_b, int64_t row0, int64_t m,
                                    int64_t k0, int64_t kb, bool parallel) {
-    const RowPanels panels(m);
+    const RowPanels panels(m, MR);
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
     // Too few columns for all threads: the rows are cut as well, and a panel of B is packed once for each cut.
     const int64_t cuts = parallel && groups < 3 * num_threads() ? least(panels.count, ceil_div(4 * num_threads(), groups)) : 1;
@@ -289,8 +289,9 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
         do {
             const int64_t kb = least(at_once, p.K - k0);
             const float* a = p.a + k0;
+            const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
             if (most > 1) {
-                const RowPanels panels(m);
+                const RowPanels panels(m, few ? m : MR);
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
                 for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
                     for (int64_t k = 0; k < kb; k += 128)  // so that a transposed A is read in lines that stay in L1
@@ -301,11 +302,9 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                 });
                 a = packed_a;
             }
-            if (p.M <= kFused && !p.accumulate && kb == p.K && B::kFuses) {
-                gemm_few<B, 1>(p, b, a, threads);
-            } else {
-                gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
-            }
+            if constexpr (B::kFusedRows > 0)
+                if (few) gemm_few<B, 1>(p, b, a, threads);
+            if (!few) gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
             k0 += kb;
         } while (k0 < p.K);
     }

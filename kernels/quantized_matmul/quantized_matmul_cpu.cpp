@@ -9,7 +9,7 @@ namespace {
 
 // The source of B for the product: columns of B are rows of the weight.
 template <Quant Q> struct Packed {
-    static constexpr bool kFuses = true;
+    static constexpr int kFusedRows = kRegisters == 16 ? 4 : kFused;
     // Vectors of rows that walk together: enough chains of multiply-adds to hide their latency, few enough to stay in registers.
     static constexpr int vectors(int rows) {
         if (kRegisters == 16) return rows > 2 && (Layout<Q>::kBits == 5 || Layout<Q>::kBits == 6) ? 1 : 2;

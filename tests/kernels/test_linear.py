@@ -87,11 +87,23 @@ def test_row_alone_and_in_batch(isa, threads, activation):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("M", [1, 2, 4, 5, 12, 13, 70])
-def test_narrow_weight_is_its_float32_copy(isa, M, dtype):
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 8, 9, 12, 13, 70])
+@pytest.mark.parametrize("shape", [(51, 77), (100, 64), (16, 130), (131, 1055)])
+def test_narrow_weight_is_its_float32_copy(isa, M, dtype, shape):
     g = np.random.default_rng(1)
-    x, w = g.standard_normal((M, 77), np.float32), g.standard_normal((51, 77), np.float32).astype(dtype)
+    x, w = g.standard_normal((M, shape[1]), np.float32), g.standard_normal(shape, np.float32).astype(dtype)
     np.testing.assert_array_equal(ops.linear(x, w), ops.linear(x, w.astype(np.float32)))
+
+
+def test_few_rows_are_rows_of_many(isa):
+    """Every number of rows up to beyond what is multiplied without a store, with columns and depths around whole tiles."""
+    g = np.random.default_rng(7)
+    for N, K in [(15, 31), (16, 32), (33, 63), (47, 64), (65, 97)]:
+        x, w, b = g.standard_normal((30, K), np.float32), g.standard_normal((N, K), np.float32), g.standard_normal(N, np.float32)
+        whole = ops.linear(x, w, b)
+        np.testing.assert_array_equal(whole, ops.matmul(x, np.ascontiguousarray(w.T)) + b)
+        for M in range(1, 16):
+            np.testing.assert_array_equal(ops.linear(x[:M], w, b), whole[:M])
 
 
 def test_frozen_weight_gives_gradient_to_x(isa):
