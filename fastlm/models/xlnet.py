@@ -20,9 +20,10 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import CausalLM, as_ids, check_config
 from fastlm.models.heads import labels_of
+from fastlm.models.permutation import Memories, Row, Stream, after, hidden_from, positions_of, scores_of
 from fastlm.nn import MLP, Embedding, LayerNorm, Linear, Module, parameter
 from fastlm.nn.attention import EVERYTHING
-from fastlm.tensor import Tensor, data, no_grad, record, recording
+from fastlm.tensor import Tensor, data, no_grad
 
 Distance = int  # a field of the Config that may be negative
 
@@ -57,17 +58,6 @@ PRESETS = {
     "xlnet-base-cased": XLNetConfig(d_model=768, n_layer=12, n_head=12, d_ff=3072, mem_len=None),
     "xlnet-large-cased": XLNetConfig(mem_len=None),
 }
-
-
-@dataclass
-class Stream:
-    """Where the queries of one stream stand and what they see. starts (B, T): their first row of the distances (see ops.rel_shift);
-    mask (B, T, S) or None; segments (B, T) of the queries, key_segments (B, S), or None."""
-
-    starts: Array
-    mask: Array | None
-    segments: Array | None
-    key_segments: Array | None
 
 
 class RelativeAttention(Module):
@@ -111,7 +101,7 @@ class Block(Module):
     def __call__(self, xs: Sequence[Any], memory: Array | None, distances: Array, streams: Sequence[Stream]) -> list[Any]:
         """The streams, h first; memory (B, M, C) or None; distances (P, C)."""
         a = self.attention
-        states = xs[0] if memory is None else _after(memory, xs[0])
+        states = xs[0] if memory is None else after(memory, xs[0])
         keys, values, r = a.heads(a.k(states)), a.heads(a.v(states)), a.heads(a.r(distances))
         xs = [self.attention_norm(a(x, keys, values, r, stream)) for x, stream in zip(xs, streams, strict=True)]
         return [self.mlp_norm(self.mlp(x, residual=x)) for x in xs]
@@ -147,17 +137,17 @@ class XLNet(CausalLM):
         B, T = ids.shape
         mems = None if mems is None else self._checked(mems, B)
         M = 0 if mems is None else mems[0].shape[1]
-        hidden = _hidden(B, T, M, self.config.attn_type == "uni", perm_mask, mask)
+        hidden = hidden_from(B, T, M, self.config.attn_type == "uni", perm_mask, mask)
         if segments is not None:
             segments = as_ids("segments", segments, ids.shape)
         key_segments = None if segments is None else np.concatenate([np.zeros((B, M), np.int32), segments], 1)
         starts = np.repeat(np.arange(T, 0, -1, dtype=np.int32)[None], B, 0)
         own = None if hidden is None else hidden & ~np.eye(T, M + T, M, dtype=bool)
-        streams, xs = [Stream(starts, _scores(own), segments, key_segments)], [self.token_embedding(ids)]
+        streams, xs = [Stream(starts, scores_of(own), segments, key_segments)], [self.token_embedding(ids)]
         if target_mapping is not None:
-            at, asked = _positions(target_mapping, B, T)
+            at, asked = positions_of(target_mapping, B, T)
             rows = np.arange(B)[:, None]
-            seen = _scores(None if hidden is None else hidden[rows, at])
+            seen = scores_of(None if hidden is None else hidden[rows, at])
             if not asked.all():  # nothing is asked: it sees nothing, and gets nothing
                 seen = np.zeros((*at.shape, M + T), np.float32) if seen is None else seen
                 seen[~asked] = -np.inf
@@ -215,7 +205,7 @@ class XLNet(CausalLM):
 
     def new_cache(self, batch: int, capacity: int, dtype: str | None = None) -> Any:
         """The memories of `batch` sequences, hidden states in float32. They grow: the capacity is not needed, nor a dtype."""
-        return Memories([_Row() for _ in range(batch)])
+        return Memories([Row() for _ in range(batch)])
 
     def _next(self, ids: Array, cache: Memories) -> Array:
         """As transformers generates: the last token is read again with the new ones, and a dummy that nobody sees is asked. Sequences
@@ -270,73 +260,6 @@ class XLNet(CausalLM):
                 f"[xlnet] mems must be {self.config.n_layer} arrays (B, M, C) = {want}, got {[m.shape for m in found]!s:.80}."
             )
         return found
-
-
-class _Row:
-    """What one sequence has behind it: the memories, the last id, how many there were."""
-
-    def __init__(self, mems: list[Array] | None = None, last: Sequence[int] = (), length: int = 0) -> None:
-        self.mems, self.last, self.length = mems, list(last), length
-
-
-class Memories:
-    """The memories of several sequences, in the place of a Cache: `lengths`, `row`, `select`."""
-
-    chunk = 1 << 30  # a prompt is read at once: its tokens see one another
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self.rows = rows
-
-    @property
-    def lengths(self) -> Array:
-        return np.array([row.length for row in self.rows], np.int32)
-
-    def row(self, b: int) -> Memories:
-        return Memories([self.rows[b]])
-
-    def select(self, rows: Sequence[int] | Array) -> Memories:
-        self.rows = [_Row(self.rows[i].mems, self.rows[i].last, self.rows[i].length) for i in rows]
-        return self
-
-
-def _hidden(B: int, T: int, M: int, causal: bool, perm_mask: Any, mask: Any) -> Array | None:
-    """(B, T, M + T) bool: what a query must not see, or None; memories are always seen."""
-    if not causal and perm_mask is None and mask is None:
-        return None
-    hidden = np.zeros((B, T, M + T), bool)
-    if causal:
-        hidden |= np.triu(np.ones((T, M + T), bool), M + 1)
-    for name, given, shape in (("perm_mask", perm_mask, (B, T, T)), ("mask", mask, (B, T))):
-        if given is not None and np.shape(given) != shape:
-            raise ValueError(f"[xlnet] {name} must be {shape} for ids {(B, T)}, got {np.shape(given)}.")
-    if perm_mask is not None:
-        hidden[:, :, M:] |= np.asarray(perm_mask) != 0
-    if mask is not None:
-        hidden[:, :, M:] |= (np.asarray(mask) == 0)[:, None]
-    return hidden
-
-
-def _scores(hidden: Array | None) -> Array | None:
-    """What is added to the scores. Finite, as in the reference: a query that sees nothing takes the mean of all values."""
-    return None if hidden is None else np.where(hidden, np.float32(-1e30), np.float32(0))
-
-
-def _positions(target_mapping: Any, B: int, T: int) -> tuple[Array, Array]:
-    """The position that each row asks for, (B, N), and whether it asks for one."""
-    m = np.asarray(target_mapping)
-    if m.ndim != 3 or m.shape[0] != B or m.shape[2] != T or m.shape[1] == 0:
-        raise ValueError(f"[xlnet] target_mapping must be (B, N, T) with (B, T) = {(B, T)}, got {m.shape}.")
-    if not np.isin(m, (0, 1)).all() or (m.sum(2) > 1).any() or (m.sum(1) > 1).any():
-        raise ValueError("[xlnet] target_mapping must have at most one 1 in every row and every column, and zeros.")
-    return m.argmax(2), np.asarray(m.any(2))
-
-
-def _after(memory: Array, x: Any) -> Any:
-    """memory (B, M, C), which has no gradient, then x (B, T, C)."""
-    both = np.concatenate([memory, data(x)], 1)
-    if not recording(x):
-        return both
-    return record(both, (x,), lambda dy: (np.ascontiguousarray(dy[:, memory.shape[1] :]),))
 
 
 Config, Model = XLNetConfig, XLNet

@@ -31,7 +31,7 @@ CHECKPOINTS = {
     "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "v1.1-tied": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
-SEEDS = {"v1.0": 7, "v1.1": 8, "v1.1-tied": 2}  # their 100 steps meet no spike of the gradient, which amplifies rounding
+SEEDS = {"v1.0": 7, "v1.1": 8, "v1.1-tied": 2}  # whose 100 steps meet no spike of the gradient: see conditioning.py
 SETTINGS = {
     "greedy": {},
     "beam": {"num_beams": 3},
