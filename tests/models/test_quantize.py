@@ -140,6 +140,6 @@ def test_refuses(tmp_path):
 
 
 def test_command_line(capsys):
-    folder = str(fastlm.testing.__file__)
+    folder = __file__
     assert main(["generate", folder, "a", "--quantize", "Q8_0"]) != 0
     assert "other files are not loaded" in capsys.readouterr().err
