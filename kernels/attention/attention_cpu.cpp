@@ -154,6 +154,13 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
             k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
             v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, in.E);
         });
+        each_store(in, [&](auto kind) {
+            using S = decltype(kind);
+            constexpr int64_t size = sizeof(typename S::T);
+            const int64_t next = most(0, least(kKeys, high - j - kKeys));
+            fetch_rows(key<S>(in, b, j + kKeys, g), in.k_time * size, next, (in.D + S::kExtra) * size);
+            fetch_rows(value<S>(in, b, j + kKeys, g), in.v_time * size, next, (in.E + S::kExtra) * size);
+        });
         for (int64_t i = 0; i < tiles; ++i) {
             State& s = states[i];
             if (j >= s.t.high_max || j + n <= s.t.low_min) continue;
@@ -183,8 +190,8 @@ void forward(const AttentionForward& p) {
     if (in.B * in.G * R == 0) return;
     // Few pieces: fewer rows in each. A row is a lane, so this changes no bits.
     int64_t rows = kTogether * kRows;
-    while (rows > kRows && in.B * in.G * ((R + rows - 1) / rows) < 32) rows /= 2;
-    while (rows > W && in.B * in.G * ((R + rows - 1) / rows) < 8) rows /= 2;
+    while (rows > kRows && in.B * in.G * ((R + rows - 1) / rows) < 8 * num_threads()) rows /= 2;
+    while (rows > W && in.B * in.G * ((R + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
     const int64_t pieces = (R + rows - 1) / rows;
     const int64_t cost = most(1, least(rows, R) * in.S * (in.D + in.E));
     parallel_for(in.B * in.G * pieces, most(1, 400000 / cost), [&](int64_t begin, int64_t end) {

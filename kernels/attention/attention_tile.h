@@ -172,6 +172,7 @@ static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
         begin = Add ? end : (chain + 1) / kQuad * kDotBlock + (chain + 1) % kQuad;
+        asm volatile("" ::: "memory");  // else the compiler keeps c's values on the stack as well, and stores everything twice
     }
 }
 
@@ -326,6 +327,12 @@ static const float* pack_rows(float* out, const typename S::T* x, int64_t stride
         if (c < width) store_n(out + i * padded + c, row.part(c, width - c), padded - c);
     }
     return out;
+}
+
+// Fetches rows that pack_rows will copy, into the second-level cache: they are too far apart for the hardware to guess.
+static void fetch_rows(const void* x, int64_t stride, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < width; c += 64) __builtin_prefetch(static_cast<const char*>(x) + i * stride + c, 0, 2);
 }
 
 // How many tiles of rows one piece takes through the keys together: K and V come from memory once for all of them.
