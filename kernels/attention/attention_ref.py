@@ -39,7 +39,11 @@ CASES: list[dict[str, Any]] = [
     {"shape": (1, 1024, 1024, 12, 12, 64), "causal": True, "bench": True},
     {"shape": (1, 2048, 2048, 12, 12, 64), "causal": True, "bench": True},
     {"shape": (1, 2048, 2048, 12, 12, 64), "bench": True},
+    {"shape": (8, 16, 16, 12, 12, 32), "bench": True},
+    {"shape": (8, 64, 64, 12, 12, 32), "bench": True},
+    {"shape": (8, 128, 128, 12, 12, 64), "bench": True},
     {"shape": (1, 1, 1024, 32, 8, 128), "bench": True, "forward_only": True},
+    {"shape": (8, 1, 1024, 32, 8, 128), "bench": True, "forward_only": True},
     {"shape": (1, 1, 4096, 32, 8, 128), "bench": True, "forward_only": True},
     {"shape": (8, 1, 4096, 32, 8, 128), "bench": True, "forward_only": True},
 ]
