@@ -20,7 +20,7 @@ class Run:
 
     def __call__(self):
         done = subprocess.run(self.command, capture_output=True, text=True, check=True)
-        self.last = self.seconds(done.stdout)
+        self.last = self.seconds(done.stdout + done.stderr)
 
     def times(self, seconds):
         self()
@@ -40,7 +40,11 @@ def bench(case, test, work):
     """llama-bench: `test` is its option; runs of `work` ids."""
 
     def seconds(out):
-        rows = [row for row in json.loads(out) if row["n_prompt"] == work[0] and row["n_gen"] == work[1]]
+        rows = [
+            row
+            for row in json.loads(out[out.index("[\n") : out.rindex("]") + 1])
+            if row["n_prompt"] == work[0] and row["n_gen"] == work[1]
+        ]
         return [s / 1e9 for s in rows[-1]["samples_ns"]]
 
     n = engine.threads()
@@ -57,7 +61,7 @@ def decode(case):
     n, batch = engine.threads(), case["batch"]
 
     def seconds(out):
-        """The line | PP | TG | B | N_KV | T_PP s | S_PP | T_TG s | S_TG | T s | S |."""
+        """Of the line | PP | TG | B | N_KV | T_PP s | S_PP | T_TG s | S_TG | T s | S |, T."""
         lines = re.findall(r"^\|\s*\d+\s*\|.*\|$", out, re.M)
         return [float(line.split("|")[9]) for line in lines]
 

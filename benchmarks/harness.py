@@ -277,15 +277,20 @@ def measured_roof(contestant: Contestant, roof: dict[str, float]) -> dict[str, f
 
 
 def run(
-    ops: Sequence[str] = (), threads: int | None = None, quick: bool = False, wanted: Sequence[str] = (), rounds: int | None = None
+    ops: Sequence[str] = (),
+    threads: int | None = None,
+    quick: bool = False,
+    wanted: Sequence[str] = (),
+    rounds: int | None = None,
+    against: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`.
+    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`; `against`: these peers alone.
     All rows share one `roof`, which the last measurements may still raise."""
     chosen = selected(ops or operations(), wanted, quick)
     threads = threads or backend.num_threads()
     contestants: dict[str, Contestant] = {}
     try:
-        pythons = {"ours": sys.executable} | {who: python for who, (python, _) in peers.find().items()}
+        pythons = {"ours": sys.executable} | {who: python for who, (python, _) in peers.find(against).items()}
         contestants["ours"] = Contestant("ours", sys.executable, threads)
         roof = measured_roof(contestants["ours"], {})  # before any peer starts
         for op, indices in chosen.items():
@@ -346,17 +351,18 @@ def main(
     plot: str | None,
     wanted: Sequence[str] = (),
     rounds: int | None = None,
+    against: Sequence[str] = (),
 ) -> int:
     """Prints the table; 1 where an answer was wrong."""
     chosen = selected(ops or operations(), wanted, quick)
-    found = peers.find()
+    found = peers.find(against)
     versions = {k: v for k, (_, v) in found.items()}
     threads = threads or backend.num_threads()
     print(
         f"{_C.cpu_name()}, {backend.isa()}, {threads} thread{'s' if threads > 1 else ''}; "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
     )
-    absent = [p for p in peers.PEERS if p not in found]
+    absent = [p for p in peers.PEERS if p not in found and (not against or p in against)]
     if absent:
         print(f"not installed: {', '.join(absent)} (FASTLM_PEERS_PYTHON may name an interpreter that has them)")
     if (load := os.getloadavg()[0]) > 0.5:
@@ -370,7 +376,7 @@ def main(
     before = path.stat().st_size if path.exists() else 0
     rows: list[Row] = []
     wrong = False
-    for row in run(ops, threads, quick, wanted, rounds):
+    for row in run(ops, threads, quick, wanted, rounds, against):
         if not rows:
             print(roof_line(row.roof))
             print(heading(columns))

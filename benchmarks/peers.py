@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PEERS = ("torch", "torch_compile", "transformers", "ctranslate2", "onnxruntime", "openvino", "llama_cpp", "ik_llama")
@@ -20,7 +21,7 @@ print(json.dumps({k: m.version(v) for k, v in names.items() if u.find_spec(k)}))
 def installed(python: str) -> dict[str, str]:
     """The versions of the peers that an interpreter has; empty where it does not start."""
     try:
-        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=600, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
     versions: dict[str, str] = json.loads(done.stdout)
@@ -30,20 +31,16 @@ def installed(python: str) -> dict[str, str]:
 
 
 def ik_llama() -> str | None:
-    """The version of ik_llama.cpp in the folder that FASTLM_IK_LLAMA names."""
+    """The commit of ik_llama.cpp that the folder FASTLM_IK_LLAMA was built from, where its library says so; None where it is absent."""
     folder = os.environ.get("FASTLM_IK_LLAMA")
     if not folder or not (Path(folder) / "llama-bench").exists():
         return None
-    try:
-        done = subprocess.run([Path(folder) / "llama-cli", "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    version = re.search(r"\(([0-9a-f]{7,})\)", done.stdout + done.stderr)
-    return version.group(1) if version else "unknown"
+    found = re.search(rb"\0([0-9a-f]{9})\0", (Path(folder) / "llama-bench").read_bytes())
+    return found.group(1).decode() if found else "unknown"
 
 
-def find() -> dict[str, tuple[str, str]]:
-    """{peer: (interpreter, version)}. NumPy is always this interpreter's."""
+def find(wanted: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
+    """{peer: (interpreter, version)}, of those `wanted` if any are. NumPy is always this interpreter's."""
     here = installed(sys.executable)
     found = {"numpy": (sys.executable, here["numpy"])}
     other = os.environ.get("FASTLM_PEERS_PYTHON")
@@ -53,4 +50,4 @@ def find() -> dict[str, tuple[str, str]]:
                 found[peer] = (python, versions[peer])
     if version := ik_llama():
         found["ik_llama"] = (sys.executable, version)
-    return found
+    return {who: where for who, where in found.items() if not wanted or who in wanted}

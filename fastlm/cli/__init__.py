@@ -152,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file")
     p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file")
     p.add_argument("--case", metavar="NAME", action="append", help="only cases whose name contains this; may be repeated")
+    p.add_argument("--against", metavar="PEER", action="append", help="only this peer; may be repeated (default: all installed)")
     p.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contestant (default: 5)")
     p.add_argument("--list", action="store_true", help="only list the operations, or the cases of those named")
 

@@ -17,4 +17,4 @@ def run(arguments: argparse.Namespace) -> int:
             else "\n".join(names)
         )
         return 0
-    return int(harness.main(a.ops, a.threads, a.quick, a.json, a.plot, a.case or (), a.rounds))
+    return int(harness.main(a.ops, a.threads, a.quick, a.json, a.plot, a.case or (), a.rounds, a.against or ()))
