@@ -80,6 +80,12 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 FASTLM_INLINE vf swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
+// Lane i: table[index[i] % 16].
+FASTLM_INLINE vf lookup16(const float* table, vi index) {
+    const vf low = _mm256_permutevar8x32_ps(load(table), index), high = _mm256_permutevar8x32_ps(load(table + 8), index);
+    return _mm256_blendv_ps(low, high, as_float(shl<28>(index)));  // by the sign: bit 3 of the index
+}
+
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));

@@ -79,6 +79,9 @@ FASTLM_INLINE vf low_nibble(vi a) {
     return _mm512_permutexvar_ps(a, _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
 }
 
+// Lane i: table[index[i] % 16].
+FASTLM_INLINE vf lookup16(const float* table, vi index) { return _mm512_permutexvar_ps(index, load(table)); }
+
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     vf s[8], t[4], u[2];

@@ -82,6 +82,15 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) { vst1_u16(p, vmovn_u32(vreinter
 FASTLM_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
+// Lane i: table[index[i] % 16].
+FASTLM_INLINE vf lookup16(const float* table, vi index) {
+    // The bytes 4 i .. 4 i + 3 of 64.
+    const uint8_t* p = reinterpret_cast<const uint8_t*>(table);
+    const uint8x16x4_t bytes = {vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)};
+    const vi at = vmlaq_s32(seti(0x03020100), andi(index, seti(15)), seti(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_s32(at)));
+}
+
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 

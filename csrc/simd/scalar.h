@@ -115,6 +115,11 @@ FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
 FASTLM_INLINE vf swap_pairs(vf a) { return vf{a[1], a[0], a[3], a[2]}; }
 FASTLM_INLINE vf low_nibble(vi a) { return to_float(andi(a, seti(15))); }
 
+// Lane i: table[index[i] % 16].
+FASTLM_INLINE vf lookup16(const float* table, vi index) {
+    return vf{table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
+}
+
 // Lane i: the sum of a[i]'s lanes.
 FASTLM_INLINE vf reduce_add_each(const vf (&a)[W]) {
     return vf{reduce_add(a[0]), reduce_add(a[1]), reduce_add(a[2]), reduce_add(a[3])};

@@ -4,6 +4,7 @@
 
 #include "csrc/runtime/parallel.h"
 #include "csrc/simd/activation.h"
+#include "csrc/simd/gelu_table.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -58,6 +59,8 @@ bool probe(const char* name, float* y, const float* x, int64_t n) {
     if (is("log")) return map(y, x, n, [](vf v) { return log(v); }), true;
     if (is("tanh")) return map(y, x, n, [](vf v) { return tanh(v); }), true;
     if (is("erf")) return map(y, x, n, [](vf v) { return erf(v); }), true;
+    if (is("gelu_table")) return map(y, x, n, [](vf v) { return gelu_table(v); }), true;
+    if (is("gelu_tanh_table")) return map(y, x, n, [](vf v) { return gelu_tanh_table(v); }), true;
     if (is("sigmoid")) return map(y, x, n, [](vf v) { return sigmoid(v); }), true;
     if (is("round")) return map(y, x, n, [](vf v) { return round(v); }), true;
     if (is("bfloat16")) {  // rounds to bfloat16 and back

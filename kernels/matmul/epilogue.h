@@ -3,6 +3,7 @@
 
 #include "matmul.h"
 
+#include "csrc/simd/gelu_table.h"
 #include "csrc/simd/simd.h"
 
 namespace fastlm {
@@ -11,11 +12,8 @@ namespace {
 
 // Hendrycks and Gimpel 2016, arXiv:1606.08415: gelu and its tanh form; silu there too. The derivatives follow by the product rule.
 template <Activation A> FASTLM_INLINE vf activate(vf x) {
-    if constexpr (A == Activation::gelu) return set(0.5f) * x * (set(1.0f) + erf(x * set(0.70710678f)));
-    if constexpr (A == Activation::gelu_tanh) {
-        const vf u = set(0.79788456f) * fma(x * x * x, set(0.044715f), x);
-        return set(0.5f) * x * (set(1.0f) + tanh(u));
-    }
+    if constexpr (A == Activation::gelu) return gelu_table(x);
+    if constexpr (A == Activation::gelu_tanh) return gelu_tanh_table(x);
     if constexpr (A == Activation::silu) return x * sigmoid(x);
     if constexpr (A == Activation::relu) return max(zero(), x);
     return x;
@@ -72,6 +70,14 @@ struct Target {
     int64_t N;
     Activation activation;
     bool pass;  // whether a pass over the finished tile is needed
+
+    // What finish() will read besides, touched before the product.
+    FASTLM_MEMBER void fetch(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
+        if (!residual) return;
+        const float* r = residual + row * N + column;
+        for (int64_t i = 0; i < rows; ++i, r += N)
+            for (int64_t n = 0; n < columns; n += 16) __builtin_prefetch(r + n, 0, 3);
+    }
 
     FASTLM_MEMBER void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
         if (!pass) return;

@@ -267,6 +267,7 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                         const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / (n1 - n0);
                         fetch.a = a_then + from * 64;
                         fetch.lines = lines * (n + c - n0) / (n1 - n0) - from;
+                        if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
                         micros[rows](a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n,
                                      p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                         if (end_of_chain) p.target.finish(row0 + row, n, rows, c);

@@ -61,6 +61,23 @@ def test_elementary(isa, name, bound):
     assert error[worst] <= allowed[worst], message
 
 
+@pytest.mark.parametrize("name", ["gelu_table", "gelu_tanh_table"])
+def test_gelu_by_a_table(isa, name):
+    """|x| times two roundings of a number below 1, and the rounding of the result, as in gelu_table.h."""
+    x = whole_range()
+    got, wide = simd(name, x), x.astype(np.float64)
+    with np.errstate(all="ignore"):
+        if name == "gelu_table":
+            exact = wide / 2 * (1 + EXACT["erf"](wide / math.sqrt(2)))
+        else:
+            exact = wide / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    finite = np.isfinite(exact) & (np.abs(x) < 1e38)
+    error = np.abs(got[finite] - exact[finite])
+    allowed = np.abs(wide[finite]) * 2.0**-24 + np.spacing(np.abs(exact[finite].astype(np.float32))) + 1e-45
+    assert (error <= allowed).all(), x[finite][np.argmax(error - allowed)]
+    np.testing.assert_array_equal(simd(name, np.array([0, np.inf, np.nan, 50, -50], np.float32)), [0, np.inf, np.nan, 50, 0])
+
+
 @pytest.mark.parametrize("name", ["tanh", "erf"])
 def test_odd_functions(isa, name):
     """f(-x) = -f(x) to the bit, the sign of zero included; subnormal arguments keep their precision."""
