@@ -284,8 +284,8 @@ def run(
     rounds: int | None = None,
     against: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`; `against`: these peers alone.
-    All rows share one `roof`, which the last measurements may still raise."""
+    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`;
+    `against`: these peers alone. All rows share one `roof`, which the last measurements may still raise."""
     chosen = selected(ops or operations(), wanted, quick)
     threads = threads or backend.num_threads()
     contestants: dict[str, Contestant] = {}
