@@ -20,6 +20,7 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     rows = [r for r in records if r["work"] and r["ms"].get("ours") and r["work"][0] > 0 and r["work"][1] > 0]
     if not rows:
@@ -52,8 +53,7 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
             axes.plot(*zip(*found, strict=True), MARKS[who], color=color, label=op if ours else None, linestyle="none", **style)
     seen = [who for who in MARKS if any(found for (_, w), found in points.items() if w == who)]
     marks = [
-        plt.Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none")
-        for w in seen
+        Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none") for w in seen
     ]
     axes.add_artist(axes.legend(marks, ["fastlm" if w == "ours" else w for w in seen], fontsize="small", loc="upper left"))
     axes.set(
