@@ -21,15 +21,15 @@ from fastlm.models.xlnet import XLNetConfig
 from fastlm.train import Distilled, evaluate, student_of, teacher, train
 
 pytestmark = pytest.mark.learning
-CONTEXT = 64
-SIZES = {"d_model": 128, "n_layer": 4, "n_head": 4, "d_ff": 512}
+CONTEXT = 32
+SIZES = {"d_model": 128, "n_layer": 2, "n_head": 4, "d_ff": 512}
 
 
 @pytest.fixture(scope="module")
 def text():
     """Shakespeare in pieces learnt from him: tokenizer, corpus."""
     whole = shakespeare()
-    tokenizer = fastlm.Tokenizer.train_bpe([whole], 1024).with_special(
+    tokenizer = fastlm.Tokenizer.train_bpe([whole], 512).with_special(
         {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     )
     ids = np.array(tokenizer.encode(whole, special_tokens=False))
@@ -37,10 +37,11 @@ def text():
     return tokenizer, data.Corpus(ids[:cut], ids[cut:], tokenizer.vocab_size)
 
 
-def learn(model, corpus, objective, steps, batch=32, lr=1e-3, context=CONTEXT):
+def learn(model, corpus, objective, steps, batch=64, lr=2e-3, context=CONTEXT):
     started = time.perf_counter()
     for step in train(
-        model, corpus, objective=objective, steps=steps, batch=batch, context=context, lr=lr, warmup=steps // 20, weight_decay=0.01,
+        model, corpus, objective=objective, steps=steps, batch=batch, context=context, lr=lr, warmup=steps // 20,
+        weight_decay=0.01, betas=(0.9, 0.98),
         eval_every=steps // 5, eval_batches=20,
     ):  # fmt: skip
         if step.validation_loss is not None:
@@ -54,9 +55,9 @@ def bert(text):
     tokenizer, corpus = text
     objective = data.Masked(data.Vocabulary.of(tokenizer), whole_word=True)
     model = models.create(BertConfig(tokenizer.vocab_size, CONTEXT, **SIZES, head="masked_lm"), 1)
-    guessed = guess(model, corpus, objective, Namespace(batch=32, context=CONTEXT, seed=0))
+    guessed = guess(model, corpus, objective, Namespace(batch=64, context=CONTEXT, seed=0))
     print("\nmasked words, BERT")
-    return model, learn(model, corpus, objective, 2500), guessed
+    return model, learn(model, corpus, objective, 1500), guessed
 
 
 def found(model, objective, tokens):
@@ -86,7 +87,7 @@ def test_student_comes_closer_to_its_teacher(text, bert):
     mentor, held, _ = bert
     masked = data.Masked(data.Vocabulary.of(tokenizer), whole_word=True)
     objective = data.Distillation(masked, teacher(mentor))
-    model = Distilled(student_of(mentor, (0, 2)))
+    model = Distilled(student_of(mentor, (0,)))
     divergence = Distilled(model.model, ce=1, mlm=0, cos=0)
     before = evaluate(divergence, corpus, 32, CONTEXT, 20, objective)
     print("\ndistillation, DistilBERT")
@@ -103,7 +104,7 @@ def test_student_comes_closer_to_its_teacher(text, bert):
 def test_a_pretrained_encoder_learns_a_task_better(text, bert):
     """Which half of the works a passage is from, by 400 labelled passages: the pre-trained model against one with first weights."""
     _, corpus = text
-    pieces = corpus.train[: len(corpus.train) // 48 * 48].reshape(-1, 48)
+    pieces = corpus.train[: len(corpus.train) // 30 * 30].reshape(-1, 30)
     labels = (np.arange(len(pieces)) >= len(pieces) // 2).astype(int)
     order = np.random.default_rng(0).permutation(len(pieces))
     few, rest = order[:400], order[400:2400]
@@ -124,25 +125,25 @@ def test_xlnet_learns_permutations(text):
     tokenizer, corpus = text
     objective = data.Permutation(data.Vocabulary.of(tokenizer))
     model = models.create(XLNetConfig(tokenizer.vocab_size, **SIZES), 1)
-    guessed = guess(model, corpus, objective, Namespace(batch=32, context=CONTEXT, seed=0))
+    guessed = guess(model, corpus, objective, Namespace(batch=64, context=CONTEXT, seed=0))
     print("\npermutations, XLNet")
-    held = learn(model, corpus, objective, 1500)
+    held = learn(model, corpus, objective, 800)
     print(f"permutations: loss {held:.3f}, by frequency {guessed:.3f}")
     assert held < guessed - 0.8
 
 
 def test_t5_learns_spans(text):
     _, corpus = text
-    tokenizer = fastlm.Tokenizer.train_bpe([shakespeare()], 1024).with_special(
+    tokenizer = fastlm.Tokenizer.train_bpe([shakespeare()], 512).with_special(
         {"pad": "<pad>", "eos": "</s>"}, [f"<extra_id_{i}>" for i in reversed(range(20))]
     )
     corpus = data.Corpus(corpus.train, corpus.validation, tokenizer.vocab_size)
     objective = data.SpanCorruption(data.Vocabulary.of(tokenizer))
-    config = T5Config(tokenizer.vocab_size, **SIZES, n_encoder_layer=4, head_dim=32, start=tokenizer.pad_id)
+    config = T5Config(tokenizer.vocab_size, **SIZES, n_encoder_layer=2, head_dim=32, start=tokenizer.pad_id)
     model = models.create(config, 1)
-    guessed = guess(model, corpus, objective, Namespace(batch=32, context=CONTEXT, seed=0))
+    guessed = guess(model, corpus, objective, Namespace(batch=64, context=CONTEXT, seed=0))
     print("\nspans, T5")
-    held = learn(model, corpus, objective, 1500)
+    held = learn(model, corpus, objective, 800)
     print(f"spans: loss {held:.3f}, by frequency {guessed:.3f}")
     assert held < guessed - 1.2
 
