@@ -120,7 +120,7 @@ void open_state(State& s, const AttentionBackward& p) {
         if (r >= t.rows) {  // a weight of zero, and a row of zeros: adds nothing
             for (int64_t c = 0; c < D; ++c) s.q[r * D + c] = 0.0f;
             for (int64_t c = 0; c < E; ++c) s.dy[r * E + c] = 0.0f;
-            s.maximum[r] = 0.0f, s.inverse[r] = 0.0f;
+            s.maximum[r] = INFINITY, s.inverse[r] = 0.0f;  // it reads some bias: exp(88.5 - 0) would be inf, and that times 0 nan
             continue;
         }
         copy_row(s.q + r * D, q(r), in.D);

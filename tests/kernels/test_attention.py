@@ -246,6 +246,19 @@ def test_large_scores(isa):
         np.testing.assert_allclose(ops.attention(q, k, v), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("T", [1, 5, 31])
+def test_large_bias_and_rows_that_fill_no_vector(isa, T):
+    """Rows that only fill a tile up read a bias too: what it is must not matter, be it where exp ends (at 88.7)."""
+    rng = np.random.default_rng(T)
+    q, k, v = (Tensor(rng.standard_normal((1, n, 2, 32)).astype(np.float32), requires_grad=True) for n in (T, 32, 32))
+    bias, dy = rng.uniform(88, 89.5, (1, 2, T, 32)).astype(np.float32), rng.standard_normal((1, T, 2, 32)).astype(np.float32)
+    ops.attention(q, k, v, bias=bias).backward(dy)
+    ref = oracle("attention")
+    exact = ref.backward(dy.astype(np.float64), *(t.data.astype(np.float64) for t in (q, k, v)), bias=bias.astype(np.float64))
+    for got, want in zip((q.grad, k.grad, v.grad), (exact[n] for n in ("q", "k", "v")), strict=True):
+        assert np.abs(got - want).max() <= 4 * 90 * 2.0**-23 * np.abs(want).max()  # a score of 90 is rounded to 90 2^-24
+
+
 def test_memory_of_the_backward_pass():
     """A long sequence goes through where its score matrix (4 GiB) would not be worth holding."""
     q, k, v = random(1, 16, 1, 8), random(1, 1 << 20, 1, 8), random(1, 1 << 20, 1, 8, seed=1)
