@@ -47,8 +47,8 @@ def matmul(a: Any, b: Any) -> Any:
             product(da, dc, bd, M, K, N, batch=batch, b_transposed=True)
         if needs_grad(b):
             target = leaf(b)
-            total = target.grad_buffer() if target is not None else backend.zeros(bd.shape)
-            product(total, ad, dc, K, N, M, batch=batch, a_transposed=True, accumulate=True)
+            total, add = target.grad_target() if target is not None else (backend.empty(bd.shape), False)
+            product(total, ad, dc, K, N, M, batch=batch, a_transposed=True, accumulate=add)
             db = None if target is not None else total
         return da, db
 

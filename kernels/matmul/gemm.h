@@ -32,6 +32,7 @@ constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
+constexpr int64_t kAloneBatch = 1 << 18;
 
 FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -61,36 +62,37 @@ struct Fetch {
     Ahead b;
 };
 
-// sum (M, columns) = or += A panel (kc, M) times B panel (kc, NR). The loop over k is the chain: nothing may reorder it.
-template <int M> void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns, bool from_zero,
-                            const float* bias, Fetch& fetch) {
-    vf acc[M][NV];
-    const bool whole = columns >= NR;
+// sum (M, columns) = or += A panel (kc, M) times the first V vectors of B panel (kc, NR). The loop over k is the chain: nothing may
+// reorder it.
+template <int M, int V> void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns,
+                                   bool from_zero, const float* bias, Fetch& fetch) {
+    vf acc[M][V];
+    const bool whole = columns >= V * W;
     if (from_zero) {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) acc[i][j] = zero();
+            for (int j = 0; j < V; ++j) acc[i][j] = zero();
     } else if (whole) {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) acc[i][j] = load(sum + i * ld + j * W);
+            for (int j = 0; j < V; ++j) acc[i][j] = load(sum + i * ld + j * W);
     } else {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
+            for (int j = 0; j < V; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
     }
     const auto step = [&]() FASTLM_LAMBDA {
-        vf v[NV];
+        vf v[V];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
+        for (int j = 0; j < V; ++j) v[j] = load(b + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const vf x = set(a[i]);
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) acc[i][j] = fma(x, v[j], acc[i][j]);
+            for (int j = 0; j < V; ++j) acc[i][j] = fma(x, v[j], acc[i][j]);
         }
         a += M;
         b += NR;
@@ -108,7 +110,7 @@ template <int M> void micro(const float* a, const float* b, int64_t kc, float* s
     fetch.b = ahead;
     if (bias) {
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) {
+        for (int j = 0; j < V; ++j) {
             const vf v = whole ? load(bias + j * W) : j * W < columns ? load_n(bias + j * W, columns - j * W) : zero();
 #pragma GCC unroll 16
             for (int i = 0; i < M; ++i) acc[i][j] = acc[i][j] + v;
@@ -118,27 +120,27 @@ template <int M> void micro(const float* a, const float* b, int64_t kc, float* s
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) store(sum + i * ld + j * W, acc[i][j]);
+            for (int j = 0; j < V; ++j) store(sum + i * ld + j * W, acc[i][j]);
     } else {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j)
+            for (int j = 0; j < V; ++j)
                 if (j * W < columns) store_n(sum + i * ld + j * W, acc[i][j], columns - j * W);
     }
 }
 
 using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Fetch&);
-const Micro micros[MR + 1] = {
-    nullptr,  micro<1>,  micro<2>,  micro<3>,  micro<4>,
+template <int V> const Micro micros[MR + 1] = {
+    nullptr,     micro<1, V>,  micro<2, V>,  micro<3, V>,  micro<4, V>,
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
-    micro<5>, micro<6>,
+    micro<5, V>, micro<6, V>,
 #endif
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
-    micro<7>, micro<8>,
+    micro<7, V>, micro<8, V>,
 #endif
 #if defined(FASTLM_ISA_AVX512)
-    micro<9>, micro<10>, micro<11>, micro<12>, micro<13>, micro<14>,
+    micro<9, V>, micro<10, V>, micro<11, V>, micro<12, V>, micro<13, V>, micro<14, V>,
 #endif
 };
 
@@ -268,8 +270,9 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                         fetch.a = a_then + from * 64;
                         fetch.lines = lines * (n + c - n0) / (n1 - n0) - from;
                         if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
-                        micros[rows](a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n,
-                                     p.N, c, from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
+                        const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
+                        multiply(a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n, p.N, c,
+                                 from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                         if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                     }
                 }

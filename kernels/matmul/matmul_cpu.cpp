@@ -36,11 +36,40 @@ template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_
     return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, runs, lines};
 }
 
+// sum (M, columns) = acc + bias. Stores under a mask are slow on some processors: only where they are needed.
+template <int M, int S>
+FASTLM_INLINE void finish_sums(vf (&acc)[M][S], float* sum, int64_t ld, const float* bias, int64_t columns) {
+    if (bias)
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+            const vf v = load_n(bias + s * W, columns - s * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][s] = acc[i][s] + v;
+        }
+    if (columns >= S * W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int s = 0; s < S; ++s) store(sum + i * ld + s * W, acc[i][s]);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int s = 0; s < S; ++s) store_n(sum + i * ld + s * W, acc[i][s], columns - s * W);
+    }
+}
+
 // B as it lies, (K, N).
 template <class T> struct Rows {
-    static constexpr int kFusedRows = 0;
+    static constexpr int kFusedRows = kRegisters == 16 ? 3 : kFused;
+    // Vectors of columns for a few rows: as many as there are registers for, so that memory is read in long runs of whole lines.
+    static constexpr int vectors(int rows) {
+        if (kRegisters == 16) return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+        return rows <= 3 ? 8 : 24 / rows;
+    }
+    template <int M> static constexpr int64_t kColumns = vectors(M) * W;
     const T* b;
-    int64_t N;
+    int64_t N, K;
 
     void pack(float* out, int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
         for (int64_t k = 0; k < kc; ++k) {
@@ -51,15 +80,59 @@ template <class T> struct Rows {
             for (; n + NR <= columns; n += NR, to += kc * NR)
 #pragma GCC unroll 4
                 for (int j = 0; j < NV; ++j) store(to + j * W, load_as_float(from + n + j * W));
-            if (n < columns)
-                for (int j = 0; j < NV; ++j) {
-                    const int64_t left = columns - n - j * W;
-                    store(to + j * W, left > 0 ? load_as_float_n(from + n + j * W, left) : zero());
-                }
+            for (int j = 0; n + j * W < columns; ++j) store(to + j * W, load_as_float_n(from + n + j * W, columns - n - j * W));
         }
     }
     Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
         return ahead_of(b + k0 * N + column, columns, N, kc);
+    }
+
+    // kPacked: a is (K, M); else it lies as it came, (M, K). It is read up to kFusedRows or kTinyRows rows at once.
+    template <int M, int S = vectors(M), bool kPacked = true>
+    void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
+        if constexpr (S > 1) {
+            constexpr int64_t half = S / 2 * W;
+            if (columns < S * W) {
+                for (int64_t n = 0; n < columns; n += half)
+                    fused<M, S / 2, kPacked>(a, depth, column + n, least(half, columns - n), sum + n, ld,
+                                             bias ? bias + n : nullptr);
+                return;
+            }
+        }
+        walk<M, S, kPacked>(a, column, columns, sum, ld, bias);
+    }
+
+    template <int M, int S, bool kPacked>
+    void walk(const float* a, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
+        constexpr int64_t kLines = S * W * int64_t(sizeof(T)) / 64, kAhead = kLines ? 64 / kLines : 64;  // 4 KB, in rows of B
+        vf acc[M][S];
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+            for (int s = 0; s < S; ++s) acc[i][s] = zero();
+        const auto chain = [&](const auto& vector) FASTLM_LAMBDA {
+            const T* from = b + column;
+            for (int64_t k = 0; k < K; ++k, from += N) {
+                if constexpr (kPacked) {  // at the end of these columns, the next ones
+                    const T* ahead = k + kAhead < K ? from + kAhead * N : from + (kAhead - K) * N + S * W;
+#pragma GCC unroll 8
+                    for (int64_t line = 0; line < kLines; ++line)
+                        __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line * 64, 0, 2);
+                }
+                vf v[S];
+#pragma GCC unroll 8
+                for (int s = 0; s < S; ++s) v[s] = vector(from, s);
+#pragma GCC unroll 16
+                for (int i = 0; i < M; ++i) {
+                    const vf x = set(kPacked ? a[k * M + i] : a[i * K + k]);
+#pragma GCC unroll 8
+                    for (int s = 0; s < S; ++s) acc[i][s] = fma(x, v[s], acc[i][s]);
+                }
+            }
+        };
+        if (columns >= S * W) chain([](const T* from, int s) FASTLM_LAMBDA { return load_as_float(from + s * W); });
+        else chain([&](const T* from, int s) FASTLM_LAMBDA { return load_as_float_n(from + s * W, columns - s * W); });
+        finish_sums(acc, sum, ld, bias, columns);
     }
 };
 
@@ -122,6 +195,7 @@ template <class T> struct Columns {
         for (int64_t n = 0; n < columns; n += NR, out += kc * NR)
             for (int j = 0; j < NV; ++j) {
                 const int64_t left = columns - n - j * W, at = column + n + j * W;
+                if (left <= 0) break;  // the product does not read it
                 float* to = out + j * W;
                 int64_t k = 0;
                 if (left >= W)
@@ -173,13 +247,7 @@ template <class T> struct Columns {
 #pragma GCC unroll 16
                     for (int i = 0; i < M; ++i) acc[i][s] = fma(set(x[t * M + i]), w, acc[i][s]);
                 });
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-            for (int s = 0; s < S; ++s) {
-                const int64_t left = columns - s * W;
-                store_n(sum + i * ld + s * W, bias ? acc[i][s] + load_n(bias + s * W, left) : acc[i][s], left);
-            }
+        finish_sums(acc, sum, ld, bias, columns);
     }
 };
 
@@ -188,11 +256,32 @@ int64_t floats_each(const Matmul& p) { return (packed_a_size(p.M, p.K) + 15) / 1
 bool by_batch(const Matmul& p) { return p.batch >= 2 && (p.batch >= 2 * num_threads() || p.M * p.N * p.K < kAlone); }
 int64_t workspace(const Matmul& p) { return by_batch(p) ? 0 : floats_each(p) * int64_t(sizeof(float)); }
 
+// A product whose matrices stay in L1 is made from them as they lie: packing would cost more than the multiplications.
+constexpr int kTinyRows = kRegisters == 16 ? 6 : 8;
+constexpr int64_t kTiny = 4096;  // floats of a matrix
+template <class T, int M = 1> void tiny_rows(const Product& p, const Rows<T>& b, int64_t row, int64_t rows) {
+    if constexpr (M < kTinyRows)
+        if (rows > M) return tiny_rows<T, M + 1>(p, b, row, rows);
+    constexpr int S = Rows<T>::vectors(M);
+    for (int64_t n = 0; n < p.N; n += S * W) {
+        const int64_t columns = least(S * W, p.N - n);
+        b.template fused<M, S, false>(p.a + row * p.K, p.K, n, columns, p.target.sum + row * p.N + n, p.N,
+                                      p.target.bias ? p.target.bias + n : nullptr);
+        p.target.finish(row, n, M, columns);
+    }
+}
+template <class T> void tiny(const Product& p, const Rows<T>& b) {
+    const RowPanels panels(p.M, kTinyRows);
+    for (int64_t i = 0; i < panels.count; ++i) tiny_rows(p, b, panels.begin(i), panels.rows(i));
+}
+
 template <class T>
 void of_type(const Matmul& p, int64_t i, const Product& product, float* packed_a, float* packed_b, bool parallel) {
     const T* b = static_cast<const T*>(p.b) + i * p.b_step;
-    if (p.b_transposed) gemm(product, Columns<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
-    else gemm(product, Rows<T>{b, p.N}, packed_a, packed_b, parallel);
+    const bool small = !p.a_transposed && !p.accumulate && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
+    if (!p.b_transposed && small) tiny(product, Rows<T>{b, p.N, p.K});
+    else if (p.b_transposed) gemm(product, Columns<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
+    else gemm(product, Rows<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
 }
 
 void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool parallel) {
@@ -210,7 +299,7 @@ void matmul(const Matmul& p) {
         for (int64_t i = 0; i < p.batch; ++i) one(p, i, p.workspace, nullptr, true);
         return;
     }
-    const int64_t each = p.M * p.N * p.K, grain = each >= kAlone ? 1 : kAlone / (each + 1) + 1;
+    const int64_t each = p.M * p.N * p.K, grain = each >= kAloneBatch ? 1 : kAloneBatch / (each + 1) + 1;
     parallel_for(p.batch, grain, [&](int64_t begin, int64_t end) {
         float* packed_b = static_cast<float*>(scratch(size_t(kPackedB + floats_each(p)) * sizeof(float)));
         for (int64_t i = begin; i < end; ++i) one(p, i, packed_b + kPackedB, packed_b, false);
@@ -219,15 +308,15 @@ void matmul(const Matmul& p) {
 
 template <Activation A> void backward_rows(const LinearBackward& p, int64_t begin, int64_t end, float* partial) {
     for (int64_t r = begin; r < end; ++r)
-        for (int64_t c = 0; c < p.N; c += W) {
-            const int64_t n = p.N - c, at = r * p.N + c;
-            vf d = load_n(p.dy + at, n);
+        each_vector(p.N, [&](int64_t c, auto v) FASTLM_LAMBDA {
+            const int64_t at = r * p.N + c;
+            vf d = v.load(p.dy + at);
             if constexpr (A != Activation::none) {
-                d = d * derivative<A>(load_n(p.z + at, n));
-                store_n(p.dz + at, d, n);
+                d = d * derivative<A>(v.load(p.z + at));
+                v.store(p.dz + at, d);
             }
-            if (partial) store_n(partial + c, d + load_n(partial + c, n), n);
-        }
+            if (partial) v.store(partial + c, d + v.load(partial + c));
+        });
 }
 
 void linear_backward(const LinearBackward& p) {
@@ -243,11 +332,11 @@ void linear_backward(const LinearBackward& p) {
     if (!p.dbias) return;
     const int64_t pieces = ceil_div(p.M, kLinearRows);
     parallel_for(p.N, 1024, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; c += W) {
+        each_vector(end - begin, [&](int64_t c, auto v) FASTLM_LAMBDA {
             vf sum = zero();
-            for (int64_t i = 0; i < pieces; ++i) sum = sum + load_n(p.partial + i * p.N + c, end - c);
-            store_n(p.dbias + c, load_n(p.dbias + c, end - c) + sum, end - c);
-        }
+            for (int64_t i = 0; i < pieces; ++i) sum = sum + v.load(p.partial + i * p.N + begin + c);
+            v.store(p.dbias + begin + c, v.load(p.dbias + begin + c) + sum);
+        });
     });
 }
 

@@ -86,6 +86,30 @@ def test_row_alone_and_in_batch(isa, threads, K):
     np.testing.assert_array_equal(ops.matmul(a[100:110], b[:, 7:40]), whole[100:110, 7:40])
 
 
+@pytest.mark.parametrize("shape", [(16, 64, 16), (5, 17, 33), (1, 64, 64), (9, 33, 100), (30, 128, 31), (64, 64, 64), (64, 64, 65)])
+def test_small_products_of_a_batch(isa, threads, shape):
+    """Small matrices are multiplied as they lie: alone, in a batch, on any number of threads the bits are those of a row of many."""
+    M, K, N = shape
+    g = np.random.default_rng(8)
+    a, b = g.standard_normal((40, M, K), np.float32), g.standard_normal((40, K, N), np.float32)
+    many = np.concatenate([a.reshape(-1, K), g.standard_normal((4200 // K + 13, K), np.float32)])  # too many to count as small
+    expected = np.stack([ops.matmul(many, b[i])[i * M : (i + 1) * M] for i in range(40)])
+    for n in (1, 2, 3):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(ops.matmul(a, b), expected)
+        np.testing.assert_array_equal(ops.matmul(a[:1], b[:1]), expected[:1])
+
+
+def test_few_rows_are_rows_of_many(isa):
+    """B as it lies, with widths around what is multiplied at once."""
+    g = np.random.default_rng(9)
+    for N, K in [(7, 600), (16, 900), (49, 300), (128, 130), (200, 513)]:
+        a, b = g.standard_normal((40, K), np.float32), g.standard_normal((K, N), np.float32)
+        whole = ops.matmul(a, b)
+        for M in range(1, 16):
+            np.testing.assert_array_equal(ops.matmul(a[:M], b), whole[:M])
+
+
 def test_same_bits_on_every_instruction_set():
     g = np.random.default_rng(3)
     a, b = g.standard_normal((37, 600), np.float32), g.standard_normal((600, 77), np.float32)
@@ -109,6 +133,10 @@ def test_gradient_goes_on_from_the_buffer(isa):
     for rows in (slice(0, 41), slice(41, 90)):
         ops.matmul(a[rows], halves).backward(dy[rows])
     np.testing.assert_array_equal(whole.grad, halves.grad)
+    given = Tensor(b, requires_grad=True)
+    given.grad = np.ones_like(b)
+    ops.matmul(a, given).backward(dy)
+    np.testing.assert_allclose(given.grad, whole.grad + 1, rtol=0, atol=1e-4)
 
 
 def test_blocks_larger_than_one(isa, monkeypatch):
