@@ -9,13 +9,11 @@ namespace fastlm {
 void bind_activation(py::module_& m) {
     m.def("activation_forward", [](const py::array& y, const py::array& x, int kind) {
         const ActivationForward p{f32(y), f32(x), int64_t(x.size()), Activation(kind)};
-        NoGil nogil;
-        activation_kernels().forward(p);
+        launch(activation_kernels().forward, p);
     });
     m.def("activation_backward", [](const py::array& dx, const py::array& dy, const py::array& x, int kind) {
         const ActivationBackward p{f32(dx), f32(dy), f32(x), int64_t(x.size()), Activation(kind)};
-        NoGil nogil;
-        activation_kernels().backward(p);
+        launch(activation_kernels().backward, p);
     });
     m.def("simd_map", [](const std::string& name, const py::array& y, const py::array& x) {
         if (!activation_kernels().probe(name.c_str(), f32(y), f32(x), int64_t(x.size())))

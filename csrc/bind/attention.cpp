@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "csrc/bind/bind.h"
-#include "csrc/runtime/memory.h"
 
 FASTLM_KERNELS(AttentionKernels, attention)
 FASTLM_KERNELS(AttentionDecodeKernels, attention_decode)
@@ -20,19 +19,6 @@ int64_t spread(const py::array& a, int axis) { return a.shape(axis) == 1 ? 0 : s
 int64_t token_stride(const py::array& a) {
     return a.shape(0) > 1 && a.shape(1) > 0 ? stride(a, 0) / int64_t(a.shape(1)) : stride(a, 1);
 }
-
-struct Block {
-    float* memory;
-    size_t bytes;
-    explicit Block(int64_t floats) : memory(nullptr), bytes(size_t(floats) * sizeof(float)) {
-        if (bytes) memory = static_cast<float*>(cached_allocate(bytes));
-    }
-    ~Block() {
-        if (memory) cached_free(memory, bytes);
-    }
-    Block(const Block&) = delete;
-    Block& operator=(const Block&) = delete;
-};
 
 // q (R, H, D), k and v (R, G, .), `longest` tokens in the longest of the sequences.
 AttentionInputs packed(const py::array& q, const py::array& k, const py::array& v, const py::array& offsets, int64_t longest,
@@ -74,10 +60,8 @@ void run_backward(AttentionBackward& p, int64_t units) {
     const int64_t wanted = ceil_div(kPieces, units > 0 ? units : 1);
     p.chunk = std::max(ceil_div(tiles, wanted), few) * kAttentionKeys;
     p.chunks = tiles ? ceil_div(in.S, p.chunk) : 1;
-    const Block partial(p.chunks > 1 ? p.chunks * in.rows * in.H * in.D : 0);
-    p.partial = partial.memory;
-    NoGil nogil;
-    attention_backward_kernels().backward(p);
+    const int64_t floats = p.chunks > 1 ? p.chunks * in.rows * in.H * in.D : 0;
+    launch(attention_backward_kernels().backward, p, &AttentionBackward::partial, floats * int64_t(sizeof(float)));
 }
 
 }  // namespace
@@ -86,17 +70,16 @@ void bind_attention(py::module_& m) {
     m.def("attention_forward",
           [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k, const py::array& v,
              const py::object& bias, const py::object& lengths, int64_t window, double scale, bool causal) {
-              AttentionForward p{f32(y), f32(stats), nullptr, inputs(q, k, v, bias, lengths, window, scale, causal)};
+              const AttentionForward p{f32(y), f32(stats), nullptr, inputs(q, k, v, bias, lengths, window, scale, causal)};
               const AttentionInputs& in = p.in;
               const int64_t rows = in.T * (in.H / in.G);
               if (!p.stats && rows <= attention_decode_kernels().max_rows) {
-                  const Block partial(attention_decode_kernels().workspace(p));
-                  p.partial = partial.memory;
-                  NoGil nogil;
-                  attention_decode_kernels().forward(p);
+                  AttentionForward most = p;
+                  if (recording()) most.in.lengths = nullptr;  // the lengths of a recorded step grow up to S
+                  const int64_t floats = attention_decode_kernels().workspace(most);
+                  launch(attention_decode_kernels().forward, p, &AttentionForward::partial, floats * int64_t(sizeof(float)));
               } else {
-                  NoGil nogil;
-                  attention_kernels().forward(p);
+                  launch(attention_kernels().forward, p);
               }
           });
     m.def("attention_backward",
@@ -121,8 +104,7 @@ void bind_attention(py::module_& m) {
           [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k, const py::array& v,
              const py::array& offsets, int64_t longest, int64_t window, double scale, bool causal) {
               const AttentionForward p{f32(y), f32(stats), nullptr, packed(q, k, v, offsets, longest, window, scale, causal)};
-              NoGil nogil;
-              attention_kernels().forward(p);
+              launch(attention_kernels().forward, p);
           });
     m.def("attention_packed_backward",
           [](const py::array& dq, const py::array& dk, const py::array& dv, const py::array& dy, const py::array& y,

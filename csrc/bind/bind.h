@@ -1,5 +1,6 @@
-// What every binding file uses: array pointers, the released GIL, and the kernel table of the active instruction set.
+// What every binding file uses: array pointers, `launch`, and the kernel table of the active instruction set.
 //
+// A binding fills a struct from arrays and ends in `launch(kernel, struct)`, so that a recorder sees it: see csrc/runtime/plan.h.
 // Shapes and dtypes were checked in fastlm/ops; these calls are private and check only what costs nothing.
 #pragma once
 
@@ -9,17 +10,24 @@
 
 #include <cassert>
 
+#include "csrc/bind/workspace.h"
 #include "csrc/runtime/isa.h"
+#include "csrc/runtime/plan.h"
 
 namespace py = pybind11;
 
 namespace fastlm {
 
+// Tells the recorder of an array whose memory a recorded struct points to: csrc/bind/plan.cpp.
+void note(const py::object& array, const void* memory);
+
 // The data pointer of an array; the null pointer for None.
 template <class T> T* data(const py::object& array) {
     if (array.is_none()) return nullptr;
     assert(py::isinstance<py::array>(array));
-    return reinterpret_cast<T*>(py::detail::array_proxy(array.ptr())->data);
+    auto* memory = reinterpret_cast<T*>(py::detail::array_proxy(array.ptr())->data);
+    if (recording()) note(array, memory);
+    return memory;
 }
 inline float* f32(const py::object& array) { return data<float>(array); }
 inline int64_t dim(const py::array& array, int axis) { return int64_t(array.shape(axis)); }
@@ -31,7 +39,37 @@ inline int64_t rows(const py::array& array) {
 }
 inline int64_t last(const py::array& array) { return array.ndim() ? int64_t(array.shape(array.ndim() - 1)) : 1; }
 
-using NoGil = py::gil_scoped_release;
+// Runs a kernel without the GIL and, where this thread records, appends it and a copy of its arguments to the plan.
+template <class Args> void launch(void (*kernel)(const Args&), const Args& args) {
+    if (Plan* plan = recording()) plan->add(kernel, args);
+    const py::gil_scoped_release nogil;
+    kernel(args);
+}
+
+// As above with `bytes` of memory to work in, whose address goes into the field `workspace`: the block cache's, or the plan's own.
+template <class Args, class T> void launch(void (*kernel)(const Args&), Args args, T* Args::* workspace, int64_t bytes) {
+    if (Plan* plan = recording()) {
+        const std::shared_ptr<Arena> arena = plan->arena;
+        args.*workspace = bytes > 0 ? static_cast<T*>(arena->allocate(size_t(bytes))) : nullptr;
+        launch(kernel, args);
+        if (bytes > 0) arena->release(args.*workspace);
+        return;
+    }
+    const Workspace memory(bytes);
+    args.*workspace = static_cast<T*>(memory.memory);
+    launch(kernel, args);
+}
+
+// For work whose arguments are not one plain struct, or that the host decides: releases the GIL, and a recording is refused.
+struct NoGil {
+    py::gil_scoped_release nogil;
+    NoGil() {
+        if (Plan* plan = recording()) plan->refuse("an operation of the host");
+    }
+};
+
+// For what is prepared once and kept, such as a packed weight: it happens while a step is recorded, not when it is run again.
+using Prepare = py::gil_scoped_release;
 
 }  // namespace fastlm
 

@@ -18,8 +18,7 @@ void bind_cache_append(py::module_& m) {
         p.k_batch = k.strides(0) / f, p.k_time = k.strides(1) / f, p.v_batch = v.strides(0) / f, p.v_time = v.strides(1) / f;
         p.B = dim(k, 0), p.T = dim(k, 1), p.capacity = dim(keys, 1), p.G = dim(k, 2), p.D = dim(k, 3), p.E = dim(v, 3);
         p.kind = CacheKind(kind), p.starts = positions.ndim() == 1;
-        NoGil nogil;
-        cache_append_kernels().forward(p);
+        launch(cache_append_kernels().forward, p);
     });
 }
 

@@ -23,15 +23,13 @@ void bind_cross_entropy(py::module_& m) {
                                       const py::array& logits, const py::array& targets, int64_t ignore_index, float scale) {
         const CrossEntropyForward p{f32(loss),    f32(stats),   f32(dlogits), f32(logits), data<int64_t>(targets),
                                     rows(logits), last(logits), ignore_index, scale};
-        NoGil nogil;
-        cross_entropy_kernels().forward(p);
+        launch(cross_entropy_kernels().forward, p);
     });
     m.def("cross_entropy_backward", [](const py::array& dlogits, const py::array& dy, const py::array& logits,
                                        const py::array& stats, const py::array& targets, int64_t ignore_index) {
         const CrossEntropyBackward p{f32(dlogits),           f32(dy),      f32(logits),  f32(stats),
                                      data<int64_t>(targets), rows(logits), last(logits), ignore_index};
-        NoGil nogil;
-        cross_entropy_kernels().backward(p);
+        launch(cross_entropy_kernels().backward, p);
     });
     // The sum in row order, in float64.
     m.def("cross_entropy_sum", [](const py::array& loss) {
@@ -42,13 +40,11 @@ void bind_cross_entropy(py::module_& m) {
     });
     m.def("log_softmax", [](const py::array& y, const py::array& logits) {
         const LogSoftmax p{f32(y), f32(logits), rows(logits), last(logits)};
-        NoGil nogil;
-        cross_entropy_kernels().log_softmax(p);
+        launch(cross_entropy_kernels().log_softmax, p);
     });
     m.def("scale_add", [](const py::array& y, const py::array& x, float a, bool add) {
         const ScaleAdd p{f32(y), f32(x), int64_t(x.size()), a, add};
-        NoGil nogil;
-        cross_entropy_kernels().scale_add(p);
+        launch(cross_entropy_kernels().scale_add, p);
     });
 }
 

@@ -10,8 +10,7 @@ void bind_dequantize(py::module_& m) {
     // w (R, C) float32; blocks (rows, bytes of a row) uint8; ids (R,) int64 or None, checked to be in range.
     m.def("dequantize", [](const py::array& w, const py::array& blocks, const py::object& ids, int kind) {
         const DequantizeForward p{f32(w), data<const uint8_t>(blocks), data<const int64_t>(ids), rows(w), last(w), Quant(kind)};
-        NoGil nogil;
-        dequantize_kernels().forward(p);
+        launch(dequantize_kernels().forward, p);
     });
     py::dict formats;  // name -> (ggml type id, weights in a block, bytes of a block)
     for (const auto& f : kQuantFormats) formats[f.name] = py::make_tuple(int(f.kind), f.values, f.bytes);

@@ -21,13 +21,11 @@ void bind_embedding(py::module_& m) {
         const bool wide = weight.itemsize() == 4;
         const EmbeddingForward p{f32(y), embedding_ids(ids), wide ? f32(weight) : nullptr, wide ? nullptr : data<uint16_t>(weight),
                                  last(weight)};
-        NoGil nogil;
-        embedding_kernels().forward(p);
+        launch(embedding_kernels().forward, p);
     });
     m.def("embedding_backward", [](const py::array& dweight, const py::array& ids, const py::array& dy) {
         const EmbeddingBackward p{f32(dweight), embedding_ids(ids), f32(dy), last(dweight)};
-        NoGil nogil;
-        embedding_kernels().backward(p);
+        launch(embedding_kernels().backward, p);
     });
 }
 

@@ -17,15 +17,13 @@ int64_t row_stride(const py::array& a) {
 void bind_gated(py::module_& m) {
     m.def("gated_forward", [](const py::array& y, const py::array& gate, const py::array& up, int kind) {
         const GatedForward p{f32(y), f32(gate), f32(up), rows(y), last(y), row_stride(gate), row_stride(up), Activation(kind)};
-        NoGil nogil;
-        gated_kernels().forward(p);
+        launch(gated_kernels().forward, p);
     });
     m.def("gated_backward", [](const py::array& dgate, const py::array& dup, const py::array& dy, const py::array& gate,
                                const py::array& up, int kind) {
         const GatedBackward p{f32(dgate), f32(dup),          f32(dy),         f32(gate),        f32(up),        rows(dy),
                               last(dy),   row_stride(dgate), row_stride(dup), row_stride(gate), row_stride(up), Activation(kind)};
-        NoGil nogil;
-        gated_kernels().backward(p);
+        launch(gated_kernels().backward, p);
     });
 }
 

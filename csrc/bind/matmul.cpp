@@ -1,7 +1,6 @@
 #include "kernels/matmul/matmul.h"
 
 #include "csrc/bind/bind.h"
-#include "csrc/bind/workspace.h"
 
 FASTLM_KERNELS(MatmulKernels, matmul)
 
@@ -12,19 +11,15 @@ void bind_matmul(py::module_& m) {
     m.def("matmul", [](const py::array& c, const py::object& z, const py::array& a, const py::array& b, const py::object& bias,
                        const py::object& residual, int64_t batch, int64_t M, int64_t N, int64_t K, int64_t a_step, int64_t b_step,
                        bool a_transposed, bool b_transposed, int b_type, bool accumulate, int activation) {
-        Matmul p{f32(c), f32(z), nullptr, f32(a), data<void>(b), f32(bias),    f32(residual),   batch,      M,
-                 N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
-        NoGil nogil;
-        const MatmulKernels& kernels = matmul_kernels();
-        Workspace workspace(kernels.workspace(p));
-        p.workspace = static_cast<float*>(workspace.memory);
-        kernels.matmul(p);
+        const Matmul p{
+            f32(c), f32(z), nullptr, f32(a), data<void>(b), f32(bias),    f32(residual),   batch,      M,
+            N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
+        launch(matmul_kernels().matmul, p, &Matmul::workspace, matmul_kernels().workspace(p));
     });
     m.def("linear_backward", [](const py::object& dz, const py::object& dbias, const py::object& partial, const py::array& dy,
                                 const py::object& z, int activation) {
         const LinearBackward p{f32(dz), f32(dbias), f32(partial), f32(dy), f32(z), rows(dy), last(dy), Activation(activation)};
-        NoGil nogil;
-        matmul_kernels().linear_backward(p);
+        launch(matmul_kernels().linear_backward, p);
     });
     m.attr("linear_rows") = kLinearRows;
 }

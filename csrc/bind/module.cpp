@@ -12,10 +12,11 @@
 
 namespace fastlm {
 void bind_gguf(py::module_&);
+void bind_plan(py::module_&);
 
 namespace {
 
-// An uninitialised C-contiguous array whose memory comes from, and goes back to, the block cache.
+// An uninitialised C-contiguous array whose memory comes from, and goes back to, the block cache; while recording, the plan.
 py::array empty(const py::tuple& shape, const py::dtype& dtype) {
     std::vector<py::ssize_t> dims;
     size_t bytes = size_t(dtype.itemsize());
@@ -24,6 +25,19 @@ py::array empty(const py::tuple& shape, const py::dtype& dtype) {
         if (n < 0) throw py::value_error("[empty] shape must have no negative size, got " + std::string(py::str(shape)));
         if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
         dims.push_back(n);
+    }
+    if (const Plan* plan = recording()) {
+        struct Block {
+            std::shared_ptr<Arena> arena;
+            void* memory;
+        };
+        auto* block = new Block{plan->arena, plan->arena->allocate(bytes, dtype.kind() == 'f')};
+        py::capsule owner(block, [](void* p) {
+            auto* b = static_cast<Block*>(p);
+            b->arena->release(b->memory);
+            delete b;
+        });
+        return py::array(dtype, dims, block->memory, owner);
     }
     struct Block {
         void* memory;
@@ -65,8 +79,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_name", &cpu_name);
     m.def("cpu_features", &cpu_features);
     m.def("num_threads", &num_threads);
-    m.def("set_num_threads", &set_num_threads, py::arg("n"), py::call_guard<NoGil>());
+    m.def("set_num_threads", &set_num_threads, py::arg("n"), py::call_guard<Prepare>());
     bind_gguf(m);
+    bind_plan(m);
     py::list ops;
 #define FASTLM_OP(name) \
     bind_##name(m);     \

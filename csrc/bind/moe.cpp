@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "csrc/bind/bind.h"
-#include "csrc/bind/workspace.h"
 #include "csrc/runtime/parallel.h"
 #include "kernels/matmul/matmul.h"
 
@@ -25,26 +24,22 @@ static void multiply(Matmul p) {
 void bind_moe(py::module_& m) {
     m.def("moe_route", [](const py::array& probabilities, const py::array& experts, const py::array& logits) {
         const MoeRoute p{f32(probabilities), data<int32_t>(experts), f32(logits), rows(logits), last(logits), last(experts)};
-        NoGil nogil;
-        moe_kernels().route(p);
+        launch(moe_kernels().route, p);
     });
     m.def("moe_gather", [](const py::array& y, const py::array& x, const py::array& indices) {
         const MoeGather p{f32(y), f32(x), data<int32_t>(indices), rows(y), last(y)};
-        NoGil nogil;
-        moe_kernels().gather(p);
+        launch(moe_kernels().gather, p);
     });
     m.def("moe_combine", [](const py::array& out, const py::array& y, const py::array& slots, const py::object& weights,
                             const py::object& residual) {
         const MoeCombine p{f32(out), f32(y), data<int32_t>(slots), f32(weights), f32(residual), rows(out), last(out), last(slots)};
-        NoGil nogil;
-        moe_kernels().combine(p);
+        launch(moe_kernels().combine, p);
     });
     m.def("moe_combine_backward", [](const py::array& dy, const py::array& dweights, const py::array& dout, const py::array& y,
                                      const py::array& slots, const py::array& weights) {
         const MoeCombineBackward p{f32(dy),      f32(dweights), f32(dout),  f32(y),     data<int32_t>(slots),
                                    f32(weights), rows(dout),    last(dout), last(slots)};
-        NoGil nogil;
-        moe_kernels().combine_backward(p);
+        launch(moe_kernels().combine_backward, p);
     });
     // One product a group: c[i] (M_i, N_i) = or += a[i] b[i]. Each has the bits that matmul gives it alone.
     m.def("grouped_matmul",

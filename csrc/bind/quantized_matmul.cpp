@@ -1,7 +1,6 @@
 #include "kernels/quantized_matmul/quantized_matmul.h"
 
 #include "csrc/bind/bind.h"
-#include "csrc/bind/workspace.h"
 
 FASTLM_KERNELS(QuantizedMatmulKernels, quantized_matmul)
 
@@ -12,19 +11,16 @@ void bind_quantized_matmul(py::module_& m) {
           [](int64_t N, int64_t K, int32_t kind) { return quantized_matmul_kernels().packed_bytes(N, K, Quant(kind)); });
     m.def("quantized_pack", [](const py::array& packed, const py::array& blocks, int64_t N, int64_t K, int32_t kind) {
         const QuantizedPack p{data<uint8_t>(packed), data<uint8_t>(blocks), N, K, Quant(kind)};
-        NoGil nogil;
+        const Prepare nogil;
         quantized_matmul_kernels().pack(p);
     });
     m.def("quantized_matmul",
           [](const py::array& c, const py::object& z, const py::array& a, const py::array& packed, const py::object& bias,
              const py::object& residual, int64_t M, int64_t N, int64_t K, int32_t kind, int activation) {
-              QuantizedMatmul p{f32(c),        f32(z), nullptr, f32(a), data<uint8_t>(packed), f32(bias),
-                                f32(residual), M,      N,       K,      Quant(kind),           Activation(activation)};
-              NoGil nogil;
+              const QuantizedMatmul p{f32(c),        f32(z), nullptr, f32(a), data<uint8_t>(packed), f32(bias),
+                                      f32(residual), M,      N,       K,      Quant(kind),           Activation(activation)};
               const QuantizedMatmulKernels& kernels = quantized_matmul_kernels();
-              Workspace workspace(kernels.workspace(p));
-              p.workspace = static_cast<float*>(workspace.memory);
-              kernels.matmul(p);
+              launch(kernels.matmul, p, &QuantizedMatmul::workspace, kernels.workspace(p));
           });
 }
 

@@ -28,8 +28,7 @@ void bind_rel_shift(py::module_& m) {
                                       positions,
                                       dim(rt, 2),
                                       scale};
-              NoGil nogil;
-              rel_shift_kernels().forward(p);
+              launch(rel_shift_kernels().forward, p);
           });
     m.def("rel_shift_backward", [](const py::array& dq, const py::object& dr, const py::object& dsegment, const py::array& dout,
                                    const py::array& q, const py::array& u, const py::array& r, const py::array& starts,
@@ -51,8 +50,7 @@ void bind_rel_shift(py::module_& m) {
                                  dim(dout, 3),
                                  dim(r, 0),
                                  scale};
-        NoGil nogil;
-        rel_shift_kernels().backward(p);
+        launch(rel_shift_kernels().backward, p);
     });
 }
 

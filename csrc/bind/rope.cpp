@@ -15,8 +15,7 @@ void bind_rope(py::module_& m) {
         p.B = dim(x, 0), p.T = dim(x, 1), p.H = dim(x, 2), p.D = dim(x, 3), p.R = 2 * dim(cos, 1);
         if (p.positions && py::reinterpret_borrow<py::array>(positions).ndim() == 2) p.positions_batch = p.T;
         p.interleaved = interleaved, p.inverse = inverse;
-        NoGil nogil;
-        rope_kernels().forward(p);
+        launch(rope_kernels().forward, p);
     });
 }
 

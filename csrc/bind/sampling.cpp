@@ -34,20 +34,17 @@ void bind_sampling(py::module_& m) {
         const Sample p{
             data<int32_t>(token), f32(logits), u,      data<int32_t>(previous), data<int64_t>(previous_begin), B, V, top_k, top_p,
             temperature,          min_p,       penalty};
-        NoGil nogil;
-        sampling_kernels().sample(p);
+        launch(sampling_kernels().sample, p);
         return first_negative(p.token, B, 1);
     });
     m.def("top_k", [](const py::array& values, const py::array& indices, const py::array& x) {
         const TopK p{f32(values), data<int32_t>(indices), f32(x), rows(x), last(x), last(values)};
-        NoGil nogil;
-        sampling_kernels().top_k(p);
+        launch(sampling_kernels().top_k, p);
         return first_negative(p.indices, p.R, p.k);
     });
     m.def("argmax", [](const py::array& index, const py::array& x) {
         const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x)};
-        NoGil nogil;
-        sampling_kernels().argmax(p);
+        launch(sampling_kernels().argmax, p);
         return first_negative(p.index, p.R, 1);
     });
     m.def("philox", [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {

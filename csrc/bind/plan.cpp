@@ -1,0 +1,55 @@
+// Recording: what a thread launches between Plan.begin and Plan.end can be run again by Plan.run, without Python.
+#include "csrc/runtime/plan.h"
+
+#include <stdexcept>
+
+#include "csrc/bind/bind.h"
+
+namespace fastlm {
+namespace {
+
+// The arrays outside the plan's own memory that recorded structs point to. Whoever records keeps them alive: fastlm/backend.py.
+py::list*& noted() {
+    thread_local py::list* arrays = nullptr;
+    return arrays;
+}
+
+struct PyPlan {
+    Plan plan;
+    py::list arrays;
+
+    void begin() {
+        if (recording()) throw std::runtime_error("[plan] this thread records already");
+        recording() = &plan, noted() = &arrays;
+    }
+    py::list end() {
+        if (recording() == &plan) recording() = nullptr, noted() = nullptr;
+        return std::exchange(arrays, py::list());
+    }
+    ~PyPlan() { end(); }
+};
+
+}  // namespace
+
+void note(const py::object& array, const void* memory) {
+    if (!recording()->arena->holds(memory)) noted()->append(array);
+}
+
+void bind_plan(py::module_& m) {
+    py::class_<PyPlan>(m, "Plan")
+        .def(py::init<>())
+        .def("begin", &PyPlan::begin)
+        .def("end", &PyPlan::end)
+        .def(
+            "run", [](const PyPlan& p) { p.plan.run(); }, py::call_guard<py::gil_scoped_release>())
+        .def("__len__", [](const PyPlan& p) { return p.plan.size(); })
+        .def("names", [](const PyPlan& p) { return p.plan.names(); })
+        .def(
+            "time", [](const PyPlan& p, int rounds) { return p.plan.time(rounds); }, py::call_guard<py::gil_scoped_release>())
+        .def("refuse", [](PyPlan& p, const std::string& reason) { p.plan.refuse(reason.c_str()); })
+        .def_property_readonly("refused", [](const PyPlan& p) { return p.plan.refused; })
+        .def_property_readonly("bytes", [](const PyPlan& p) { return p.plan.arena->bytes(); })
+        .def("spoil", [](PyPlan& p) { p.plan.arena->spoil(); });
+}
+
+}  // namespace fastlm

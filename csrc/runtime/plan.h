@@ -1,0 +1,86 @@
+// A plan: kernels and copies of their arguments in the order in which they were launched, to be run again with nothing in between.
+// It knows memory, functions and structs of numbers and pointers alone: what a plan runs can also be captured as a graph of a GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <typeinfo>
+#include <vector>
+
+namespace fastlm {
+
+// Memory of what a recorded step computes between its inputs and its outputs. A block that is given back is used again by what is
+// recorded later, as it will be in every run: the plan's order is the recording's.
+class Arena {
+  public:
+    Arena() = default;
+    ~Arena();
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    void* allocate(size_t bytes, bool floats = false);  // 64-byte aligned
+    void release(void* memory);
+    bool holds(const void* memory) const;
+    size_t bytes() const;
+    void spoil();  // nan into what held floats only, zeros elsewhere: what no kernel writes anew will show
+
+  private:
+    struct Block {
+        char* memory;
+        size_t bytes;
+        bool free, floats;
+    };
+    struct Slab {
+        char* memory;
+        size_t bytes, used;
+    };
+    std::vector<Block> blocks_;
+    std::vector<Slab> slabs_;
+};
+
+class Plan {
+  public:
+    template <class Args> void add(void (*kernel)(const Args&), const Args& args) {
+        static_assert(std::is_trivially_copyable_v<Args> && alignof(Args) <= alignof(std::max_align_t));
+        const size_t at = arguments_.size();
+        arguments_.resize(at + (sizeof(Args) + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+        std::memcpy(static_cast<void*>(&arguments_[at]), static_cast<const void*>(&args), sizeof(Args));
+        const auto call = [](void (*erased)(), const void* p) {
+            reinterpret_cast<void (*)(const Args&)>(erased)(*static_cast<const Args*>(p));
+        };
+        steps_.push_back({call, reinterpret_cast<void (*)()>(kernel), at, &typeid(Args)});
+    }
+
+    void run() const {
+        for (const Step& step : steps_) step.call(step.kernel, &arguments_[step.at]);
+    }
+    std::vector<double> time(int rounds) const;  // seconds of each step, the shortest of `rounds` runs
+    std::vector<std::string> names() const;      // of the steps' argument structs: Matmul, RopeForward, ...
+    size_t size() const { return steps_.size(); }
+
+    // Something was done that cannot be recorded; the first reason stays.
+    void refuse(const char* reason) {
+        if (refused.empty()) refused = reason;
+    }
+
+    std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+    std::string refused;
+
+  private:
+    struct Step {
+        void (*call)(void (*)(), const void*);
+        void (*kernel)();
+        size_t at;
+        const std::type_info* type;
+    };
+    std::vector<Step> steps_;
+    std::vector<std::max_align_t> arguments_;
+};
+
+// The plan that this thread records into; null where it does not. A binding looks here, a kernel never does.
+Plan*& recording();
+
+}  // namespace fastlm
