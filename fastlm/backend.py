@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -56,7 +58,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None)
     n = dt.itemsize
     for size in shape:
         n *= size
-    if n < _POOLED:
+    if n < _POOLED and not _recorders:
         return np.empty(shape, dt)
     array: Array = _C.empty(shape, dt)
     return array
@@ -112,6 +114,84 @@ def add(x: Any, y: Any, out: Any = None) -> Array:
     kernels(x).add(out, x, contiguous(y))
     there: Array = out
     return there
+
+
+class Unrecordable(Exception):
+    """Why a step cannot be run again without Python."""
+
+
+class _Thread(threading.local):
+    plan: _C.Plan | None = None
+
+
+_thread = _Thread()
+_recorders = 0  # threads that record now; where there are any, `empty` asks the machine which memory to use
+_lock = threading.Lock()
+
+
+def recording() -> bool:
+    """Whether this thread records."""
+    return _recorders > 0 and _thread.plan is not None
+
+
+class Recording:
+    """Calls `step` once, as it is, and keeps what its kernels did: `run()` does it again, in C++, on the same memory.
+
+    What changes from one run to the next is read from arrays that outlive the step: ids, a cache and its lengths. What the kernels of
+    the step computed, `result` too, is in memory of the recording and is overwritten by each run. Between kernels nothing is seen:
+    a step that computes with NumPy on what changes must be found out by running it twice (fastlm/generate/recorded.py).
+
+    Raises Unrecordable where an operation cannot be recorded, or an array that a kernel reads was made by the step outside the
+    recording's memory (so it would be frozen). The step's own exceptions are passed on.
+    """
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        global _recorders
+        plan = _C.Plan()
+        plan.begin()
+        with _lock:
+            _recorders += 1
+        _thread.plan = plan
+        try:
+            self.result = step()
+        finally:
+            arrays = plan.end()
+            _thread.plan = None
+            with _lock:
+                _recorders -= 1
+        if plan.refused:
+            raise Unrecordable(plan.refused)
+        self._plan, self.threads = plan, num_threads()
+        roots = {id(root): weakref.ref(root) for root in map(_root, arrays)}
+        arrays.clear()
+        self._owners = [root() for root in roots.values()]
+        if any(owner is None for owner in self._owners):
+            raise Unrecordable("a kernel reads an array that the step made without a kernel")
+
+    def run(self) -> None:
+        """The kernels again, in the order recorded. The GIL is released."""
+        self._plan.run()
+
+    def spoil(self) -> None:
+        """Overwrites the recording's own memory, with nan where it held floats: what no kernel writes before it is read will show."""
+        self._plan.spoil()
+
+    def profile(self, rounds: int = 20) -> list[tuple[str, float]]:
+        """Name and shortest time in seconds of each kernel, over `rounds` runs; what the runs write is changed by them."""
+        return list(zip(self._plan.names(), self._plan.time(rounds), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """The recording's own memory."""
+        return int(self._plan.bytes)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+
+def _root(array: Array) -> Array:
+    """The array that owns the memory, or that holds what owns it."""
+    return array.base if isinstance(array.base, np.ndarray) else array
 
 
 def num_threads() -> int:

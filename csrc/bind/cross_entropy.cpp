@@ -42,8 +42,11 @@ void bind_cross_entropy(py::module_& m) {
         const LogSoftmax p{f32(y), f32(logits), rows(logits), last(logits)};
         launch(cross_entropy_kernels().log_softmax, p);
     });
+    m.def("add", [](const py::array& y, const py::array& x, const py::array& z) {
+        launch(cross_entropy_kernels().scale_add, {f32(y), f32(x), f32(z), int64_t(x.size()), 1.0f});
+    });
     m.def("scale_add", [](const py::array& y, const py::array& x, float a, bool add) {
-        const ScaleAdd p{f32(y), f32(x), int64_t(x.size()), a, add};
+        const ScaleAdd p{f32(y), f32(x), add ? f32(y) : nullptr, int64_t(x.size()), a};
         launch(cross_entropy_kernels().scale_add, p);
     });
 }

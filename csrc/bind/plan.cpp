@@ -14,6 +14,15 @@ py::list*& noted() {
     return arrays;
 }
 
+template <class T> struct Advance {
+    T* y;
+    const T* x;
+    int64_t n, by;
+};
+template <class T> void advance(const Advance<T>& p) {
+    for (int64_t i = 0; i < p.n; ++i) p.y[i] = T(p.x[i] + T(p.by));
+}
+
 struct PyPlan {
     Plan plan;
     py::list arrays;
@@ -36,6 +45,11 @@ void note(const py::object& array, const void* memory) {
 }
 
 void bind_plan(py::module_& m) {
+    m.def("advance", [](const py::array& y, const py::array& x, int64_t by) {
+        const auto n = int64_t(x.size());
+        if (x.itemsize() == 4) return launch(&advance<int32_t>, {data<int32_t>(y), data<int32_t>(x), n, by});
+        launch(&advance<int64_t>, {data<int64_t>(y), data<int64_t>(x), n, by});
+    });
     py::class_<PyPlan>(m, "Plan")
         .def(py::init<>())
         .def("begin", &PyPlan::begin)

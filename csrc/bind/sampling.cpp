@@ -17,6 +17,16 @@ int64_t first_negative(const int32_t* index, int64_t n, int64_t stride) {
     return -1;
 }
 
+struct Uniforms {
+    double* u;              // (B,)
+    const uint64_t* seeds;  // (B,)
+    const int64_t* steps;   // (B,)
+    int64_t B;
+};
+void draw(const Uniforms& p) {
+    for (int64_t b = 0; b < p.B; ++b) p.u[b] = philox_uniform(p.seeds[b], 0, uint64_t(p.steps[b]));
+}
+
 }  // namespace
 
 void bind_sampling(py::module_& m) {
@@ -28,6 +38,7 @@ void bind_sampling(py::module_& m) {
         const double* u = data<double>(uniform);
         std::vector<double> drawn;
         if (!u) {
+            if (recording()) recording()->refuse("random numbers that the host draws: give seed and step as arrays");
             for (int64_t b = 0; b < B; ++b) drawn.push_back(philox_uniform(seed, uint64_t(b), step));
             u = drawn.data();
         }
@@ -46,6 +57,10 @@ void bind_sampling(py::module_& m) {
         const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x)};
         launch(sampling_kernels().argmax, p);
         return first_negative(p.index, p.R, 1);
+    });
+    // u[b]: what row 0 draws from stream seeds[b] at step steps[b].
+    m.def("philox_uniforms", [](const py::array& u, const py::array& seeds, const py::array& steps) {
+        launch(&draw, {data<double>(u), data<uint64_t>(seeds), data<int64_t>(steps), int64_t(u.size())});
     });
     m.def("philox", [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
         const Philox r = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.processors import active, process
+from fastlm.generate.recorded import Decoder
 from fastlm.generate.settings import Continues, Settings, whole
-
-if TYPE_CHECKING:
-    from fastlm.nn import Cache
+from fastlm.nn import Cache
 
 CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
 
@@ -57,8 +56,10 @@ def steps(
         return
     cache = model.new_cache(len(rows), max(len(row.ids) + row.limit for row in rows))
     logits = np.concatenate([prefill(model, row.ids, cache.row(b)) for b, row in enumerate(rows)])
+    ids = choose(logits, rows, settings)
+    decoder: Decoder | None = None
     while True:
-        for row, id in zip(rows, choose(logits, rows, settings), strict=True):
+        for row, id in zip(rows, ids, strict=True):
             row.ids.append(id)
             row.output.ids.append(id)
             if id in settings.eos:
@@ -75,7 +76,18 @@ def steps(
         if len(going) < len(rows):
             cache = cache.select(going)
             rows = [rows[b] for b in going]
-        logits = model.logits(np.array([[row.ids[-1]] for row in rows], np.int32), cache, last=True)
+            decoder = None
+        if decoder is None:
+            decoder = _decoder(model, cache, rows, settings)
+            decoder.ids[:, 0] = [row.ids[-1] for row in rows]
+        logits = decoder.step()
+        if decoder.choose is None:
+            ids = choose(logits, rows, settings)
+            decoder.ids[:, 0] = ids
+        else:
+            ids = decoder.ids[:, 0].tolist()
+            if min(ids) < 0:
+                choose(logits, rows, settings)  # raises: a row of logits is nan
 
 
 def generate(
@@ -99,6 +111,23 @@ def prefill(model: Continues, ids: Sequence[int], cache: Cache) -> Array:
     for start in range(0, array.shape[1], chunk):
         logits = model.logits(array[:, start : start + chunk], cache, last=True)
     return logits
+
+
+def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Decoder:
+    """Steps of these rows. The next ids are chosen within the step where kernels alone can choose."""
+    s = settings
+    if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
+        return Decoder(model, cache)
+    if s.temperature == 0.0:
+        return Decoder(model, cache, lambda logits, out: ops.argmax(logits, out=out))
+    seeds = np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64)
+    steps = np.array([len(row.output.ids) for row in rows], np.int64)
+
+    def draw(logits: Array, out: Array) -> None:
+        ops.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed=seeds, step=steps, out=out)
+        ops.advance(steps, out=steps)
+
+    return Decoder(model, cache, draw, [steps])
 
 
 def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]:

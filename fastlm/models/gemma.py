@@ -49,10 +49,11 @@ class OffsetRMSNorm(Module):
 
     def __init__(self, d_model: int, eps: float) -> None:
         self.weight = parameter(d_model)
+        self.ones = np.ones(d_model, np.float32)
         self.eps = eps
 
     def __call__(self, x: Any) -> Any:
-        return ops.rms_norm(x, ops.add(self.weight, np.ones(self.weight.shape, np.float32)), self.eps)
+        return ops.rms_norm(x, ops.add(self.weight, self.ones), self.eps)
 
 
 class Block(Module):

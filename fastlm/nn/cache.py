@@ -54,6 +54,16 @@ class Cache:
     def capacity(self) -> int:
         return int(self.keys[0].shape[1])
 
+    @property
+    def full(self) -> bool:
+        """Whether a sequence has no room for another position."""
+        return bool(max(self.lengths.tolist()) >= self.capacity)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Keys and values of every layer."""
+        return [*self.keys, *self.values]
+
     def row(self, b: int) -> Cache:
         """Sequence b alone, as a cache of batch 1 that shares this one's memory and length."""
         if not 0 <= b < self.batch:
@@ -93,8 +103,9 @@ class Cache:
 class Context:
     """What all layers of one call share: positions, padding, segments, the cache, the memory.
 
-    `start`: where the new positions begin if all sequences are equally long, else None; `end`: the longest length after the call;
-    `positions`: None for 0 .. T-1 with no cache, else (B, T) int32; `lengths`: (B,) after the call where they differ, else None.
+    `positions`: None for 0 .. T-1 with no cache, else (B, T) int32; `lengths`: (B,) after the call where they differ, else None;
+    `end`: the longest length after the call. While a step is recorded (backend.Recording) no length is known to the host: positions
+    and lengths are arrays that each run writes anew, and `end` is the capacity, the most that it can become.
     `bias`: added to the scores of every layer's self-attention, None or (1 or B, 1 or H, T, S), an array or a Tensor: what a mask
     hides, and what a model adds that shares its position bias between layers (`add_bias`). `segments`: (B, T) int32 or None.
     `memory`: what cross-attention reads. `routings`: what the routers of experts chose, by layer. `training`: experts may be full.
@@ -114,7 +125,6 @@ class Context:
         "positions",
         "routings",
         "segments",
-        "start",
         "time",
         "training",
     )
@@ -134,7 +144,6 @@ class Context:
         self.bias: Any = None
         self.routings: list[ops.Routing] = []
         self.training = False
-        self.start: int | None = 0
         self.end = time
         self.positions: Array | None = None
         self.lengths: Array | None = None
@@ -149,6 +158,11 @@ class Context:
         if cache.batch != batch:
             raise ValueError(f"[cache] ids must have as many sequences as the cache, {cache.batch}, got {batch}.")
         before = cache.lengths
+        if backend.recording():
+            if time != 1:
+                raise backend.Unrecordable(f"a step takes one position of each sequence, got {time}")
+            self.end, self.positions, self.lengths = cache.capacity, before[:, None], ops.advance(before)
+            return
         first, last = int(before.min()), int(before.max())
         self.end = last + time
         if self.end > cache.capacity:
@@ -156,12 +170,9 @@ class Context:
                 f"[cache] capacity must be at least {self.end} for {time} more positions after {last}, got {cache.capacity}. "
                 f"Make the cache larger: model.new_cache(batch, capacity)."
             )
-        if first == last:
-            self.start = first
-        else:
-            self.start = None
+        self.positions = before[:, None] + np.arange(time, dtype=np.int32)
+        if first != last:
             self.lengths = before + np.int32(time)
-            self.positions = before[:, None] + np.arange(time, dtype=np.int32)
 
     @classmethod
     def packed(cls, lengths: Any) -> Context:
@@ -193,6 +204,7 @@ class Context:
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
         assert self.cache is not None
+        assert self.positions is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         ops.cache_append(keys, values, k, v, self.cache.lengths)
         return keys[:, : self.end], values[:, : self.end]
@@ -200,4 +212,4 @@ class Context:
     def finish(self) -> None:
         """Advances the cache's lengths, after the last layer."""
         if self.cache is not None:
-            self.cache.lengths += np.int32(self.time)
+            ops.advance(self.cache.lengths, self.time, out=self.cache.lengths)

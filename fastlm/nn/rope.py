@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.nn.cache import Context
 
@@ -201,7 +201,7 @@ class Rope:
 
     def __call__(self, q: Any, k: Any, context: Context) -> tuple[Any, Any]:
         """q (B, T, H, D), k (B, T, G, D) -> both rotated."""
+        if backend.recording() and isinstance(self.scaling, DynamicScaling) and context.end > self.scaling.context:
+            raise backend.Unrecordable("dynamic rope_scaling turns by the length of the sequence")
         cos, sin = self.tables(context.end)
-        if context.start is not None:  # the same positions in every sequence: a slice of the tables
-            cos, sin = cos[context.start : context.end], sin[context.start : context.end]
         return ops.rope(q, cos, sin, context.positions), ops.rope(k, cos, sin, context.positions)

@@ -2,6 +2,7 @@
 
 from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, global_norm
+from fastlm.ops.advance import advance
 from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import SCALE, cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
@@ -40,6 +41,7 @@ __all__ = [
     "add_broadcast",
     "add_layer_norm",
     "add_rms_norm",
+    "advance",
     "argmax",
     "attention",
     "attention_packed",

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
+from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
 from fastlm.tensor import accumulator, data, record, recording, wrap
 
@@ -31,7 +32,7 @@ def embedding(ids: Any, weight: Any) -> Any:
     if not ids.flags.c_contiguous:
         ids = np.ascontiguousarray(ids)
     wd = data(weight)
-    quantised = hasattr(wd, "dequantize_rows")
+    quantised = isinstance(wd, QuantizedArray)
     if not quantised:
         wd = check.any_array("embedding", "weight", wd)
         if wd.dtype not in _TABLE_TYPES:
@@ -48,7 +49,9 @@ def embedding(ids: Any, weight: Any) -> Any:
     if quantised:
         if recording(weight):
             raise TypeError("[embedding] weight is quantised and has no gradient. Train a dequantised copy: weight.dequantize().")
-        return wrap(wd.dequantize_rows(ids.reshape(-1)).reshape(*ids.shape, C), weight)
+        y = backend.empty((*ids.shape, C))
+        _C.dequantize(y, wd.blocks, ids, FORMATS[wd.kind][0])
+        return wrap(y, weight)
     y = backend.empty((*ids.shape, C))
     _C.embedding_forward(y, ids, wd)
     if not recording(weight):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import _C
+from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.tensor import data
@@ -31,8 +31,9 @@ def sample(
     repetition_penalty: float = 1.0,
     previous: Any = None,
     uniform: Any = None,
-    seed: int | Sequence[int] = 0,
-    step: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | Array = 0,
+    step: int | Sequence[int] | Array = 0,
+    out: Array | None = None,
 ) -> Array:
     """One token for each row of logits, after the filters of transformers' generate, in its order:
 
@@ -48,7 +49,8 @@ def sample(
     logits: (B, V) or (V,) float32. previous: (B, N) int32 padded with -1, or a sequence of B integer arrays or lists; (N,) where logits
     is (V,). uniform: (B,) floats in [0, 1). Without it, numbers come from Philox4x32-10 with `seed` as the key and (row, step) as the
     counter: count `step` up from token to token. seed and step may be sequences of B: then every row draws as row 0 with its own seed
-    would, so that a sequence draws the same alone and in any batch. Returns (B,) int32, (1,) where logits is (V,). The bits of a row
+    would, so that a sequence draws the same alone and in any batch; arrays of uint64 and int64 are read where they lie, by a recorded step
+    anew in each run. out: (B,) int32, where the tokens go. Returns (B,) int32, (1,) where logits is (V,). The bits of a row
     depend neither on the instruction set, nor on the number of threads, nor on the other rows.
     Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, +inf or all -inf.
     """
@@ -67,7 +69,8 @@ def sample(
     ids = begin = None
     if repetition_penalty != 1 and previous is not None:
         ids, begin = _previous(previous, B, xd.ndim == 1)
-    u, key, at = None, 0, 0
+    u: Array | None = None
+    key = at = 0
     if uniform is not None:
         u = np.ascontiguousarray(data(uniform), np.float64)
         if u.shape != (B,):
@@ -75,24 +78,27 @@ def sample(
     elif isinstance(seed, (int, np.integer)) and isinstance(step, (int, np.integer)):
         key, at = int(seed) & _WORD, int(step) & _WORD
     else:
-        seeds, steps = _one_each("seed", seed, B), _one_each("step", step, B)
-        own = not isinstance(seed, (int, np.integer))
-        u = np.array([_C.philox_uniform(s, 0 if own else b, t) for b, (s, t) in enumerate(zip(seeds, steps, strict=True))])
-    token = np.empty(B, np.int32)
+        steps = _one_each("step", step, B, np.int64)
+        u = backend.empty((B,), np.float64)
+        if isinstance(seed, (int, np.integer)):
+            u[:] = [_C.philox_uniform(int(seed) & _WORD, b, int(t) & _WORD) for b, t in enumerate(steps)]
+        else:
+            _C.philox_uniforms(u, _one_each("seed", seed, B, np.uint64), steps)
+    token = _tokens("sample", out, (B,))
     bad = _C.sample(token, xd, u, ids, begin, int(top_k), float(top_p), temperature, min_p, repetition_penalty, key, at)
     if bad >= 0:
         _refuse("sample", "logits", bad, int(token[bad]))
     return token
 
 
-def argmax(logits: Any) -> Any:
-    """The index of the greatest value over the last axis, ties to the lowest index: (..., V) float32 -> (...) int32.
+def argmax(logits: Any, out: Array | None = None) -> Any:
+    """The index of the greatest value over the last axis, ties to the lowest index: (..., V) float32 -> (...) int32, in `out` if given.
 
     Raises ValueError where a row has nan or V is 0.
     """
     xd = check.array("argmax", "logits", data(logits), at_least=1)
     _two_axes("argmax", "logits", xd)
-    index = np.empty(xd.shape[:-1], np.int32)
+    index = _tokens("argmax", out, xd.shape[:-1])
     bad = _C.argmax(index, xd)
     if bad >= 0:
         _refuse("argmax", "logits", bad, -1)
@@ -129,11 +135,24 @@ def _refuse(op: str, name: str, row: int, status: int) -> None:
     raise ValueError(f"[{op}] {name} row {row} {_WHY[status]}.")
 
 
-def _one_each(name: str, x: Any, B: int) -> list[int]:
+def _one_each(name: str, x: Any, B: int, dtype: type) -> Array:
+    """(B,) of dtype, int64 or uint64: x itself where it is that."""
+    if isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == (B,) and x.flags.c_contiguous:
+        return x
     values = [x] * B if isinstance(x, (int, np.integer)) else list(x)
     if len(values) != B:
         raise ValueError(f"[sample] {name} must be an int or one per row, (B,) = ({B},), got {len(values)}.")
-    return [int(v) & _WORD for v in values]
+    return np.array([int(v) & _WORD for v in values], np.uint64).view(dtype)
+
+
+def _tokens(op: str, out: Array | None, shape: tuple[int, ...]) -> Array:
+    """Where the indices go: `out` if it is given and fits."""
+    if out is None:
+        return np.empty(shape, np.int32)
+    check.shape(op, "out", out, "(B,)", shape)
+    if out.dtype != np.int32 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise TypeError(f"[{op}] out must be a contiguous, writable array of int32, got {out.dtype}.")
+    return out
 
 
 def _previous(previous: Any, B: int, single: bool) -> tuple[Array, Array]:

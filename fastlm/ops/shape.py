@@ -1,7 +1,8 @@
 """The operations between the kernels: reshape, split, add, add_broadcast, scale.
 
-They are NumPy on purpose. A reshape or a split moves no data, so a kernel has nothing to do; the sums and products that cost
-time are fused into the kernels around them (`linear` adds bias and residual, `add_layer_norm` adds before it normalises).
+A reshape or a split moves no data. The sums and products that cost time are fused into the kernels around them (`linear` adds bias
+and residual, `add_layer_norm` adds before it normalises); those that are left are a kernel where nothing is repeated, so that a
+recorded step has them, and NumPy's elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import backend
+from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
 from fastlm.tensor import data, needs_grad, record, record_many, recording, wrap
@@ -103,7 +104,11 @@ def add(x: Any, y: Any) -> Any:
     yd = check.any_array("add", "y", data(y), np.float32)
     if yd.shape != xd.shape[xd.ndim - min(yd.ndim, xd.ndim) :]:
         raise ValueError(f"[add] y must have the shape of x, {xd.shape}, or that of its last axes, got {yd.shape}.")
-    out = np.add(xd, yd, out=backend.empty(xd.shape))
+    out = backend.empty(xd.shape)
+    if xd.shape == yd.shape and xd.flags.c_contiguous and yd.flags.c_contiguous:
+        _C.add(out, yd, xd)
+    else:
+        np.add(xd, yd, out=out)
     if not recording(x, y):
         return wrap(out, x, y)
 
@@ -150,7 +155,11 @@ def scale(x: Any, factor: float) -> Any:
     """x * factor. x: any shape, float32; factor: a number, not differentiated. Raises TypeError for anything else."""
     xd = check.any_array("scale", "x", data(x), np.float32)
     factor32 = np.float32(check.number("scale", "factor", factor))
-    y = np.multiply(xd, factor32, out=backend.empty(xd.shape))
+    y = backend.empty(xd.shape)
+    if xd.flags.c_contiguous:
+        _C.scale_add(y, xd, factor32, False)
+    else:
+        np.multiply(xd, factor32, out=y)
     if not recording(x):
         return wrap(y, x)
     return record(y, (x,), lambda dy: (np.multiply(dy, factor32, out=backend.empty(xd.shape)),))

@@ -31,11 +31,11 @@ struct LogSoftmax {
 };
 
 struct ScaleAdd {
-    float* y;        // (n,) = a x, or += a x
+    float* y;        // (n,) = z + a x; y may be x or z
     const float* x;  // (n,)
+    const float* z;  // (n,) or null: zeros
     int64_t n;
     float a;
-    bool add;
 };
 
 struct CrossEntropyKernels {

@@ -186,7 +186,7 @@ void scale_add(const ScaleAdd& p) {
         for (int64_t i = begin; i < end; i += W) {
             const int64_t n = end - i;
             const vf x = load_n(p.x + i, n) * a;
-            store_n(p.y + i, p.add ? load_n(p.y + i, n) + x : x, n);
+            store_n(p.y + i, p.z ? load_n(p.z + i, n) + x : x, n);
         }
     });
 }

@@ -25,6 +25,7 @@ struct DequantizeForward {
     float* w;               // (R, C)
     const uint8_t* blocks;  // (rows, bytes of a row), any alignment
     const int64_t* ids;     // (R,) rows of `blocks`, or null: row r is row r. In range; the caller checked.
+    const int32_t* ids32;   // (R,) the same as int32, where `ids` is null; or null
     int64_t R, C;           // C is a multiple of the format's values
     Quant kind;
 };

@@ -13,7 +13,7 @@ template <class Block> void rows(const DequantizeForward& p) {
     const int64_t blocks = p.C / Block::kValues, bytes = blocks * Block::kBytes;
     parallel_for(p.R, p.C >= kPiece ? 1 : kPiece / p.C, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
-            const uint8_t* b = p.blocks + (p.ids ? p.ids[r] : r) * bytes;
+            const uint8_t* b = p.blocks + (p.ids ? p.ids[r] : p.ids32 ? p.ids32[r] : r) * bytes;
             float* w = p.w + r * p.C;
             for (int64_t i = 0; i < blocks; ++i) Block::decode(b + i * Block::kBytes, w + i * Block::kValues);
         }

@@ -37,6 +37,24 @@ class Recorder:
         return out
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The logits that generation sees: of each prompt, then of each step."""
+    found: list[np.ndarray] = []
+
+    def watched(f: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            logits = f(*arguments)
+            found.append(np.array(logits))
+            return logits
+
+        return call
+
+    monkeypatch.setattr(engine, "prefill", watched(engine.prefill))
+    monkeypatch.setattr(engine.Decoder, "step", watched(engine.Decoder.step))
+    return found
+
+
 def prompts(m: Any, count: int, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, m.config.vocab_size, rng.integers(1, 20)).tolist() for _ in range(count)]
@@ -61,16 +79,16 @@ def test_equals_transformers(entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_same_bits_alone_in_a_batch_and_at_any_number_of_threads(name: str, threads: None) -> None:
+def test_same_bits_alone_in_a_batch_and_at_any_number_of_threads(name: str, threads: None, seen: list[np.ndarray]) -> None:
     m = model(name)
     asked = prompts(m, 5)
     settings = Settings(max_tokens=12, temperature=1.3, top_p=0.95, repetition_penalty=1.1)
 
     def run(some: list[list[int]]) -> tuple[list[list[int]], np.ndarray]:
-        recorder: Any = Recorder(m)
-        outputs = generate.generate(recorder, some, settings, seeds=7)
-        first = np.concatenate(recorder.seen[: len(some)])  # a prefill each, then the steps of all
-        return [o.ids for o in outputs], np.stack([first, *recorder.seen[len(some) :]])
+        seen.clear()
+        outputs = generate.generate(m, some, settings, seeds=7)
+        first = np.concatenate(seen[: len(some)])  # a prefill each, then the steps of all
+        return [o.ids for o in outputs], np.stack([first, *seen[len(some) :]])
 
     together = {}
     for n in (1, 2, 3):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fastlm import _C, ops
+from fastlm.checkpoint import QuantizedArray
 from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
@@ -59,26 +60,21 @@ def test_gradient_adds_to_the_leaf(isa, threads):
     np.testing.assert_array_equal(seen[0], want)
 
 
-class Quantised:
-    """What embedding asks of a QuantizedArray: a shape and the rows of some ids."""
-
-    shape = (6, 32)
-
-    def dequantize_rows(self, ids):
-        assert ids.ndim == 1
-        return np.repeat(ids.astype(np.float32)[:, None], 32, 1)
-
-
-def test_quantised():
-    ids = np.array([[5, 0, 2]])
-    np.testing.assert_array_equal(ops.embedding(ids, Quantised())[0, :, 31], [5, 0, 2])
-    y = ops.embedding(ids, Tensor(Quantised()))
-    assert isinstance(y, Tensor)
-    assert y.shape == (1, 3, 32)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_quantised(dtype):
+    blocks = np.zeros((6, 34), np.uint8)  # Q8_0: a float16 scale, 32 whole numbers
+    blocks[:, :2] = np.array([1.0], np.float16).view(np.uint8)
+    blocks[:, 2:] = np.arange(6, dtype=np.uint8)[:, None]
+    weight = QuantizedArray("Q8_0", (6, 32), blocks)
+    ids = np.array([[5, 0, 2]], dtype)
+    y = ops.embedding(ids, weight)
+    np.testing.assert_array_equal(y, np.broadcast_to(ids[:, :, None], (1, 3, 32)))
+    assert isinstance(ops.embedding(ids, Tensor(weight)), Tensor)
+    assert ops.embedding(ids[:, :0], weight).shape == (1, 0, 32)
     with pytest.raises(ValueError, match=r"got 6 at ids\[0\]"):
-        ops.embedding(ids[0] + 1, Quantised())
+        ops.embedding(ids[0] + dtype(1), weight)
     with pytest.raises(TypeError, match=r"\[embedding\] weight is quantised and has no gradient"):
-        ops.embedding(ids, Tensor(Quantised(), requires_grad=True))
+        ops.embedding(ids, Tensor(weight, requires_grad=True))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -1,0 +1,237 @@
+"""A recorded step gives the bits of the ordinary one, for every model that generates, and what cannot be recorded is found out."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastlm import backend, generate, models, ops
+from fastlm.generate import Settings, recorded
+from fastlm.models.base import CausalLM
+from fastlm.nn import Context
+from fastlm.tensor import data
+
+WIDE = {"vocab_size": 97, "context": 64, "d_model": 32, "n_layer": 2, "n_head": 4}
+ROPE = {**WIDE, "d_ff": 48, "n_kv_head": 2, "head_dim": 8}
+TINY: dict[str, dict[str, Any]] = {
+    "gpt": WIDE,
+    "gpt1": WIDE,
+    "gpt3": {**WIDE, "window": 5},
+    "megatron": WIDE,
+    "llama": ROPE,
+    "mistral": {**ROPE, "window": 6},
+    "gemma": ROPE,
+    "qwen2": ROPE,
+    "qwen3": ROPE,
+    "phi3": {k: v for k, v in ROPE.items() if k != "head_dim"},
+    "palm": {**WIDE, "head_dim": 8},
+}
+CAUSAL = sorted(TINY)
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
+SETTINGS = {
+    "greedy": Settings(max_tokens=14),
+    "drawn": Settings(max_tokens=14, temperature=1.3, top_k=20, top_p=0.9, eos=tuple(range(0, 97, 9))),
+    "processed": Settings(max_tokens=14, temperature=1.1, repetition_penalty=1.2, no_repeat_ngram=2),
+}
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """Weights large enough that ids depend on what was read."""
+    module = importlib.import_module(f"fastlm.models.{name}")
+    model = models.create(module.Config(**{**TINY[name], **changes}), seed=3)
+    for key, p in model.named_parameters().items():
+        if p.ndim == 2:
+            p.data *= np.float32(1 if "embedding" in key else 6)
+    return model
+
+
+class Watch:
+    """Counts how steps were taken, and keeps their logits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs = self.recordings = 0
+        self.logits: list[bytes] = []
+        run, step, record = backend.Recording.run, generate.engine.Decoder.step, backend.Recording.__init__
+
+        def counted_run(this: Any) -> None:
+            self.runs += 1
+            run(this)
+
+        def counted_record(this: Any, f: Any) -> None:
+            self.recordings += 1
+            record(this, f)
+
+        def watched(this: Any) -> Any:
+            logits = step(this)
+            self.logits.append(logits.tobytes())
+            return logits
+
+        monkeypatch.setattr(backend.Recording, "run", counted_run)
+        monkeypatch.setattr(backend.Recording, "__init__", counted_record)
+        monkeypatch.setattr(generate.engine.Decoder, "step", watched)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def both_ways(model: Any, prompts: Any, settings: Settings, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generates with recording and without, and compares ids, reasons and the bits of every logit."""
+    reading = (lambda: generate.Reading(model, prompts)) if hasattr(model, "encode") else (lambda: model)
+    first = [[model.config.start] for _ in prompts] if hasattr(model, "encode") else prompts
+    monkeypatch.setenv("FASTLM_RECORD", "1")
+    watch.logits.clear()
+    outputs = generate.generate(reading(), first, settings, seeds=[5 + i for i in range(len(prompts))])
+    bits, runs = list(watch.logits), watch.runs
+    assert recorded.why_not(model) == []
+    assert runs > 0, "nothing was run from a recording"
+    monkeypatch.setenv("FASTLM_RECORD", "0")
+    watch.logits.clear()
+    expected = generate.generate(reading(), first, settings, seeds=[5 + i for i in range(len(prompts))])
+    assert watch.runs == runs, "FASTLM_RECORD=0 still runs recordings"
+    assert outputs == expected
+    assert bits == watch.logits
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_model(name: str, kind: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    both_ways(model, PROMPTS, SETTINGS[kind], watch, monkeypatch)
+    both_ways(model, PROMPTS[:1], SETTINGS[kind], watch, monkeypatch)
+
+
+def test_rows_that_end_are_recorded_anew(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    settings = Settings(max_tokens=30, temperature=1.5, eos=tuple(range(0, 97, 8)))
+    both_ways(model, PROMPTS, settings, watch, monkeypatch)
+    assert watch.recordings > 1, "the rows must end at different steps for this test to mean anything"
+
+
+def test_other_threads(watch: Watch, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    model = tiny("llama")
+    cache = model.new_cache(1, 20)
+    model.logits(np.array([[1, 2, 3]]), cache, last=True)
+    decoder = recorded.Decoder(model, cache)
+    for n in (1, 1, 1, 2, 2):
+        backend.set_num_threads(n)
+        decoder.step()
+    assert watch.recordings == 2
+
+
+class Planted(CausalLM):
+    """A llama with something between its kernels that a recorder does not see."""
+
+    def __init__(self, inner: Any, plant: Any) -> None:
+        self.config, self.inner, self.plant = inner.config, inner, plant
+        self.token_embedding, self.head = inner.token_embedding, inner.head
+
+    def hidden(self, ids: Any, context: Context) -> Any:
+        return self.plant(self.inner.hidden(ids, context), ids, context)
+
+
+def numpy_temporary(x: Any, ids: Any, context: Context) -> Any:
+    return data(x) * np.float32(1.5)
+
+
+def numpy_in_place(x: Any, ids: Any, context: Context) -> Any:
+    data(x)[...] *= np.float32(1.5)
+    return x
+
+
+def numpy_into_its_memory(x: Any, ids: Any, context: Context) -> Any:
+    return np.multiply(data(x), np.float32(1.5), out=backend.empty(x.shape))
+
+
+def host_length(x: Any, ids: Any, context: Context) -> Any:
+    return ops.scale(x, 1.0 + float(context.cache.lengths[0]) if context.cache else 1.0)
+
+
+def host_id(x: Any, ids: Any, context: Context) -> Any:
+    return ops.scale(x, 1.0 + float(ids[0, 0]))
+
+
+kept = np.zeros((1, 1, 32), np.float32)
+
+
+def frozen(x: Any, ids: Any, context: Context) -> Any:
+    """Into an array that outlives the step."""
+    if x.shape == kept.shape:
+        np.copyto(kept, data(x))
+        return kept
+    return x
+
+
+@pytest.mark.parametrize("plant", [numpy_temporary, numpy_in_place, numpy_into_its_memory, host_length, host_id, frozen])
+def test_planted_host_arithmetic_is_found(
+    plant: Any, watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Planted(tiny("llama"), plant)
+    settings = Settings(max_tokens=10)
+    monkeypatch.setenv("FASTLM_RECORD", "0")
+    expected = generate.generate(model, PROMPTS[:1], settings)
+    bits = list(watch.logits)
+    watch.logits.clear()
+    monkeypatch.setenv("FASTLM_RECORD", "1")
+    with caplog.at_level(logging.WARNING, logger="fastlm.generate"):
+        assert generate.generate(model, PROMPTS[:1], settings) == expected
+        assert generate.generate(model, PROMPTS[:1], settings) == expected
+    assert watch.logits == bits * 2
+    assert len(recorded.why_not(model)) == 1
+    assert len(caplog.records) == 1
+    assert "Planted: steps run in Python" in caplog.text
+    assert watch.recordings == 1, "what was refused once is not tried again"
+
+
+def test_dynamic_rope_is_refused(watch: Watch) -> None:
+    model = tiny("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}, context=16)
+    generate.generate(model, [[1, 2, 3]], Settings(max_tokens=9))
+    assert recorded.why_not(model) == []  # within the context its turns are fixed
+    cache = model.new_cache(1, 40)
+    model.logits(np.array([[1, 2, 3]]), cache, last=True)
+    recorded.Decoder(model, cache).step()
+    assert recorded.why_not(model) == ["dynamic rope_scaling turns by the length of the sequence"]
+
+
+def test_an_error_of_the_step_stays_one() -> None:
+    model = tiny("gpt")
+    cache = model.new_cache(1, 3)
+    model.logits(np.array([[1, 2]]), cache, last=True)
+    decoder = recorded.Decoder(model, cache)
+    decoder.step()
+    with pytest.raises(ValueError, match=r"\[cache\] capacity must be at least 4"):
+        decoder.step()
+    cache = model.new_cache(1, 9)
+    decoder = recorded.Decoder(model, cache)
+    decoder.ids[:] = 97
+    with pytest.raises(ValueError, match=r"\[embedding\] ids must be from 0 to 96"):
+        decoder.step()
+    assert cache.lengths.tolist() == [0]
+    assert recorded.why_not(model) == []
+
+
+def test_recording_alone() -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    weight = np.ones((4, 3), np.float32)
+    recording = backend.Recording(lambda: ops.scale(ops.linear(x, weight), 2.0))
+    assert len(recording) == 2
+    assert [name for name, _ in recording.profile(1)] == ["Matmul", "ScaleAdd"]
+    x += 1
+    recording.spoil()
+    recording.run()
+    np.testing.assert_array_equal(recording.result, ops.scale(ops.linear(x, weight), 2.0))
+    assert not backend.recording()
+    with pytest.raises(backend.Unrecordable, match="made without a kernel"):
+        backend.Recording(lambda: ops.linear(x + 1, weight))
+    with pytest.raises(backend.Unrecordable, match="operation of the host"):
+        backend.Recording(lambda: ops.global_norm([x]))
+    with pytest.raises(RuntimeError, match="records already"):
+        backend.Recording(lambda: backend.Recording(lambda: None))
+    with pytest.raises(ZeroDivisionError):
+        backend.Recording(lambda: 1 // 0)
+    assert not backend.recording()
