@@ -198,10 +198,11 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
         if parent.__class__ is _Node:
             order = parent.order
             old = gradients.pop(order, None)
-            if old is not None and _alone(old, 2):
-                backend.add(old, d, out=old)
-                d = old
-            gradients[order] = d if old is None or d is old else backend.add(old, d)
+            if old is None:
+                gradients[order] = d
+            else:
+                into = old if _alone(old, 2) else None
+                gradients[order] = backend.add(old, d, out=into)
         else:
             assert isinstance(parent, Tensor)
             if parent.grad is None and _alone(d, 3) and d.base.__class__ is not np.ndarray and d.dtype == np.float32:

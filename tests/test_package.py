@@ -34,7 +34,7 @@ class Watch:  # sees an attempt even where the framework is not installed
 sys.meta_path.insert(0, Watch())
 import fastlm
 for m in pkgutil.walk_packages(fastlm.__path__, "fastlm."):
-    if not m.name.startswith(("fastlm.benchmarks", "fastlm.kernels", "fastlm.__main__")):
+    if not m.name.startswith(("fastlm.benchmarks", "fastlm.kernels", "fastlm.__main__", "fastlm.cuda.interpreter")):
         importlib.import_module(m.name)
 print(json.dumps(Watch.seen))
 """
