@@ -81,6 +81,7 @@ class Row:
     threads: int
     rounds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> best seconds of each round
     setups: dict[str, str] = field(default_factory=dict)  # contestant -> precision, threads
+    memory: dict[str, float] = field(default_factory=dict)  # contestant -> MB, the most at once, above the idle process
     work: tuple[float, float] | None = None  # operations, bytes
     tokens: int | None = None  # of one call of a model
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
@@ -129,6 +130,7 @@ class Row:
             "ms": {k: round(self.median(k) * 1e3, 6) for k in self.rounds},
             "rounds_ms": {k: [round(t * 1e3, 6) for t in v] for k, v in self.rounds.items()},
             "setups": self.setups,
+            "peak_mb": {k: round(v, 1) for k, v in self.memory.items() if math.isfinite(v)},
             "ratio": {k: self.ratio(k) for k in self.rounds if k != "ours"},
             "work": self.work,
             "tokens_per_second": {k: self.tokens / self.median(k) for k in self.rounds} if self.tokens else None,
@@ -250,6 +252,7 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
                 present.remove(who)
             else:
                 row.rounds.setdefault(who, []).append(min(answer["times"]))
+                row.memory[who] = max(row.memory.get(who, 0.0), answer.get("memory", math.nan))
     return row
 
 
@@ -340,6 +343,8 @@ def line(row: Row, found: Sequence[str]) -> str:
             for who in row.rounds
         )
         text += "\n    tokens/s: " + ", ".join(speeds)
+    if row.op == "model" and "train" in row.case and row.memory:
+        text += "\n    peak MB: " + ", ".join(f"{who} {mb:,.0f}" for who, mb in row.memory.items())
     return text
 
 

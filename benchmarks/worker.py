@@ -19,6 +19,7 @@ What is timed may say itself how long it took, `run.times(seconds) -> list`, and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -263,6 +264,18 @@ def roof() -> dict[str, float]:
     return found
 
 
+def resident(key: str) -> float:
+    """MB of this process, "VmRSS", or the most since `forget_peak`, "VmHWM"; nan where the system does not say."""
+    path = Path("/proc/self/status")
+    found = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(key)] if path.exists() else []
+    return int(found[0]) / 1024 if found else float("nan")
+
+
+def forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def main() -> None:
     who = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w")
@@ -274,12 +287,18 @@ def main() -> None:
 
         torch.set_num_threads(threads)
     run: Callable[[], Any] | None = None
+    before = 0.0
     for line in sys.stdin:
         command = json.loads(line)
         answer: dict[str, Any] = {}
         try:
             if command["do"] == "prepare":
                 run = None  # its memory goes before the next one's comes
+                if who == "ours":
+                    from fastlm import backend
+
+                    backend.release()
+                before = resident("VmRSS")
                 run = contestant(who, command["op"], command["index"], command["backward"])
                 answer["present"] = run is not None
                 if run is not None:
@@ -302,7 +321,9 @@ def main() -> None:
             elif command["do"] == "time":
                 assert run is not None
                 own = getattr(run, "times", None)
+                forget_peak()  # after the preparation: compiling and loading do not count
                 answer["times"] = own(command["seconds"]) if own else measure(run, command["seconds"], command["warm"])
+                answer["memory"] = resident("VmHWM") - before
         except Exception as error:  # a peer that fails is reported in its column and the run goes on
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)

@@ -108,6 +108,12 @@ def copy(x: Any) -> Array:
 def add(x: Any, y: Any, out: Any = None) -> Array:
     """x + y of one shape, into `out` or a new array."""
     if isinstance(x, np.ndarray):
+        if out is None:
+            out = empty(x.shape, x.dtype)
+        plain = x.size >= _POOLED // 4 and x.flags.c_contiguous and y.flags.c_contiguous and x.dtype == y.dtype == np.float32
+        if plain and out is x:
+            _C.scale_add(x, y, 1.0, True)  # the same sum, on all threads
+            return x
         summed: Array = np.add(x, y, out=out)
         return summed
     out = empty_like(x) if out is None else out

@@ -192,9 +192,11 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
     else:
         ds = backward(dy)
     del backward, dy
+    ds = list(ds)
     for i, parent in enumerate(parents):
         if parent is None or (d := ds[i]) is None:
             continue
+        ds[i] = None  # the last parent of several with the same gradient may have it as its own
         if parent.__class__ is _Node:
             order = parent.order
             old = gradients.pop(order, None)
@@ -205,10 +207,12 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
                 gradients[order] = backend.add(old, d, out=into)
         else:
             assert isinstance(parent, Tensor)
-            if parent.grad is None and _alone(d, 3) and d.base.__class__ is not np.ndarray and d.dtype == np.float32:
+            if parent.grad is not None:
+                backend.add(parent.grad, d, out=parent.grad)
+            elif _alone(d, 2) and d.base.__class__ is not np.ndarray and d.dtype == np.float32:
                 parent.grad = d
             else:
-                backend.add(parent.grad_buffer(), d, out=parent.grad)
+                parent.grad = backend.copy(d)
 
 
 def _alone(d: Array, held: int) -> bool:
