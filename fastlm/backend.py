@@ -110,12 +110,12 @@ def add(x: Any, y: Any, out: Any = None) -> Array:
     if isinstance(x, np.ndarray):
         if out is None:
             out = empty(x.shape, x.dtype)
+        total: Array = out
         plain = x.size >= _POOLED // 4 and x.flags.c_contiguous and y.flags.c_contiguous and x.dtype == y.dtype == np.float32
         if plain and out is x:
             _C.scale_add(x, y, 1.0, True)  # the same sum, on all threads
-            return x
-        summed: Array = np.add(x, y, out=out)
-        return summed
+            return total
+        return np.add(x, y, out=total)
     out = empty_like(x) if out is None else out
     kernels(x).add(out, x, contiguous(y))
     there: Array = out
