@@ -115,7 +115,8 @@ def add(x: Any, y: Any, out: Any = None) -> Array:
         if plain and out is x:
             _C.scale_add(x, y, 1.0, True)  # the same sum, on all threads
             return total
-        return np.add(x, y, out=total)
+        np.add(x, y, out=total)
+        return total
     out = empty_like(x) if out is None else out
     kernels(x).add(out, x, contiguous(y))
     there: Array = out

@@ -21,6 +21,10 @@ void bind_matmul(py::module_& m) {
         const LinearBackward p{f32(dz), f32(dbias), f32(partial), f32(dy), f32(z), rows(dy), last(dy), Activation(activation)};
         launch(matmul_kernels().linear_backward, p);
     });
+    m.def("linear_activation", [](const py::array& y, const py::array& z, int activation) {
+        NoGil nogil;
+        matmul_kernels().activate(f32(y), f32(z), int64_t(z.size()), Activation(activation));
+    });
     m.attr("linear_rows") = kLinearRows;
 }
 

@@ -89,7 +89,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
 
 def _activated(z: Array, kind: int) -> Array:
     y = backend.empty(z.shape)
-    _C.activation_forward(y, z, kind)
+    _C.linear_activation(y, z, kind)
     return y
 
 

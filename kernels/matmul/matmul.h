@@ -45,6 +45,7 @@ struct MatmulKernels {
     int64_t (*workspace)(const Matmul&);
     void (*matmul)(const Matmul&);
     void (*linear_backward)(const LinearBackward&);
+    void (*activate)(float* y, const float* z, int64_t n, Activation activation);  // y = act(z), with the bits of `matmul`
 };
 
 }  // namespace fastlm

@@ -340,9 +340,15 @@ void linear_backward(const LinearBackward& p) {
     });
 }
 
+void activate_all(float* y, const float* z, int64_t n, Activation activation) {
+    parallel_for(n, 8192, [&](int64_t begin, int64_t end) {
+        finish_tiles[int(activation)](y + begin, z + begin, nullptr, 0, 1, end - begin);
+    });
+}
+
 }  // namespace
 
-extern const MatmulKernels matmul_kernels = {workspace, matmul, linear_backward};
+extern const MatmulKernels matmul_kernels = {workspace, matmul, linear_backward, activate_all};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm
