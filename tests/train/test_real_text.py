@@ -102,23 +102,23 @@ def test_student_comes_closer_to_its_teacher(text, bert):
 
 
 def test_a_pretrained_encoder_learns_a_task_better(text, bert):
-    """Which half of the works a passage is from, by 400 labelled passages: the pre-trained model against one with first weights."""
-    _, corpus = text
-    pieces = corpus.train[: len(corpus.train) // 30 * 30].reshape(-1, 30)
-    labels = (np.arange(len(pieces)) >= len(pieces) // 2).astype(int)
-    order = np.random.default_rng(0).permutation(len(pieces))
-    few, rest = order[:400], order[400:2400]
-    examples = data.Labelled(pieces[few], labels[few], validation=data.Labelled(pieces[rest], labels[rest]))
-    first = models.create(bert[0].config, 7)
+    """Whether a passage that pre-training did not see is in its own order or shuffled, by 400 labelled passages: the pre-trained model
+    against one with first weights."""
+    tokenizer, corpus = text
+    rng = np.random.default_rng(0)
+    v = data.Vocabulary.of(tokenizer)
+    pieces = corpus.validation[: len(corpus.validation) // 30 * 30].reshape(-1, 30)
+    labels = rng.integers(0, 2, len(pieces))
+    rows = [[v.cls, *(rng.permutation(piece) if label else piece), v.sep] for piece, label in zip(pieces, labels, strict=True)]
+    few, rest = data.Labelled(rows[:400], labels[:400]), data.Labelled(rows[400:], labels[400:]).batch(range(len(rows) - 400))
     right = {}
-    for name, body in (("pre-trained", bert[0]), ("first weights", first)):
-        model = models.with_head(body, "sequence_classification", labels=("first", "second"), seed=3)
-        for _ in train(model, examples, steps=250, batch=16, lr=3e-4, warmup=25, context=CONTEXT, weight_decay=0.01):
+    for name, body in (("pre-trained", bert[0]), ("first weights", models.create(bert[0].config, 7))):
+        model = models.with_head(body, "sequence_classification", labels=("as written", "shuffled"), seed=3)
+        for _ in train(model, few, steps=250, batch=16, lr=5e-4, warmup=25, context=CONTEXT, weight_decay=0.01):
             pass
-        right[name] = np.mean(model.logits(pieces[rest]).argmax(-1) == labels[rest])
-    print(f"\nfine-tuning: {right}")
-    assert right["pre-trained"] > right["first weights"] + 0.03
-    assert right["pre-trained"] > 0.7
+        right[name] = float(np.mean(model.logits(rest.ids).argmax(-1) == rest.targets))
+    print("\nfine-tuning by 400 examples, right of the others: " + ", ".join(f"{k} {x:.1%}" for k, x in right.items()))
+    assert right["pre-trained"] > 0.65 > right["first weights"] + 0.1
 
 
 def test_xlnet_learns_permutations(text):
@@ -159,7 +159,9 @@ def test_t5_copies_and_reverses(backwards):
         targets = np.concatenate([source[:, :: -1 if backwards else 1], np.ones((32, 1), np.int32)], 1)
         return data.SourceBatch(source, np.concatenate([np.zeros((32, 1), np.int32), targets[:, :-1]], 1), targets)
 
-    for step in train(model, batches, steps=1500, batch=32, context=11, lr=3e-3, warmup=50, weight_decay=0.0, betas=(0.9, 0.99)):
+    for step in train(
+        model, batches, steps=2000, batch=32, context=11, lr=3e-3, min_lr=0.0, warmup=50, weight_decay=0.0, betas=(0.9, 0.99)
+    ):
         if step.step % 500 == 0:
             print(f"  step {step.step}: loss {step.loss:.4f}", flush=True)
     unseen = np.random.default_rng(1).integers(2, 16, (100, 10)).tolist()
