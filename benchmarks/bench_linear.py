@@ -2,7 +2,7 @@
 
 
 def BACKWARD(case):
-    return case.get("weight") is None and case["x"][0] > 8
+    return case.get("weight") is None and "cold" not in case and case["x"][0] > 8
 
 
 def work(both, x, weight, bias, activation, residual):

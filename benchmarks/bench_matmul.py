@@ -1,6 +1,8 @@
 """Matrix products of float32: bound by the multiply-add units."""
 
-BACKWARD = True
+
+def BACKWARD(case):
+    return "cold" not in case
 
 
 def work(both, a, b):

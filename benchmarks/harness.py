@@ -87,6 +87,7 @@ class Row:
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
     problems: dict[str, str] = field(default_factory=dict)
     ceiling: str = "gflops"  # of `roof`: what its operations are compared with
+    cold: bool = False  # it reads memory that no cache holds, whatever its size
 
     @property
     def seconds(self) -> float:
@@ -110,7 +111,9 @@ class Row:
         return max(flops / self.roof[self.ceiling], size / self.bandwidth(size)) / 1e9 / self.seconds
 
     def bandwidth(self, size: float) -> float:
-        """GB/s of reading `size` bytes that were used a moment ago: small operands stay in cache."""
+        """GB/s of reading `size` bytes that were used a moment ago: small operands stay in cache. Of memory where the row is cold."""
+        if self.cold:
+            return self.roof["read_gbs"]
         sizes = sorted(int(k) for k in self.roof if k.isdigit())
         return self.roof[str(min(sizes, key=lambda s: abs(math.log(max(size, 1.0) / s))))]
 
@@ -309,6 +312,7 @@ def run(
                 for backward in worker.passes(op, index):
                     row = Row(op, label(op, index), backward, threads, roof=roof)
                     row.ceiling = worker.ceiling(op, index) or row.ceiling
+                    row.cold = "cold" in worker.cases(op)[index]
                     yield run_case(row, index, taking, rounds or (2 if quick else 5), 0.05 if quick else 0.3)
             roof.update(measured_roof(contestants["ours"], roof))
     finally:

@@ -22,11 +22,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,19 @@ def inputs(op: str, index: int) -> dict[str, Any]:
     return make(cases(op)[index], np.random.default_rng(index))
 
 
+COLD = 128 << 20  # bytes: more than the last cache of any machine that this is likely to run on
+
+
+def in_turn(op: str, index: int, values: dict[str, Any], copy: Callable[[Any], Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of one call after the other. A case with `"cold": name` takes a copy of that input each time, of so many that none is in
+    a cache when its turn comes: as a model's weights are."""
+    name = cases(op)[index].get("cold")
+    if name is None:
+        return itertools.repeat(values)
+    count = max(2, -(-COLD // values[name].nbytes))
+    return itertools.cycle([values, *({**values, name: copy(values[name])} for _ in range(count - 1))])
+
+
 def gradient(y: Any, index: int) -> Any:
     """A random output gradient, the same in every process; a tuple where there are several outputs."""
     rng = np.random.default_rng(1000 + index)
@@ -102,7 +116,8 @@ def ours(op: str, index: int, backward: bool) -> Callable[[], Any]:
     values = inputs(op, index)
     call = getattr(bench(op), "ours", None) or getattr(ops, op)
     if not backward:
-        return lambda: call(**values)
+        turns = in_turn(op, index, values, np.array)
+        return lambda: call(**next(turns))
     tensors = {k: Tensor(v, requires_grad=True) if k in oracle(op).GRADIENTS and v is not None else v for k, v in values.items()}
     leaves = {k: t for k, t in tensors.items() if isinstance(t, Tensor)}
     y = call(**tensors)
@@ -156,10 +171,11 @@ def torch_peer(op: str, index: int, backward: bool, who: str) -> Callable[[], An
 
     values = {k: tensor(v) for k, v in inputs(op, index).items()}
     if not backward:
+        turns = in_turn(op, index, values, torch.clone)
 
         def forward() -> Any:
             with torch.inference_mode():
-                return call(**values)
+                return call(**next(turns))
 
         return forward
     leaves = [k for k in oracle(op).GRADIENTS if values.get(k) is not None]

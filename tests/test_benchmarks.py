@@ -64,6 +64,21 @@ def test_share_of_the_roof():
     assert memory.share == pytest.approx(0.5)
     cached = Row("op", "case", False, 1, {"ours": [1e-6]}, work=(1.0, 8e4), roof=roof)
     assert cached.share == pytest.approx(1.0)
+    cold = Row("op", "case", False, 1, {"ours": [1e-5]}, work=(1.0, 8e4), roof=roof, cold=True)
+    assert cold.share == pytest.approx(0.8), "what is too small for memory, but is in no cache"
+
+
+def test_cold_inputs_take_turns(monkeypatch):
+    monkeypatch.setattr(worker, "COLD", 10_000)
+    index = next(i for i, case in enumerate(worker.cases("linear")) if case.get("cold") == "weight")
+    values = {"x": np.ones(3, np.float32), "weight": np.ones(1000, np.float32)}
+    turns = worker.in_turn("linear", index, values, np.array)
+    seen = [next(turns) for _ in range(4)]
+    assert len({id(v["weight"]) for v in seen[:3]}) == 3, "three copies make 12,000 bytes"
+    assert seen[3]["weight"] is seen[0]["weight"]
+    assert all(v["x"] is values["x"] for v in seen)
+    index = next(i for i, case in enumerate(worker.cases("linear")) if "cold" not in case)
+    assert next(worker.in_turn("linear", index, values, np.array)) is values
 
 
 def test_a_worker_says_what_went_wrong():

@@ -29,7 +29,8 @@ constexpr int64_t NR = NV * W;
 constexpr int64_t kDepth = 1024;       // of a packed panel of B
 constexpr int64_t kPanels = 3;         // panels of B that a piece packs at once: 384 KB in L2 at most
 constexpr int64_t kRows = 2048;        // of A packed at once
-constexpr int64_t kPackedA = 4 << 20;  // floats of A packed at once: its place is L3
+constexpr int64_t kPackedA = 2 << 20;  // floats of A packed at once: its place is L3, beside what else is there
+constexpr int64_t kShallow = 512;      // depth up to which a tile's own misses are felt
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneBatch = 1 << 18;
@@ -143,6 +144,11 @@ template <int V> const Micro micros[MR + 1] = {
     micro<9, V>, micro<10, V>, micro<11, V>, micro<12, V>, micro<13, V>, micro<14, V>,
 #endif
 };
+
+FASTLM_INLINE void fetch_tile(const float* sum, int64_t ld, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t n = 0; n < NR; n += 16) __builtin_prefetch(sum + i * ld + n, 1, 2);
+}
 
 // M rows in panels of at most `most` rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2.
 struct RowPanels {
@@ -270,9 +276,13 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                         fetch.a = a_then + from * 64;
                         fetch.lines = lines * (n + c - n0) / (n1 - n0) - from;
                         if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
+                        float* sum = p.target.sum + (row0 + row) * p.N + n;
+                        // What is only written is needed at the end, what is added to at once: then the tile after this one.
+                        if (kc <= kShallow)
+                            fetch_tile(from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0), p.N, rows);
                         const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
-                        multiply(a + row * kb + k * rows, packed + (n - n0) * kc, kc, p.target.sum + (row0 + row) * p.N + n, p.N, c,
-                                 from_zero, end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
+                        multiply(a + row * kb + k * rows, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
+                                 end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                         if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                     }
                 }

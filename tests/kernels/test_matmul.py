@@ -144,7 +144,10 @@ def test_blocks_larger_than_one(isa, monkeypatch):
     g = np.random.default_rng(5)
     for M, K, N in [(2500, 20, 5), (2, 9000, 3), (600, 7300, 2)]:
         a, b = g.standard_normal((M, K), np.float32), g.standard_normal((K, N), np.float32)
-        assert_within(ops.matmul(a, b), ref.forward(a.astype(np.float64), b), ref.bound(a, b), f"{M}, {K}, {N}")
+        whole = ops.matmul(a, b)
+        assert_within(whole, ref.forward(a.astype(np.float64), b), ref.bound(a, b), f"{M}, {K}, {N}")
+        np.testing.assert_array_equal(ops.matmul(a[:1], b), whole[:1])
+        np.testing.assert_array_equal(ops.linear(a[-20:], np.ascontiguousarray(b.T)), whole[-20:])
 
 
 def test_not_finite(isa):
