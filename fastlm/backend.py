@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 import weakref
@@ -26,9 +25,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 def kernels(x: Any) -> Any:
     """The kernels for arrays like x: `fastlm._C`, or those of the device that x is on, by the same names."""
-    if type(x) is np.ndarray or isinstance(x, np.ndarray):
-        return _C
-    return importlib.import_module("fastlm.cuda").table(x.device)
+    return _C if isinstance(x, np.ndarray) else x.device.table
 
 
 def on_device(x: Any) -> bool:

@@ -130,7 +130,7 @@ class Tensor:
         """`grad` and True: add to it. Where there was none, fresh memory and False: assign."""
         if self.grad is not None:
             return self.grad, True
-        self.grad = backend.empty(self.shape)
+        self.grad = backend.empty(self.shape, like=self.data)
         return self.grad, False
 
     def backward(self, gradient: Array | None = None) -> None:

@@ -1,6 +1,4 @@
 // What every .cu file includes: types, shared memory, reductions. On the host (FASTLM_EMULATE) the same names are models.
-//
-// Kernels use no inline PTX of their own: what needs it is in csrc/cuda/ptx.h, with its model beside it.
 #pragma once
 
 #include <cstdint>
@@ -70,7 +68,9 @@ template <int THREADS> __device__ __forceinline__ float block_sum(float v, float
     v = warp_sum(v);
     __syncthreads();  // the room may still be read by the sum before
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
+#ifndef FASTLM_PLANT_NO_BARRIER  // a test of the emulator leaves it out
     __syncthreads();
+#endif
     float total = 0.0f;
     for (int i = 0; i < THREADS / 32; ++i) total += room[i];
     return total;

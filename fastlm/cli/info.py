@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fastlm
 from fastlm import _C, backend, cuda
+from fastlm.generate import recorded
 
 
 def gpu() -> str:
@@ -36,6 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
         ("features", " ".join(_C.cpu_features()) or "none of those that are looked for"),
         ("ISA", f"{_C.isa()}, {chosen}; FASTLM_ISA={'|'.join(others)} forces another" if others else f"{_C.isa()}, {chosen}"),
         ("threads", f"{backend.num_threads()} of {os.cpu_count()} CPUs; FASTLM_NUM_THREADS=N or --threads N sets it"),
+        (
+            "decoding",
+            f"steps are {'recorded, FASTLM_RECORD=0 turns that off' if recorded.enabled() else 'not recorded: FASTLM_RECORD=0'}",
+        ),
         ("GPU", gpu()),
         ("memory", f"{_C.cached_bytes() / 1e6:.1f} MB kept for reuse"),
         ("versions", f"Python {platform.python_version()}, {libraries}"),

@@ -2,6 +2,5 @@
 
 from fastlm.cuda.array import DeviceArray, from_dlpack
 from fastlm.cuda.runtime import Device, device, status
-from fastlm.cuda.table import table
 
-__all__ = ["Device", "DeviceArray", "device", "from_dlpack", "status", "table"]
+__all__ = ["Device", "DeviceArray", "device", "from_dlpack", "status"]

@@ -25,7 +25,7 @@ from fastlm.cuda.runtime import Device, Run
 GUARD = 256  # bytes before and after every block
 POISON = 0xFF  # nan as float32 and bfloat16, -1 as an integer
 
-SCHEDULES = ((0, False), (1, False), (2, True))  # (seed of the order of threads, asynchronous copies arrive at once)
+SCHEDULES = (0, 1, 2)  # 0: threads in their order; else the seed of an order that is shuffled
 
 
 class Block:
@@ -59,8 +59,8 @@ class Emulated(Device):
     capability = (9, 0)
     damaged = 0  # blocks whose guards were found overwritten, in all
 
-    def __init__(self, libraries: Path | None = None, seed: int = 0, eager: bool = False) -> None:
-        self.libraries, self.seed, self.eager = libraries, seed, eager
+    def __init__(self, libraries: Path | None = None, seed: int = 0) -> None:
+        self.libraries, self.seed = libraries, seed
         self.launched: dict[str, set[str]] = {}  # operation -> the variants that were launched
         self._loaded: dict[str, Any] = {}
 
@@ -117,7 +117,7 @@ class Emulated(Device):
             pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(h) for h in held))
             sizes = (ctypes.c_int * 3)(*grid)
             error = library.emulate(
-                kernel.encode(), sizes, block, shared, cluster, pointers, len(held), self.seed, int(self.eager), signature.encode()
+                kernel.encode(), sizes, block, shared, cluster, pointers, len(held), self.seed, signature.encode()
             )
             if error:
                 raise RuntimeError(f"[{op}] {kernel}: {error.decode()}")
@@ -131,13 +131,12 @@ def emulated(**options: Any) -> Iterator[Emulated]:
     """Inside, the device is an emulated one; `twin` chooses the twin of all operations."""
     twin = options.pop("twin", None)
     before = os.environ.get("FASTLM_KERNEL")
-    from fastlm.cuda.table import Table, chosen
+    from fastlm.cuda.table import chosen
 
     if twin is not None:
         os.environ["FASTLM_KERNEL"] = twin
     chosen.cache_clear()
     on = Emulated(**options)
-    on.table = Table(on)
     runtime.use(on)
     try:
         yield on

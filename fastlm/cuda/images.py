@@ -30,11 +30,11 @@ class Images:
     def find(self, op: str, twin: str, key: str) -> dict[str, Any]:
         """The manifest's entry, or a RuntimeError."""
         if self._archive is None:
-            raise RuntimeError(f"[{op}] this build has no kernels for {self.name}: build them with `make gpu`.")
+            raise RuntimeError(f"[{op}] this build has no kernels for {self.name}: build them with tools/gpu_build.py.")
         entry = self.manifest.get(f"{twin} {key}")
         if entry is None:
             raise RuntimeError(
-                f"[{op}] {self.path} has no {twin} kernel {key!r}: it is older than this code. Build it with `make gpu`."
+                f"[{op}] {self.path} has no {twin} kernel {key!r}: it is older than this code. Build it with tools/gpu_build.py."
             )
         found: dict[str, Any] = entry
         return found

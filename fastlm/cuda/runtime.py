@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ class Device:
     name = "device"
     stream = 0
     dlpack = (2, 0)  # DLPack's type and number of the device
-    table: Any = None  # its kernels, see fastlm/cuda/table.py
 
     def block(self, bytes: int) -> Any:
         """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
@@ -50,6 +50,13 @@ class Device:
         raise NotImplementedError
 
     # --- what follows from these ---
+
+    @cached_property
+    def table(self) -> Any:
+        """The kernels for its arrays, by the names of `fastlm._C`."""
+        from fastlm.cuda.table import Table
+
+        return Table(self)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
         """An uninitialised array."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.cuda.array import BFLOAT16, DeviceArray
-from fastlm.cuda.runtime import Device, device
+from fastlm.cuda.runtime import Device
 
 KERNELS = (Path(__file__).parent.parent / "kernels").resolve()
 TYPES = {np.dtype(n): t for n, t in (("float32", "fp32"), ("int32", "i32"), ("int64", "i64"), ("uint8", "u8"), ("int8", "i8"))}
@@ -126,7 +126,7 @@ def functions() -> dict[str, tuple[str, Any]]:
 
 
 class Table:
-    """`table(device).layer_norm_forward(...)`; the functions are bound to the device at first use."""
+    """`device.table.layer_norm_forward(...)`; the functions are bound to the device at first use."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -138,12 +138,3 @@ class Table:
         bound = partial(function, Gpu(self._device, op))
         setattr(self, name, bound)
         return bound
-
-
-def table(on: Device | None = None) -> Table:
-    """The kernels of a device, default the one in use."""
-    on = on or device()
-    found: Table | None = getattr(on, "table", None)
-    if found is None:
-        found = on.table = Table(on)
-    return found

@@ -204,7 +204,6 @@ class Context:
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
         assert self.cache is not None
-        assert self.positions is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         ops.cache_append(keys, values, k, v, self.cache.lengths)
         return keys[:, : self.end], values[:, : self.end]

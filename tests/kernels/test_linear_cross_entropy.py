@@ -78,8 +78,8 @@ def live_bytes(monkeypatch):
     """Counts the bytes of arrays from backend.empty that are alive; returns a function that gives the peak."""
     now, peak, make = [0], [0], backend.empty
 
-    def counted(shape, dtype=np.float32):
-        array = make(shape, dtype)
+    def counted(shape, dtype=np.float32, like=None):
+        array = make(shape, dtype, like=like)
         size = array.nbytes
         now[0] += size
         peak[0] = max(peak[0], now[0])
