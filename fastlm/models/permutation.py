@@ -1,4 +1,4 @@
-"""What XLNet's calls are made of: streams of queries, who sees whom, which positions are asked for, memories of earlier tokens."""
+"""What XLNet is made of: streams of queries, who sees whom, attention by distance, which positions are asked, earlier tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import ops
 from fastlm.backend import Array
+from fastlm.nn import Linear, Module, parameter
+from fastlm.nn.attention import EVERYTHING
 from fastlm.tensor import data, record, recording
 
 
@@ -21,6 +24,37 @@ class Stream:
     mask: Array | None
     segments: Array | None
     key_segments: Array | None
+
+
+class RelativeAttention(Module):
+    """softmax(scale ((q + u) k + rel_shift((q + w) r) + (q + s) e)) v: content, position and segment each with a bias of its own."""
+
+    products, sees = 3, EVERYTHING  # what `fastlm plan` counts
+
+    def __init__(self, d_model: int, n_head: int) -> None:
+        self.n_head = self.n_kv_head = n_head
+        self.head_dim, self.cached = d_model // n_head, d_model  # a memory holds hidden states
+        self.q, self.k, self.v, self.r, self.out = (Linear(d_model, d_model, bias=False) for _ in range(5))
+        self.content_bias, self.position_bias, self.segment_bias = (parameter(d_model, std=0.02) for _ in range(3))
+        self.segment_embedding = parameter(2 * d_model, std=0.02)
+
+    def heads(self, x: Any) -> Any:
+        """(..., C) -> (..., H, D)."""
+        return ops.reshape(x, (*x.shape[:-1], self.n_head, self.head_dim))
+
+    def __call__(self, x: Any, keys: Any, values: Any, r: Any, stream: Stream) -> Any:
+        """x (B, T, C), keys and values (B, S, H, D), r (P, H, D) the distances -> x + attention (B, T, C)."""
+        q, scale = self.heads(self.q(x)), self.head_dim**-0.5
+        segments = {}
+        if stream.segments is not None:
+            segments["segment_bias"] = self.heads(self.segment_bias)
+            segments["segment_embedding"] = ops.reshape(self.segment_embedding, (2, self.n_head, self.head_dim))
+            segments |= {"query_segments": stream.segments, "key_segments": stream.key_segments}
+        bias = ops.rel_shift(
+            q, r, self.heads(self.position_bias), stream.starts, keys.shape[1], scale, mask=stream.mask, **segments
+        )
+        y = ops.attention(ops.add(q, self.heads(self.content_bias)), keys, values, scale=scale, bias=bias)
+        return self.out(ops.reshape(y, x.shape), residual=x)
 
 
 class Row:
@@ -88,3 +122,29 @@ def after(memory: Array, x: Any) -> Any:
     if not recording(x):
         return both
     return record(both, (x,), lambda dy: (np.ascontiguousarray(dy[:, memory.shape[1] :]),))
+
+
+def distances_of(T: int, S: int, C: int, clamp_len: int) -> Array:
+    """(S + T, C): sines, then cosines, of the distances S, S - 1 ... 1 - T, of which none counts as more than clamp_len, if positive."""
+    far = np.arange(S, -T, -1, dtype=np.float32)
+    if clamp_len > 0:
+        far = far.clip(-clamp_len, clamp_len)
+    frequency = np.float32(1) / np.power(np.float32(10000), np.arange(0, C, 2, dtype=np.float32) / np.float32(C))
+    angle = far[:, None] * frequency
+    return np.concatenate([np.sin(angle), np.cos(angle)], 1)
+
+
+def mems_of(mems: Sequence[Any], n_layer: int, B: int, C: int) -> list[Array]:
+    """The memories that were given, one a layer, as arrays (B, M, C)."""
+    found = [np.ascontiguousarray(data(m), np.float32) for m in mems]
+    want = (B, found[0].shape[1] if found and found[0].ndim == 3 else 0, C)
+    if len(found) != n_layer or any(m.shape != want for m in found):
+        raise ValueError(f"[xlnet] mems must be {n_layer} arrays (B, M, C) = {want}, got {[m.shape for m in found]!s:.80}.")
+    return found
+
+
+def kept_of(x: Array, memory: Array | None, c: Any) -> Array:
+    """What a layer's next memory is: of this one and the first c.reuse_len positions of x (B, T, C), the last c.mem_len."""
+    x = x[:, : c.reuse_len]
+    x = x if memory is None else np.concatenate([memory, x], 1)
+    return (x if c.mem_len is None else x[:, -c.mem_len :]).copy()

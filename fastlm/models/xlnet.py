@@ -20,9 +20,20 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import CausalLM, as_ids, check_config
 from fastlm.models.heads import labels_of
-from fastlm.models.permutation import Memories, Row, Stream, after, hidden_from, positions_of, scores_of
-from fastlm.nn import MLP, Embedding, LayerNorm, Linear, Module, parameter
-from fastlm.nn.attention import EVERYTHING
+from fastlm.models.permutation import (
+    Memories,
+    RelativeAttention,
+    Row,
+    Stream,
+    after,
+    distances_of,
+    hidden_from,
+    kept_of,
+    mems_of,
+    positions_of,
+    scores_of,
+)
+from fastlm.nn import MLP, Embedding, LayerNorm, Module, parameter
 from fastlm.tensor import Tensor, data, no_grad
 
 Distance = int  # a field of the Config that may be negative
@@ -58,37 +69,6 @@ PRESETS = {
     "xlnet-base-cased": XLNetConfig(d_model=768, n_layer=12, n_head=12, d_ff=3072, mem_len=None),
     "xlnet-large-cased": XLNetConfig(mem_len=None),
 }
-
-
-class RelativeAttention(Module):
-    """softmax(scale ((q + u) k + rel_shift((q + w) r) + (q + s) e)) v: content, position and segment each with a bias of its own."""
-
-    products, sees = 3, EVERYTHING  # what `fastlm plan` counts
-
-    def __init__(self, d_model: int, n_head: int) -> None:
-        self.n_head = self.n_kv_head = n_head
-        self.head_dim, self.cached = d_model // n_head, d_model  # a memory holds hidden states
-        self.q, self.k, self.v, self.r, self.out = (Linear(d_model, d_model, bias=False) for _ in range(5))
-        self.content_bias, self.position_bias, self.segment_bias = (parameter(d_model, std=0.02) for _ in range(3))
-        self.segment_embedding = parameter(2 * d_model, std=0.02)
-
-    def heads(self, x: Any) -> Any:
-        """(..., C) -> (..., H, D)."""
-        return ops.reshape(x, (*x.shape[:-1], self.n_head, self.head_dim))
-
-    def __call__(self, x: Any, keys: Any, values: Any, r: Any, stream: Stream) -> Any:
-        """x (B, T, C), keys and values (B, S, H, D), r (P, H, D) the distances -> x + attention (B, T, C)."""
-        q, scale = self.heads(self.q(x)), self.head_dim**-0.5
-        segments = {}
-        if stream.segments is not None:
-            segments["segment_bias"] = self.heads(self.segment_bias)
-            segments["segment_embedding"] = ops.reshape(self.segment_embedding, (2, self.n_head, self.head_dim))
-            segments |= {"query_segments": stream.segments, "key_segments": stream.key_segments}
-        bias = ops.rel_shift(
-            q, r, self.heads(self.position_bias), stream.starts, keys.shape[1], scale, mask=stream.mask, **segments
-        )
-        y = ops.attention(ops.add(q, self.heads(self.content_bias)), keys, values, scale=scale, bias=bias)
-        return self.out(ops.reshape(y, x.shape), residual=x)
 
 
 class Block(Module):
@@ -135,7 +115,7 @@ class XLNet(CausalLM):
         """The last states, of g (B, N, C) if something is asked, else of h (B, T, C); and the memories for what follows."""
         ids = as_ids("ids", ids)
         B, T = ids.shape
-        mems = None if mems is None else self._checked(mems, B)
+        mems = None if mems is None else mems_of(mems, self.config.n_layer, B, self.config.d_model)
         M = 0 if mems is None else mems[0].shape[1]
         hidden = hidden_from(B, T, M, self.config.attn_type == "uni", perm_mask, mask)
         if segments is not None:
@@ -153,10 +133,10 @@ class XLNet(CausalLM):
                 seen[~asked] = -np.inf
             streams.append(Stream(starts[rows, at], seen, None if segments is None else segments[rows, at], key_segments))
             xs.append(self.mask_embedding(np.zeros(at.shape, np.int32)))
-        distances, kept = self._distances(T, M + T), []
+        distances, kept = distances_of(T, M + T, self.config.d_model, self.config.clamp_len), []
         for layer, block in enumerate(self.blocks):
             memory = None if mems is None else mems[layer]
-            kept.append(self._kept(data(xs[0]), memory))
+            kept.append(kept_of(data(xs[0]), memory, self.config))
             xs = block(xs, memory, distances, streams)
         return xs[-1], kept
 
@@ -236,30 +216,6 @@ class XLNet(CausalLM):
             raise ValueError("[xlnet] this XLNet has no head: it gives hidden states (run), no logits and no loss.")
         logits: Tensor = ops.linear(x, self.token_embedding.weight, self.head_bias)
         return logits
-
-    def _distances(self, T: int, S: int) -> Array:
-        """(S + T, C): sines, then cosines, of the distances S, S - 1 ... 1 - T."""
-        far = np.arange(S, -T, -1, dtype=np.float32)
-        if self.config.clamp_len > 0:
-            far = far.clip(-self.config.clamp_len, self.config.clamp_len)
-        C = self.config.d_model
-        frequency = np.float32(1) / np.power(np.float32(10000), np.arange(0, C, 2, dtype=np.float32) / np.float32(C))
-        angle = far[:, None] * frequency
-        return np.concatenate([np.sin(angle), np.cos(angle)], 1)
-
-    def _kept(self, x: Array, memory: Array | None) -> Array:
-        x = x[:, : self.config.reuse_len]
-        x = x if memory is None else np.concatenate([memory, x], 1)
-        return (x if self.config.mem_len is None else x[:, -self.config.mem_len :]).copy()
-
-    def _checked(self, mems: Sequence[Array], B: int) -> list[Array]:
-        found = [np.ascontiguousarray(data(m), np.float32) for m in mems]
-        want = (B, found[0].shape[1] if found and found[0].ndim == 3 else 0, self.config.d_model)
-        if len(found) != self.config.n_layer or any(m.shape != want for m in found):
-            raise ValueError(
-                f"[xlnet] mems must be {self.config.n_layer} arrays (B, M, C) = {want}, got {[m.shape for m in found]!s:.80}."
-            )
-        return found
 
 
 Config, Model = XLNetConfig, XLNet

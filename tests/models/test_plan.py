@@ -10,7 +10,7 @@ from fastlm.cli import main
 from fastlm.cli.plan import quantity, step
 from fastlm.models import plan
 from fastlm.models.encoder import Encoder
-from fastlm.nn import count_parameters
+from fastlm.nn import Declared, count_parameters
 
 GIANTS = {"megatron-turing-530b": 2240, "palm-540b": 6144, "glam-1.2t": 1024, "gpt4-like": 3840}
 
@@ -113,7 +113,8 @@ COUNTS = {
 def test_exact_counts(name):
     preset, _, head = name.partition(" ")
     model = models.declare(models.preset(preset, head=head) if head else preset)
-    assert plan.shape_of_model(model).total == COUNTS[name]
+    assert all(isinstance(p.data, Declared) for p in model.named_parameters().values()), "something was allocated"
+    assert plan.shape_of_model(model).total == count_parameters(model) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in models.PRESETS if name != "switch-c-2048"])

@@ -13,7 +13,6 @@ from fastlm import generate, hub, models, ops
 from fastlm.models import convert
 from fastlm.models.base import names
 from fastlm.models.t5 import buckets
-from fastlm.nn import Declared, count_parameters
 from fastlm.tensor import Tensor
 
 DATA = Path(__file__).parents[1] / "data" / "t5"
@@ -22,19 +21,6 @@ GENERATION = json.loads((DATA / "generation.json").read_text())
 COUNTS = json.loads((DATA / "counts.json").read_text())
 NAMES = ("v1.0", "v1.1", "v1.1-tied")
 EACH = pytest.mark.parametrize("name", NAMES)
-# ARCHITECTURES: what the published files hold.
-PUBLISHED = {
-    "t5-small": 60_506_624,
-    "t5-base": 222_903_552,
-    "t5-large": 737_668_096,
-    "t5-3b": 2_851_598_336,
-    "t5-11b": 11_307_321_344,
-    "t5-v1.1-small": 76_961_152,
-    "t5-v1.1-base": 247_577_856,
-    "t5-v1.1-large": 783_150_080,
-    "t5-v1.1-xl": 2_849_757_184,
-    "t5-v1.1-xxl": 11_135_332_352,
-}
 
 
 def load(name):
@@ -171,13 +157,6 @@ def test_saved_for_transformers(name, tmp_path):
     with torch.no_grad():
         logits = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=ids).logits
     close(logits.numpy(), GOLDEN[f"{name}.logits"])
-
-
-@pytest.mark.parametrize("preset", PUBLISHED)
-def test_counts(preset):
-    model = models.declare(preset)
-    assert count_parameters(model) == PUBLISHED[preset] == COUNTS[preset]
-    assert all(isinstance(p.data, Declared) for p in model.named_parameters().values())
 
 
 def test_buckets():

@@ -1,4 +1,4 @@
-"""Parameter counts of the published models, counted from declared shapes: nothing is allocated."""
+"""Models that are declared and not yet filled: initialisation, the order of names, configurations and weights that are refused."""
 
 from __future__ import annotations
 
@@ -10,32 +10,9 @@ import pytest
 
 from fastlm import models
 from fastlm.models import convert
-from fastlm.nn import Declared, count_parameters, initialise
+from fastlm.nn import Declared, initialise
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
-COUNTS = {
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "llama-7b": 6_738_415_616,
-    "llama-13b": 13_015_864_320,
-    "llama-30b": 32_528_943_616,
-    "llama-65b": 65_285_660_672,
-    "llama-2-70b": 68_976_648_192,
-    "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496,
-    "llama-3.1-405b": 405_853_388_800,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-}
-
-
-@pytest.mark.parametrize("preset", COUNTS)
-def test_counts(preset):
-    model = models.declare(preset)
-    assert count_parameters(model) == COUNTS[preset]
-    assert all(isinstance(p.data, Declared) for p in model.named_parameters().values())
 
 
 def test_initialise():
