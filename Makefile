@@ -14,7 +14,7 @@ RUN := PYTHONPATH=. $(BIN)/python
 READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: dev test learn lint format demo bench wheel sanitize stubs clean
+.PHONY: dev test learn lint format demo bench wheel sanitize stubs kernel-table clean
 .DEFAULT_GOAL := dev
 
 dev: $(READY)
@@ -50,6 +50,7 @@ lint: dev
 	@PYTHONPATH=. $(BIN)/lint-imports --no-cache >build/imports.log || { cat build/imports.log; exit 1; }
 	@$(RUN) tools/check_weak_symbols.py $(BUILD)
 	@$(RUN) tools/stubs.py --check
+	@$(RUN) tools/kernel_table.py --check
 
 format: dev
 	@$(BIN)/ruff check --fix-only .
@@ -62,6 +63,9 @@ sanitize: $(READY)
 
 stubs: dev
 	@$(RUN) tools/stubs.py
+
+kernel-table: $(READY)
+	@$(RUN) tools/kernel_table.py
 
 demo: dev
 	@$(RUN) -m fastlm demo

@@ -22,3 +22,14 @@ def threads() -> Iterator[None]:
     before = _C.num_threads()
     yield
     _C.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names the layers of proof that the GPU's kernels do without here."""
+    from fastlm.cuda import status
+    from tests.gpu.build import layers
+
+    usable, why = status()
+    skipped = {layer: reason for layer, reason in (layers() | {"a real device": "" if usable else why}).items() if reason}
+    for layer, reason in skipped.items():
+        terminalreporter.write_line(f"GPU kernels without {layer}: {reason.rstrip('.')}.")
