@@ -9,7 +9,8 @@ namespace {
 
 // Elements from one row to the next of an array whose leading axes are evenly spaced; what fastlm/ops/gated.py made sure of.
 int64_t row_stride(const py::array& a) {
-    return a.ndim() < 2 ? last(a) : int64_t(a.strides(a.ndim() - 2)) / int64_t(sizeof(float));
+    if (a.flags() & py::array::c_style) return last(a);  // an axis of one element may have any stride
+    return int64_t(a.strides(a.ndim() - 2)) / int64_t(sizeof(float));
 }
 
 }  // namespace

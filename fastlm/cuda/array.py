@@ -178,6 +178,15 @@ class DeviceArray:
         return export(self)
 
 
+def floor16(x: DeviceArray) -> tuple[DeviceArray, int]:
+    """x from the multiple of 16 bytes before it, and how many elements lie between: kernels take aligned pointers and an offset."""
+    rest = x.pointer % 16
+    if not rest:
+        return x, 0
+    before = DeviceArray(x.device, x.shape, x.dtype, x.pointer - rest, x.owner, x.strides)
+    return before, rest // x.dtype.itemsize
+
+
 def from_dlpack(x: Any) -> DeviceArray:
     """An array of another library on this device (torch, cupy, jax), without a copy. bfloat16 is carried.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import Spare, data, record, recording, remade, wrap
 
@@ -24,22 +24,20 @@ def activation(x: Any, kind: str) -> Any:
     """
     xd = check.array("activation", "x", data(x))
     number = check.choice("activation", "kind", kind, KINDS)
-    y = backend.empty(xd.shape)
-    _C.activation_forward(y, xd, number)
+    y = backend.empty_like(xd)
+    kernels(xd).activation_forward(y, xd, number)
     if not recording(x):
         return wrap(y, x)
 
     def again() -> Array:
-        y = backend.empty(xd.shape)
-        _C.activation_forward(y, xd, number)
+        y = backend.empty_like(xd)
+        kernels(xd).activation_forward(y, xd, number)
         return y
 
     def backward(dy: Array, spare: Spare) -> Sequence[Array]:
-        dx = backend.empty(xd.shape) if spare.dy is None else spare.dy
-        _C.activation_backward(dx, np.ascontiguousarray(dy), xd, number)
-        if spare.onto is not None:
-            dx += spare.onto
-        return (dx,)
+        dx = backend.empty_like(xd) if spare.dy is None else spare.dy
+        kernels(xd).activation_backward(dx, contiguous(dy), xd, number)
+        return (dx if spare.onto is None else backend.add(dx, spare.onto, out=dx),)
 
     return record(y, (x,), backward, reuses=True, remade=remade(y, again))
 

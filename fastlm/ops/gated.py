@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm import backend
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.shape import gradients_like
@@ -26,21 +26,21 @@ def gated(gate: Any, up: Any, kind: str) -> Any:
     if gd.shape != ud.shape:
         check.shape("gated", "up", ud, "the shape of gate", gd.shape)
     number = check.choice("gated", "kind", kind, KINDS)
-    y = backend.empty(gd.shape)
-    _C.gated_forward(y, gd, ud, number)
+    y = backend.empty_like(gd)
+    kernels(gd).gated_forward(y, gd, ud, number)
     if not recording(gate, up):
         return wrap(y, gate, up)
 
     want_gate, want_up = needs_grad(gate), needs_grad(up)
 
     def again() -> Array:
-        y = backend.empty(gd.shape)
-        _C.gated_forward(y, gd, ud, number)
+        y = backend.empty_like(gd)
+        kernels(gd).gated_forward(y, gd, ud, number)
         return y
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dgate, dup = gradients_like(gd, ud)
-        _C.gated_backward(dgate, dup, np.ascontiguousarray(dy), gd, ud, number)
+        dgate, dup = gradients_like(gd, ud) if isinstance(gd, np.ndarray) else (backend.empty_like(gd), backend.empty_like(ud))
+        kernels(gd).gated_backward(dgate, dup, contiguous(dy), gd, ud, number)
         return dgate if want_gate else None, dup if want_up else None
 
     return record(y, (gate, up), backward, remade=remade(y, again))
@@ -48,13 +48,14 @@ def gated(gate: Any, up: Any, kind: str) -> Any:
 
 def _rows(x: Array) -> Array:
     """x itself if its rows are contiguous and evenly spaced, else a contiguous copy."""
-    if x.flags.c_contiguous:
+    if x.flags.c_contiguous if isinstance(x, np.ndarray) else x.contiguous:
         return x
-    if x.strides[-1] == 4 and x.ndim >= 2 and x.strides[-2] % 4 == 0 and x.strides[-2] > 0:
+    size = x.dtype.itemsize
+    if x.strides[-1] == size and x.ndim >= 2 and x.strides[-2] % size == 0 and x.strides[-2] > 0:
         step = x.strides[-2] * x.shape[-2]
         for n, stride in zip(x.shape[-3::-1], x.strides[-3::-1], strict=True):
             if stride != step:
-                return np.ascontiguousarray(x)
+                return contiguous(x)
             step *= n
         return x
-    return np.ascontiguousarray(x)
+    return contiguous(x)

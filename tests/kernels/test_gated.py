@@ -57,7 +57,15 @@ def test_halves_in_other_order():
 
 
 @pytest.mark.parametrize(
-    "views", [lambda a: a[:, ::2], lambda a: a[..., ::2], lambda a: a[::-1], lambda a: a.transpose(1, 0, 2), lambda a: a[:, :1]]
+    "views",
+    [
+        lambda a: a[:, ::2],
+        lambda a: a[..., ::2],
+        lambda a: a[::-1],
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: a[:, :1],
+        lambda a: a[0][:, None],
+    ],
 )
 def test_any_strides(views):
     a, b = randn(4, 6, 8), randn(4, 6, 8)[::-1]

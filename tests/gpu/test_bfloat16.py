@@ -1,0 +1,77 @@
+"""Operations on bfloat16 arrays of the device against the same operations on float32 arrays of the CPU, and on views there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastlm import ops
+from fastlm.cuda.emulated import emulated
+from fastlm.cuda.images import variant
+from fastlm.ops.activation import KINDS as ACTIVATIONS
+from fastlm.tensor import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the Triton layer needs triton", allow_module_level=True)
+import fastlm.cuda.interpreter  # noqa: F401  before triton
+
+BFLOAT16 = ml_dtypes.bfloat16
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    """float32 numbers that bfloat16 holds."""
+    return rng.standard_normal(shape, np.float32).astype(BFLOAT16).astype(np.float32)
+
+
+# name -> (the call, the arrays with a gradient, other arrays)
+CALLS = {
+    **{f"activation {kind}": (lambda x, kind=kind: ops.activation(x, kind), [normal(3, 700)]) for kind in ACTIVATIONS},
+    "gated": (lambda gate, up: ops.gated(gate, up, "silu"), [normal(5, 33), normal(5, 33)]),
+    "gated, whole vectors": (lambda gate, up: ops.gated(gate, up, "gelu"), [normal(2, 3, 48), normal(2, 3, 48)]),
+}
+
+
+def outputs(call, arrays, dys=None):
+    """What the call gives and the gradients of the arrays, as float32 on the host."""
+    tensors = [Tensor(a, requires_grad=True) for a in arrays]
+    ys = call(*tensors)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    got = [np.asarray(y.numpy() if isinstance(y.data, np.ndarray) else y.data.numpy(), np.float32) for y in ys]
+    ys[0].backward(dys)
+    for t in tensors:
+        got.append(np.asarray(t.grad if isinstance(t.grad, np.ndarray) else t.grad.numpy(), np.float32))
+    return got
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bfloat16(name):
+    """The arrays are those that bfloat16 holds: only results are rounded, to 8 bits."""
+    call, arrays = CALLS[name]
+    dy = normal(*np.shape(call(*arrays)[0] if isinstance(call(*arrays), tuple) else call(*arrays)))
+    want = outputs(call, arrays, dy)
+    with emulated(twin="triton") as on:
+        got = outputs(call, [on.put(a.astype(BFLOAT16)) for a in arrays], on.put(dy.astype(BFLOAT16)))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=2.0**-8, atol=2.0**-10 * max(1.0, float(np.abs(w).max(initial=0))))
+    for op, launched in on.launched.items():
+        module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
+        assert launched <= {variant(*v) for v in module.variants()}
+
+
+@pytest.mark.parametrize(("F", "order"), [(33, (0, 1)), (48, (0, 1)), (33, (1, 0))])
+def test_gated_views(F, order):
+    """Halves of one array, whose rows begin at whole vectors or not."""
+    both = normal(5, 2 * F)
+    spans = [slice(0, F), slice(F, 2 * F)]
+    gate, up = (both[:, spans[i]] for i in order)
+    dy = normal(5, F)
+    want = outputs(lambda g, u: ops.gated(g, u, "gelu_tanh"), [gate, up], dy)
+    with emulated(twin="triton") as on:
+        there = on.put(both)
+        got = outputs(lambda g, u: ops.gated(g, u, "gelu_tanh"), [there[:, spans[i]] for i in order], on.put(dy))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
