@@ -33,6 +33,39 @@ def on_device(x: Any) -> bool:
     return not isinstance(x, np.ndarray) and hasattr(x, "__dlpack_device__") and hasattr(x, "pointer")
 
 
+def device(name: Any) -> Any:
+    """The device of that name: None for "cpu", the GPU for "cuda"; a device is itself. RuntimeError says why there is no GPU."""
+    if name is None or name == "cpu":
+        return None
+    if name == "cuda":
+        from fastlm.cuda import device as gpu
+
+        return gpu()
+    if hasattr(name, "put") and hasattr(name, "table"):
+        return name
+    raise ValueError(f"[device] device must be 'cpu' or 'cuda', got {name!r}.")
+
+
+def device_of(x: Any) -> Any:
+    """Where an array is: None for the host, else its device."""
+    return getattr(x, "device", None) if not isinstance(x, np.ndarray) else None
+
+
+def put(x: Any, where: Any) -> Any:
+    """x on `where`, a device, its name, or None for the host: x itself where it is there already, else a copy. None stays None."""
+    target = device(where)
+    if x is None or device_of(x) is target:
+        return x
+    host = x if isinstance(x, np.ndarray) else x.numpy()
+    return host if target is None else target.put(host)
+
+
+def host(x: Any) -> Array:
+    """x as a NumPy array: itself, or a copy of what is on a device, which is waited for."""
+    array: Array = x if isinstance(x, np.ndarray) else x.numpy()
+    return array
+
+
 def empty_like(x: Any, shape: tuple[int, ...] | None = None) -> Array:
     """An uninitialised array with x's dtype, where x is, of x's or another shape."""
     return empty(x.shape if shape is None else shape, x.dtype, like=x)
@@ -115,9 +148,24 @@ def add(x: Any, y: Any, out: Any = None) -> Array:
         np.add(x, y, out=total)
         return total
     out = empty_like(x) if out is None else out
-    kernels(x).add(out, x, contiguous(y))
+    kernels(x).add(out, contiguous(x), contiguous(y))
     there: Array = out
     return there
+
+
+def assign(to: Any, source: Any) -> None:
+    """to[...] = source, of one shape and dtype, both on one device or both on the host; any strides."""
+    if isinstance(to, np.ndarray):
+        to[...] = source
+    else:
+        to.device.assign(to, source)
+
+
+def sum_to(x: Any, shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> Array:
+    """A device's x summed over the axes along which an array of `shape` was repeated to x's shape."""
+    out = empty(shape, dtype, like=x)
+    kernels(x).sum_to(out, x)
+    return out
 
 
 class Unrecordable(Exception):
@@ -125,7 +173,7 @@ class Unrecordable(Exception):
 
 
 class _Thread(threading.local):
-    plan: _C.Plan | None = None
+    plan: Any = None  # of C++, or a device
 
 
 _thread = _Thread()
@@ -191,6 +239,27 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._plan)
+
+
+def record(step: Callable[[], Any], device: Any = None) -> Any:
+    """A Recording of the step; on a device, one of its launches (fastlm/cuda/recording.py), with the same methods."""
+    global _recorders
+    if device is None:
+        return Recording(step)
+    from fastlm.cuda.recording import Recording as OnDevice
+
+    with _lock:
+        _recorders += 1
+    _thread.plan = device
+    try:
+        made = OnDevice(device, step)
+    finally:
+        _thread.plan = None
+        with _lock:
+            _recorders -= 1
+    if made.refused:
+        raise Unrecordable(made.refused)
+    return made
 
 
 def _root(array: Array) -> Array:

@@ -106,9 +106,8 @@ class Tensor:
         return int(self.data.size)
 
     def numpy(self) -> Array:
-        """The array itself, not a copy."""
-        array: Array = self.data
-        return array
+        """The array itself, not a copy; a copy of what is on a device."""
+        return backend.host(self.data)
 
     def item(self) -> float:
         return float(self.data.item())
@@ -209,17 +208,21 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
             assert isinstance(parent, Tensor)
             if parent.grad is not None:
                 backend.add(parent.grad, d, out=parent.grad)
-            elif _alone(d, 2) and d.base.__class__ is not np.ndarray and d.dtype == np.float32:
+            elif _alone(d, 2) and d.dtype == np.float32 and (d.__class__ is not np.ndarray or d.base.__class__ is not np.ndarray):
                 parent.grad = d
-            else:
+            elif d.__class__ is np.ndarray or d.dtype == np.float32:
                 parent.grad = backend.copy(d)
+            else:  # bfloat16 on a device: gradients of leaves are float32
+                parent.grad = backend.zeros(d.shape, like=d)
+                backend.add(parent.grad, d, out=parent.grad)
 
 
 def _alone(d: Array, held: int) -> bool:
     """Whether nothing but the caller refers to d: with `held` references, that of the call to sys.getrefcount not counted. A view counts
-    those to its memory's owner: it alone. Arrays on a device do not say."""
+    those to its memory's owner: it alone. So does an array on a device."""
     if not isinstance(d, np.ndarray):
-        return False
+        owner = getattr(d, "owner", None)
+        return owner is not None and sys.getrefcount(d) <= held + 1 and sys.getrefcount(owner) <= 3 and d.contiguous
     base = d.base
     return (
         sys.getrefcount(d) <= held + 1

@@ -62,6 +62,10 @@ class DeviceArray:
         return self.size * self.dtype.itemsize
 
     @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
     def contiguous(self) -> bool:
         """Whether the elements lie in C order without gaps."""
         step = self.dtype.itemsize

@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,28 @@ class Emulated(Device):
     def block(self, bytes: int) -> Any:
         return Block(bytes)
 
-    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+    def _copy_in(self, to: int, source: NDArray[Any]) -> None:
         view(to, source.nbytes)[:] = np.ascontiguousarray(source).reshape(-1).view(np.uint8)
 
-    def copy_out(self, to: NDArray[Any], source: int) -> None:
+    def _copy_out(self, to: NDArray[Any], source: int) -> None:
         to.reshape(-1).view(np.uint8)[:] = view(source, to.nbytes)
 
-    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def _copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         for r in range(rows):
             view(to + r * to_pitch, width)[:] = view(source + r * source_pitch, width)
 
-    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+    def _fill(self, pointer: int, byte: int, bytes: int) -> None:
         view(pointer, bytes)[:] = byte
 
     def synchronize(self) -> None:
         pass
+
+    def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
+        def replay() -> None:
+            for f, arguments in steps:
+                f(*arguments)
+
+        return replay
 
     def triton(self, op: str, kernel: str, types: dict[str, str | None], constants: dict[str, Any], options: dict[str, int]) -> Run:
         from fastlm.cuda.interpreter import tensor

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastlm.cuda.array import DeviceArray
+from fastlm.cuda.recording import recorder
 
 Run = Callable[[tuple[int, int, int], Sequence[Any]], None]
 
@@ -26,19 +27,23 @@ class Device:
         """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
         raise NotImplementedError
 
-    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+    def _copy_in(self, to: int, source: NDArray[Any]) -> None:
         raise NotImplementedError
 
-    def copy_out(self, to: NDArray[Any], source: int) -> None:
+    def _copy_out(self, to: NDArray[Any], source: int) -> None:
         raise NotImplementedError
 
-    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def _copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         raise NotImplementedError
 
-    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+    def _fill(self, pointer: int, byte: int, bytes: int) -> None:
         raise NotImplementedError
 
     def synchronize(self) -> None:
+        raise NotImplementedError
+
+    def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
+        """What does all of these in one call: launches, copies and fills as they were recorded."""
         raise NotImplementedError
 
     def triton(self, op: str, kernel: str, types: dict[str, str | None], constants: dict[str, Any], options: dict[str, int]) -> Run:
@@ -50,6 +55,36 @@ class Device:
         raise NotImplementedError
 
     # --- what follows from these ---
+
+    def launch(self, run: Run, grid: tuple[int, int, int], arguments: Sequence[Any], name: str) -> None:
+        """run(grid, arguments), kept where this thread records."""
+        run(grid, arguments)
+        if (by := recorder()) is not None:
+            by.add(run, (grid, arguments), name)
+
+    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+        """From the host; returns when `source` may be changed."""
+        if (by := recorder()) is not None:
+            by.refuse("the step copies from the host to the device")
+        self._copy_in(to, source)
+
+    def copy_out(self, to: NDArray[Any], source: int) -> None:
+        """To the host; returns when it is there."""
+        if (by := recorder()) is not None:
+            by.refuse("the step reads what is on the device")
+        self._copy_out(to, source)
+
+    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """`rows` rows of `width` bytes, within the device."""
+        self._copy_2d(to, to_pitch, source, source_pitch, width, rows)
+        if (by := recorder()) is not None:
+            by.add(self._copy_2d, (to, to_pitch, source, source_pitch, width, rows), "copy")
+
+    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+        """Every byte of this memory."""
+        self._fill(pointer, byte, bytes)
+        if (by := recorder()) is not None:
+            by.add(self._fill, (pointer, byte, bytes), "fill")
 
     @cached_property
     def table(self) -> Any:
@@ -63,7 +98,8 @@ class Device:
         dt, n = np.dtype(dtype), 1
         for k in shape:
             n *= k
-        block = self.block(n * dt.itemsize)
+        by = recorder()
+        block = self.block(n * dt.itemsize) if by is None else by.block(n * dt.itemsize, dt.kind in "fV")
         return DeviceArray(self, tuple(shape), dt, block.pointer, block)
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
@@ -84,6 +120,8 @@ class Device:
             raise ValueError(f"[cuda] cannot copy {source.shape} {source.dtype} into {to.shape} {to.dtype}.")
         if not to.size:
             return
+        if (by := recorder()) is not None:
+            by.keep((to, source))
         _assign(self, to, source)
 
 
@@ -123,23 +161,33 @@ class Cuda(Device):
     def block(self, bytes: int) -> Any:
         return self._cuda.Block(bytes, self.stream)
 
-    def copy_in(self, to: int, source: NDArray[Any]) -> None:
+    def _copy_in(self, to: int, source: NDArray[Any]) -> None:
         self._cuda.copy_in(to, source.view(np.uint8).reshape(-1) if source.dtype.kind == "V" else source, self.stream)
 
-    def copy_out(self, to: NDArray[Any], source: int) -> None:
+    def _copy_out(self, to: NDArray[Any], source: int) -> None:
         self._cuda.copy_out(to.view(np.uint8) if to.dtype.kind == "V" else to, source, self.stream)
 
-    def copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def _copy_2d(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         if rows == 1 or to_pitch == source_pitch == width:
             self._cuda.copy(to, source, width * rows, self.stream)
         else:
             self._cuda.copy_2d(to, to_pitch, source, source_pitch, width, rows, self.stream)
 
-    def fill(self, pointer: int, byte: int, bytes: int) -> None:
+    def _fill(self, pointer: int, byte: int, bytes: int) -> None:
         self._cuda.fill(pointer, byte, bytes, self.stream)
 
     def synchronize(self) -> None:
         self._cuda.synchronize(self.stream)
+
+    def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
+        self._cuda.begin_capture(self.stream)
+        try:
+            for f, arguments in steps:
+                f(*arguments)
+        finally:
+            captured = self._cuda.end_capture(self.stream)
+        stream = self.stream
+        return lambda: captured.launch(stream)
 
     def triton(self, op: str, kernel: str, types: dict[str, str | None], constants: dict[str, Any], options: dict[str, int]) -> Run:
         from fastlm.cuda.images import variant

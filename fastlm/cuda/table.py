@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlm.cuda.array import BFLOAT16, DeviceArray
+from fastlm.cuda.recording import recorder
 from fastlm.cuda.runtime import Device
 
 KERNELS = (Path(__file__).parent.parent / "kernels").resolve()
@@ -75,7 +77,8 @@ class Gpu:
             if value is not None:
                 values.append(value)
         run = self.device.triton(self.op, kernel, types, constants, {"num_warps": warps, "num_stages": stages})
-        run(_three(grid), [v.pointer if isinstance(v, DeviceArray) else v for v in values])
+        pointers = [v.pointer if isinstance(v, DeviceArray) else v for v in values]
+        self.device.launch(run, _three(grid), pointers, kernel)
 
     def cuda(
         self, kernel: str, grid: tuple[int, ...], block: int, arguments: list[Any], *, shared: int = 0, cluster: int = 1
@@ -84,7 +87,7 @@ class Gpu:
         letters = "".join(map(_letter, arguments))
         run = self.device.cuda(self.op, kernel, letters, block, shared, cluster)
         values = [v.pointer if isinstance(v, DeviceArray) else 0 if v is None else v for v in arguments]
-        run(_three(grid), values)
+        self.device.launch(run, _three(grid), values, kernel)
 
 
 def _type(name: str, value: Any, plain: bool) -> str | None:
@@ -125,6 +128,10 @@ def functions() -> dict[str, tuple[str, Any]]:
     return found
 
 
+class NoKernel(NotImplementedError, AttributeError):
+    """An operation has no kernel for the GPU."""
+
+
 class Table:
     """`device.table.layer_norm_forward(...)`; the functions are bound to the device at first use."""
 
@@ -133,8 +140,25 @@ class Table:
 
     def __getattr__(self, name: str) -> Any:
         if name not in functions():
-            raise AttributeError(f"[cuda] there is no kernel {name} for the GPU yet.")
+            raise NoKernel(f"[cuda] there is no kernel {name} for the GPU yet.")
         op, function = functions()[name]
-        bound = partial(function, Gpu(self._device, op))
+        gpu, device = Gpu(self._device, op), self._device
+
+        def bound(*arguments: Any, **named: Any) -> Any:
+            for i, a in enumerate(arguments):
+                if isinstance(a, np.ndarray) or (isinstance(a, DeviceArray) and a.device is not device):
+                    raise TypeError(_elsewhere(op, [*signature(function).parameters][i + 1], a, device))
+            if (by := recorder()) is not None:
+                by.keep(arguments)
+            return function(gpu, *arguments, **named)
+
         setattr(self, name, bound)
         return bound
+
+
+def _elsewhere(op: str, name: str, x: Any, device: Device) -> str:
+    """Nothing is copied between devices by itself."""
+    where = "the host" if isinstance(x, np.ndarray) else x.device.name
+    return (
+        f"[{op}] {name} is on {where}, the other arrays are on {device.name}: put it there with fastlm.backend.put({name}, device)."
+    )

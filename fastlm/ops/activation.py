@@ -45,7 +45,19 @@ def activation(x: Any, kind: str) -> Any:
 def tanh(x: Any) -> Any:
     """tanh(x), elementwise, by NumPy: a pooler's, over one row a sequence. float32 of any shape; a Tensor where x is one."""
     xd = check.any_array("tanh", "x", data(x), np.float32)
-    y = np.tanh(xd, out=backend.empty(xd.shape))
+    y = backend.empty_like(xd)
+    if isinstance(xd, np.ndarray):
+        np.tanh(xd, out=y)
+    else:
+        backend.kernels(xd).tanh(y, backend.contiguous(xd))
     if not recording(x):
         return wrap(y, x)
-    return record(y, (x,), lambda dy: (dy * (1 - y * y),))
+
+    def backward(dy: Array) -> Sequence[Array]:
+        if isinstance(y, np.ndarray):
+            return (dy * (1 - y * y),)
+        dx = backend.empty_like(y)
+        backend.kernels(y).tanh_backward(dx, backend.contiguous(dy), y)
+        return (dx,)
+
+    return record(y, (x,), backward)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, kernels, on_device
 from fastlm.ops import check
 
 
 def advance(x: Array, by: int = 1, out: Array | None = None) -> Array:
     """x + by. x: int32 or int64, any shape. out: where it goes, x itself to count in place. As a kernel, so that a recorded step
     counts when it runs. Raises TypeError for a dtype, ValueError for a shape."""
+    if on_device(x):
+        return _there(x, by, out)
     if not isinstance(x, np.ndarray) or x.dtype not in (np.int32, np.int64) or not x.flags.c_contiguous:
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"[advance] x must be a contiguous array of int32 or int64, got {got}.")
@@ -22,3 +26,15 @@ def advance(x: Array, by: int = 1, out: Array | None = None) -> Array:
     check.shape("advance", "out", out, "the shape of x", x.shape)
     _C.advance(out, x, by)
     return out
+
+
+def _there(x: Any, by: int, out: Any) -> Array:
+    """The same on a device."""
+    if x.dtype not in (np.int32, np.int64) or not x.contiguous:
+        raise TypeError(f"[advance] x must be a contiguous array of int32 or int64, got {x.dtype}.")
+    out = backend.empty_like(x) if out is None else out
+    if out.dtype != x.dtype or out.shape != x.shape or not out.contiguous:
+        raise TypeError(f"[advance] out must be contiguous, {x.dtype} {x.shape} as x, got {out.dtype} {out.shape}.")
+    kernels(x).advance(out, x, by)
+    there: Array = out
+    return there

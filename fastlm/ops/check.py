@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import backend
 from fastlm.backend import BFLOAT16, Array, contiguous, on_device
 
 _FLOAT32 = np.dtype(np.float32)
@@ -35,6 +36,23 @@ def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) 
         raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
     array: Array = x
     return array
+
+
+def together(op: str, x_name: str, x: Any, **others: Any) -> None:
+    """TypeError unless the others, which may be None, are where x is: nothing is copied between devices by itself."""
+    where = backend.device_of(x)
+    for name, y in others.items():
+        if y is not None and (there := backend.device_of(y)) is not where:
+            raise TypeError(
+                f"[{op}] {name} is on {_place(there)}, {x_name} is on {_place(where)}: "
+                f"put it there with fastlm.backend.put({name}, {x_name}.device)."
+                if where is not None
+                else f"[{op}] {name} is on {_place(there)}, {x_name} is on the host: put {x_name} there with fastlm.backend.put."
+            )
+
+
+def _place(device: Any) -> str:
+    return "the host" if device is None else str(device.name)
 
 
 def weight(op: str, name: str, w: Any, x: Array) -> Array:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, contiguous, kernels
+from fastlm.cuda.array import DeviceArray
 from fastlm.ops import check
 from fastlm.tensor import data, needs_grad, record, record_many, recording, wrap
 
@@ -54,14 +55,33 @@ def split(x: Any, sizes: Sequence[int]) -> tuple[Any, ...]:
 
 def _joined(dys: Sequence[Array | None], spans: Sequence[slice], shape: tuple[int, ...]) -> Array:
     """The parts' gradients in one array: the one that they are views of (see `gradients_like`), else a new one; zeros for None."""
-    base = dys[0].base if dys[0] is not None else None
+    given = next(dy for dy in dys if dy is not None)
+    base = getattr(dys[0], "base", None)
     if isinstance(base, np.ndarray) and base.shape == shape and base.flags.c_contiguous:
         views = [base[..., span] for span in spans]
         if all(dy is not None and _same_place(dy, view) for dy, view in zip(dys, views, strict=True)):
             return base
+    if not isinstance(given, np.ndarray):
+        there: Array = _joined_there(dys, spans, shape, given)
+        return there
     joined = backend.empty(shape)
     for dy, span in zip(dys, spans, strict=True):
         joined[..., span] = 0 if dy is None else dy
+    return joined
+
+
+def _joined_there(dys: Sequence[Any], spans: Sequence[slice], shape: tuple[int, ...], given: Any) -> Any:
+    """On a device: the parts' whole where they are pieces of one, else copies."""
+    whole = DeviceArray(given.device, shape, given.dtype, given.pointer, given.owner)
+    if spans[0].start == 0 and all(
+        dy is not None and dy.owner is given.owner and (dy.pointer, dy.strides) == (view.pointer, view.strides)
+        for dy, view in zip(dys, [whole[..., span] for span in spans], strict=True)
+    ):
+        return whole
+    joined = backend.empty_like(given, shape) if all(dy is not None for dy in dys) else given.device.zeros(shape, given.dtype)
+    for dy, span in zip(dys, spans, strict=True):
+        if dy is not None:
+            backend.assign(joined[..., span], dy)
     return joined
 
 
@@ -70,29 +90,34 @@ def _same_place(a: Array, b: Array) -> bool:
 
 
 def gradients_like(*parts: Array) -> tuple[Array, ...]:
-    """Uninitialised arrays for the gradients of `parts`, float32 of the same shapes.
+    """Uninitialised arrays for the gradients of `parts`, of the same shapes and dtypes.
 
     Where the parts are what `split` made of one array, in that order and all of them, these are views of one new array, which the
     backward pass of `split` then passes on as it is. Otherwise they are separate C-contiguous arrays.
     """
-    width = sum(part.shape[-1] for part in parts)
-    address = parts[0].__array_interface__["data"][0]
+    width, element = sum(part.shape[-1] for part in parts), parts[0].itemsize
+    address = _address(parts[0])
     for part in parts:
         lead = part.shape[:-1]
-        expected, size = [], 4 * width
+        expected, size = [], element * width
         for n in reversed(lead):
             expected.append(size)
             size *= n
         if (
             lead != parts[0].shape[:-1]
-            or part.strides != (*reversed(expected), 4)
-            or part.__array_interface__["data"][0] != address
+            or part.strides != (*reversed(expected), element)
+            or part.dtype != parts[0].dtype
+            or _address(part) != address
         ):
-            return tuple(backend.empty(p.shape) for p in parts)
-        address += 4 * part.shape[-1]
-    whole = backend.empty((*parts[0].shape[:-1], width))
+            return tuple(backend.empty_like(p) for p in parts)
+        address += element * part.shape[-1]
+    whole = backend.empty_like(parts[0], (*parts[0].shape[:-1], width))
     ends = [sum(part.shape[-1] for part in parts[: i + 1]) for i in range(len(parts))]
     return tuple(whole[..., end - part.shape[-1] : end] for part, end in zip(parts, ends, strict=True))
+
+
+def _address(x: Any) -> int:
+    return int(x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.pointer)
 
 
 def add(x: Any, y: Any) -> Any:
@@ -102,10 +127,13 @@ def add(x: Any, y: Any) -> Any:
     """
     xd = check.any_array("add", "x", data(x), np.float32)
     yd = check.any_array("add", "y", data(y), np.float32)
+    check.together("add", "x", xd, y=yd)
     if yd.shape != xd.shape[xd.ndim - min(yd.ndim, xd.ndim) :]:
         raise ValueError(f"[add] y must have the shape of x, {xd.shape}, or that of its last axes, got {yd.shape}.")
-    out = backend.empty(xd.shape)
-    if xd.shape == yd.shape and xd.flags.c_contiguous and yd.flags.c_contiguous:
+    out = backend.empty_like(xd)
+    if not isinstance(xd, np.ndarray):
+        kernels(xd).add(out, contiguous(xd), contiguous(yd))
+    elif xd.shape == yd.shape and xd.flags.c_contiguous and yd.flags.c_contiguous:
         _C.add(out, yd, xd)
     else:
         np.add(xd, yd, out=out)
@@ -115,10 +143,19 @@ def add(x: Any, y: Any) -> Any:
     def backward(dy: Array) -> Sequence[Array | None]:
         dyd: Array | None = None
         if needs_grad(y):
-            dyd = dy if yd.shape == xd.shape else dy.reshape(-1, *yd.shape).sum(0)
+            dyd = dy if yd.shape == xd.shape else _repeats_summed(dy, yd.shape)
         return dy if needs_grad(x) else None, dyd
 
     return record(out, (x, y), backward)
+
+
+def _repeats_summed(dy: Array, shape: tuple[int, ...]) -> Array:
+    """dy summed over the axes before the last ones, which are `shape`."""
+    rows = dy.reshape(-1, *shape)
+    if isinstance(rows, np.ndarray):
+        total: Array = rows.sum(0)
+        return total
+    return backend.sum_to(rows, (1, *shape)).reshape(shape)
 
 
 def add_broadcast(x: Any, y: Any) -> Any:
@@ -128,8 +165,13 @@ def add_broadcast(x: Any, y: Any) -> Any:
     """
     xd = check.any_array("add_broadcast", "x", data(x), np.float32)
     yd = check.any_array("add_broadcast", "y", data(y), np.float32)
+    check.together("add_broadcast", "x", xd, y=yd)
     try:
-        out = np.add(xd, yd)
+        if isinstance(xd, np.ndarray):
+            out = np.add(xd, yd)
+        else:
+            out = backend.empty_like(xd, np.broadcast_shapes(xd.shape, yd.shape))
+            kernels(xd).add_broadcast(out, xd, yd)
     except ValueError:
         raise ValueError(f"[add_broadcast] y must broadcast with x, {xd.shape}, got {yd.shape}.") from None
     if not recording(x, y):
@@ -145,6 +187,8 @@ def _summed_to(dy: Array, shape: tuple[int, ...]) -> Array:
     """dy summed over the axes along which `shape` was repeated."""
     if dy.shape == shape:
         return dy
+    if not isinstance(dy, np.ndarray):
+        return backend.sum_to(contiguous(dy), shape)
     lead = dy.ndim - len(shape)
     axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and dy.shape[lead + i] != 1)
     total: Array = dy.sum(axis=axes, keepdims=False).reshape(shape)
@@ -155,11 +199,20 @@ def scale(x: Any, factor: float) -> Any:
     """x * factor. x: any shape, float32; factor: a number, not differentiated. Raises TypeError for anything else."""
     xd = check.any_array("scale", "x", data(x), np.float32)
     factor32 = np.float32(check.number("scale", "factor", factor))
-    y = backend.empty(xd.shape)
-    if xd.flags.c_contiguous:
-        _C.scale_add(y, xd, factor32, False)
+    y = backend.empty_like(xd)
+    if not isinstance(xd, np.ndarray) or xd.flags.c_contiguous:
+        kernels(xd).scale_add(y, contiguous(xd), factor32, False)
     else:
         np.multiply(xd, factor32, out=y)
     if not recording(x):
         return wrap(y, x)
-    return record(y, (x,), lambda dy: (np.multiply(dy, factor32, out=backend.empty(xd.shape)),))
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dx = backend.empty_like(xd)
+        if isinstance(dx, np.ndarray):
+            np.multiply(dy, factor32, out=dx)
+        else:
+            kernels(dx).scale_add(dx, contiguous(dy), factor32, False)
+        return (dx,)
+
+    return record(y, (x,), backward)
