@@ -70,8 +70,9 @@ kernel-table: $(READY)
 demo: dev
 	@$(RUN) -m fastlm demo
 
+# The table of targets: benchmarks/results/DATE-MACHINE.jsonl, .md and .png. `make bench MINUTES=3` does a part and goes on next time.
 bench: dev
-	@$(RUN) -m fastlm bench $(OPS)
+	@$(RUN) -m fastlm bench $(OPS) $(if $(MINUTES),--minutes $(MINUTES))
 
 wheel: $(READY)
 	@rm -rf dist

@@ -1,8 +1,8 @@
-"""Runs the benchmarks: checks the answer, takes turns with the peers, prints a table, appends JSON lines.
+"""Runs the benchmarks: checks the answer, takes turns with the peers, prints a line for each row, appends JSON lines.
 
 Only one process computes at a time. Each round gives every contestant one turn, so that a slow minute of the machine hits all of
 them; a turn's time is the best of its calls, the time printed is the median of the rounds, the ratio is the median over the rounds of
-(peer / ours) within one round: above 1, fastlm is faster.
+(peer / ours) within one round: above 1, fastlm is faster. Rows that the file of results holds are not measured again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,11 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, __version__, backend
-from fastlm.benchmarks import peers, worker
+from fastlm.benchmarks import peers, report, results, targets, worker
 from fastlm.testing import case_id
+
+PATIENCE = 200.0  # seconds that a contestant may take for one answer
+AVX2 = "ours_avx2"  # ours on the smaller instruction set, a contestant of its own
 
 
 class Contestant:
@@ -38,8 +42,10 @@ class Contestant:
         n = str(threads)
         env = {**os.environ, "FASTLM_NUM_THREADS": n, "OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "MKL_NUM_THREADS": n}
         env.pop("OPENBLAS_CORETYPE", None)  # NumPy at its best
+        if who == AVX2:
+            env["FASTLM_ISA"] = "avx2"
         self.process = subprocess.Popen(
-            [python, str(Path(worker.__file__)), who],
+            [python, str(Path(worker.__file__)), who.removesuffix("_avx2")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if not os.environ.get("FASTLM_DEBUG") else None,
@@ -53,6 +59,10 @@ class Contestant:
         try:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+                self.process.kill()
+                self.process.wait()
+                return {"error": f"no answer within {PATIENCE:.0f} s"}
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -81,13 +91,14 @@ class Row:
     threads: int
     rounds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> best seconds of each round
     setups: dict[str, str] = field(default_factory=dict)  # contestant -> precision, threads
-    memory: dict[str, float] = field(default_factory=dict)  # contestant -> MB, the most at once, above the idle process
+    memory: dict[str, float] = field(default_factory=dict)  # contestant -> MB, the most at once; see worker.py
     work: tuple[float, float] | None = None  # operations, bytes
     tokens: int | None = None  # of one call of a model
     roof: dict[str, float] = field(default_factory=dict)  # backend.roof(), and bytes -> GB/s of reading that many again and again
     problems: dict[str, str] = field(default_factory=dict)
     ceiling: str = "gflops"  # of `roof`: what its operations are compared with
     cold: bool = False  # it reads memory that no cache holds, whatever its size
+    absent: list[str] = field(default_factory=list)  # contestants that cannot do this case
 
     @property
     def seconds(self) -> float:
@@ -105,42 +116,64 @@ class Row:
     @property
     def share(self) -> float | None:
         """The share of the roof: the shortest time that the measured ceilings allow over the time taken."""
-        if not self.work or not self.roof:
+        return self.share_of("ours")
+
+    def share_of(self, who: str) -> float | None:
+        if not self.work or not self.roof or not self.rounds.get(who):
             return None
-        flops, size = self.work
-        return max(flops / self.roof[self.ceiling], size / self.bandwidth(size)) / 1e9 / self.seconds
+        return results.least_seconds(self.work, self.roof, self.ceiling, self.cold)[0] / self.median(who)
 
-    def bandwidth(self, size: float) -> float:
-        """GB/s of reading `size` bytes that were used a moment ago: small operands stay in cache. Of memory where the row is cold."""
-        if self.cold:
-            return self.roof["read_gbs"]
-        sizes = sorted(int(k) for k in self.roof if k.isdigit())
-        return self.roof[str(min(sizes, key=lambda s: abs(math.log(max(size, 1.0) / s))))]
+    def rate(self, who: str) -> tuple[float, str] | None:
+        """Tokens a second of a model; operations a second, or bytes where memory bounds the row."""
+        if self.tokens:
+            return self.tokens / self.median(who), "tokens/s"
+        if not self.work:
+            return None
+        reading = bool(self.roof) and results.least_seconds(self.work, self.roof, self.ceiling, self.cold)[1]
+        return (self.work[1] / self.median(who) / 1e9, "GB/s") if reading else (self.work[0] / self.median(who) / 1e9, "GFLOP/s")
 
-    def record(self, versions: dict[str, str]) -> dict[str, Any]:
-        return {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "cpu": _C.cpu_name(),
-            "system": platform.platform(),
-            "isa": backend.isa(),
-            "threads": self.threads,
-            "load": round(os.getloadavg()[0], 2),
-            "versions": {"fastlm": __version__, "python": platform.python_version(), **versions},
-            "op": self.op,
-            "case": self.case,
-            "pass": "forward + backward" if self.backward else "forward",
-            "ms": {k: round(self.median(k) * 1e3, 6) for k in self.rounds},
-            "rounds_ms": {k: [round(t * 1e3, 6) for t in v] for k, v in self.rounds.items()},
-            "setups": self.setups,
-            "peak_mb": {k: round(v, 1) for k, v in self.memory.items() if math.isfinite(v)},
-            "ratio": {k: self.ratio(k) for k in self.rounds if k != "ours"},
-            "work": self.work,
-            "tokens_per_second": {k: self.tokens / self.median(k) for k in self.rounds} if self.tokens else None,
-            "roof": self.roof,
-            "share_of_roof": self.share,
-            "problems": self.problems,
-        }
+    def record(self, versions: dict[str, str]) -> list[dict[str, Any]]:
+        """A line for each contestant."""
+        about = about_here(self.threads) | {"run": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        lines = []
+        for who in dict.fromkeys((*self.rounds, *self.problems, *self.absent)):
+            times = self.rounds.get(who)
+            rate = self.rate(who) if times else None
+            share, used = self.share_of(who), self.memory.get(who, math.nan)
+            version = {} if who in results.OURS else {who: versions.get(who, "unknown")}
+            lines.append(about | {
+                "op": self.op,
+                "case": self.case,
+                "pass": results.PASSES[self.backward],
+                "isa": "avx2" if who == AVX2 else backend.isa() if who == "ours" else None,
+                "contestant": who,
+                "setup": self.setups.get(who),
+                "median_ms": round(self.median(who) * 1e3, 6) if times else None,
+                "spread": round(results.spread(times), 4) if times else None,
+                "rounds_ms": [round(t * 1e3, 6) for t in times or ()],
+                "rate": float(f"{rate[0]:.6g}") if rate else None,
+                "unit": rate[1] if rate else None,
+                "share_of_roof": None if share is None else round(share, 4),
+                "peak_mb": round(used, 1) if math.isfinite(used) else None,
+                "work": self.work,
+                "ceiling": self.ceiling,
+                "cold": self.cold,
+                "tokens": self.tokens,
+                "problem": self.problems.get(who) or ("cannot do this" if who in self.absent else None),
+                "versions": {"fastlm": __version__, "python": platform.python_version(), **version},
+            })  # fmt: skip
+        return lines
+
+
+def about_here(threads: int) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": _C.cpu_name(),
+        "system": platform.platform(),
+        "load": round(os.getloadavg()[0], 2),
+        "threads": threads,
+    }
 
 
 def commit() -> str | None:
@@ -175,15 +208,15 @@ def check(row: Row, folder: Path, present: Sequence[str], reference: str) -> Non
             continue
         got = np.load(folder / f"{who}.npz")
         for name in exact.files:
-            if who != "ours" and name not in got.files:
+            if who not in results.OURS and name not in got.files:
                 continue
-            want, bound = exact[name], 1e-5 if who == "ours" else 2e-2
+            want, bound = exact[name], 1e-5 if who in results.OURS else 2e-2
             if name not in got.files or got[name].shape != want.shape:
                 row.problems[who] = (
                     f"wrong answer: {name} must be {want.shape}, got {got[name].shape if name in got.files else 'nothing'}"
                 )
             elif want.dtype.kind in "iub":
-                if who == "ours" and not np.array_equal(got[name], want):
+                if who in results.OURS and not np.array_equal(got[name], want):
                     row.problems[who] = f"wrong answer: {name} differs from the oracle's"
             else:
                 finite = np.isfinite(want)
@@ -228,7 +261,9 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
                 slow[who] = answer["seconds"]
                 if answer["label"]:
                     row.setups[who] = answer["label"]
-            if answer.get("work"):
+            else:
+                row.absent.append(who)
+            if answer.get("work") and who == "ours":
                 row.work, row.tokens = (answer["work"][0], answer["work"][1]), answer["tokens"]
         if "ours" not in present:
             return row
@@ -242,13 +277,17 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
                 contestants["numpy"].ask("exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz"))
             found = [p for p in present if p not in getattr(module, "RANDOM", ())]
             check(row, folder, found, "exact" if wide and (folder / "exact.npz").exists() else "numpy")
-    for _ in range(rounds):
+    # A call that takes a second needs no warming and no second one in its turn; three turns do where a round takes ten.
+    once = slow["numpy"] if slow.get("numpy", 0.0) > 1.0 else None
+    if once is not None:
+        present.remove("numpy")
+    if sum(slow[who] for who in present) > 10.0:
+        rounds = min(rounds, 3)
+    for number in range(rounds):
         for who in tuple(present):
-            if slow[who] > (30.0 if model else 3.0):  # so slow that its first call is timing enough
-                row.rounds.setdefault(who, []).append(slow[who])
-                continue
             time.sleep(0.02)  # the threads of the one before go to sleep
-            answer = contestants[who].ask("time", seconds=seconds, warm=0.05)
+            long = slow[who] > 1.0 and number > 0
+            answer = contestants[who].ask("time", seconds=seconds, warm=0.0 if long else 0.05, least=1 if slow[who] > 1.0 else 2)
             if answer.get("error"):
                 row.problems[who] = answer["error"]
                 row.rounds.pop(who, None)
@@ -256,6 +295,8 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
             else:
                 row.rounds.setdefault(who, []).append(min(answer["times"]))
                 row.memory[who] = max(row.memory.get(who, 0.0), answer.get("memory", math.nan))
+    if once is not None and present:
+        row.rounds["numpy"] = [once] * rounds  # its first call is timing enough
     return row
 
 
@@ -276,100 +317,155 @@ def selected(ops: Sequence[str], wanted: Sequence[str] = (), quick: bool = False
     return {op: indices[:2] if quick else indices for op, indices in chosen.items() if indices}
 
 
-def measured_roof(contestant: Contestant, roof: dict[str, float]) -> dict[str, float]:
-    """A roof measured while something else ran is too low: measured often, the highest counts."""
-    found: dict[str, float] = contestant.ask("roof").get("roof", {})
-    return {k: max(v, roof.get(k, 0.0)) for k, v in (roof | found).items()} if found else roof
+@dataclass(frozen=True)
+class Item:
+    """A row to be measured."""
+
+    op: str
+    index: int
+    backward: bool
+    threads: int
+
+    @property
+    def key(self) -> results.Key:
+        return self.op, label(self.op, self.index), self.backward, self.threads
 
 
-def run(
+def items(
     ops: Sequence[str] = (),
-    threads: int | None = None,
-    quick: bool = False,
+    threads: Sequence[int] = (),
     wanted: Sequence[str] = (),
-    rounds: int | None = None,
-    against: Sequence[str] = (),
-) -> Iterator[Row]:
-    """Yields one row after the other. `quick`: the first two cases of each operation and short turns. `wanted`: see `selected`;
-    `against`: these peers alone. All rows share one `roof`, which the last measurements may still raise."""
-    chosen = selected(ops or operations(), wanted, quick)
-    threads = threads or backend.num_threads()
-    contestants: dict[str, Contestant] = {}
-    try:
-        pythons = {"ours": sys.executable} | {who: python for who, (python, _) in peers.find(against).items()}
-        contestants["ours"] = Contestant("ours", sys.executable, threads)
-        roof = measured_roof(contestants["ours"], {})  # before any peer starts
-        for op, indices in chosen.items():
-            for who, python in pythons.items():
-                if who in contestants and contestants[who].process.poll() is None:
-                    continue
-                if any(worker.takes_part(who, op, index) for index in indices):  # one that died starts anew
-                    contestants[who] = Contestant(who, python, threads)
-                    contestants[who].ask("ready")
-            roof.update(measured_roof(contestants["ours"], roof))
-            for index in indices:
-                taking = {who: c for who, c in contestants.items() if worker.takes_part(who, op, index)}
-                for backward in worker.passes(op, index):
-                    row = Row(op, label(op, index), backward, threads, roof=roof)
-                    row.ceiling = worker.ceiling(op, index) or row.ceiling
-                    row.cold = "cold" in worker.cases(op)[index]
-                    yield run_case(row, index, taking, rounds or (2 if quick else 5), 0.05 if quick else 0.3)
-            roof.update(measured_roof(contestants["ours"], roof))
-    finally:
-        for contestant in contestants.values():
+    everything: bool = False,
+    quick: bool = False,
+) -> list[Item]:
+    """The rows: of the operations' cases that `selected` finds those in the table of targets, or every one, also where an operation
+    has none there. One number of threads after the other, operations in the order of the table."""
+    order = list(dict.fromkeys(t.op for t in targets.TABLE))
+    chosen = selected(ops or (operations() if everything else order), wanted, quick)
+    names = sorted(chosen, key=lambda op: order.index(op) if op in order else len(order))
+    rows = [Item(op, i, b, 0) for op in names for i in chosen[op] for b in worker.passes(op, i)]
+    listed = [
+        r for r in rows if everything or quick or r.op not in order or (r.op, label(r.op, r.index), r.backward) in targets.BY_KEY
+    ]
+    place = {key: n for n, key in enumerate(targets.BY_KEY)}
+    listed.sort(key=lambda r: place.get((r.op, label(r.op, r.index), r.backward), len(place)))
+    return [Item(r.op, r.index, r.backward, n) for n in threads or (backend.num_threads(),) for r in listed]
+
+
+class Ring:
+    """The contestants for one number of threads, started when they are needed, and the roof by instruction set."""
+
+    def __init__(self, pythons: dict[str, str], threads: int) -> None:
+        self.pythons, self.threads = pythons, threads
+        self.contestants: dict[str, Contestant] = {}
+        self.roofs: dict[str, dict[str, float]] = {}
+
+    def get(self, who: str) -> Contestant:
+        if who not in self.contestants or self.contestants[who].process.poll() is not None:  # one that died starts anew
+            self.contestants[who] = Contestant(who, self.pythons[who], self.threads)
+            self.contestants[who].ask("ready")
+        return self.contestants[who]
+
+    def measure_roof(self) -> list[dict[str, Any]]:
+        """The ceilings once more, as lines of the file; the highest found are kept."""
+        lines = []
+        for who in (w for w in results.OURS if w in self.pythons):
+            isa = backend.isa() if who == "ours" else "avx2"
+            found = self.get(who).ask("roof").get("roof", {})
+            if found:
+                self.roofs[isa] = results.higher(self.roofs.get(isa, {}), found)
+                what = {"op": "roof", "case": "", "pass": "", "isa": isa, "contestant": who, "roof": found}
+                lines.append(about_here(self.threads) | what)
+        return lines
+
+    @property
+    def roof(self) -> dict[str, float]:
+        return self.roofs.get(backend.isa(), {})
+
+    def close(self) -> None:
+        for contestant in self.contestants.values():
             contestant.close()
 
 
-# --- printing ---
+def contestants_of(item: Item, pythons: dict[str, str]) -> list[str]:
+    return [who for who in pythons if worker.takes_part(who.removesuffix("_avx2"), item.op, item.index)]
 
 
-def heading(found: Sequence[str]) -> str:
-    head = f"{'operation':<20} {'case':<34} {'pass':<5} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>6} {'roof':>5}"
-    return head + "".join(f" {'/ ' + p:>14}" for p in found)
+def run(
+    rows: Sequence[Item],
+    found: dict[str, tuple[str, str]],
+    *,
+    quick: bool = False,
+    rounds: int | None = None,
+    minutes: float = math.inf,
+    roofs: Any = None,
+) -> Iterator[Row]:
+    """Yields one row after the other, for `minutes`: no row is begun after that. `found`: {peer: (interpreter, version)}; `quick`: short
+    turns, and no row of ours on AVX2; `roofs` is called with the lines of each measurement of the roof."""
+    pythons = {"ours": sys.executable}
+    if not quick and backend.isa() == "avx512":
+        pythons[AVX2] = sys.executable
+    pythons |= {who: python for who, (python, _) in found.items()}
+    until = time.monotonic() + 60 * minutes
+    tell = roofs or (lambda _: None)
+    ring: Ring | None = None
+    op = ""
+    try:
+        for item in rows:
+            if time.monotonic() > until:
+                break
+            if ring is None or ring.threads != item.threads or item.op != op:
+                if ring is not None and ring.threads != item.threads:
+                    ring.close()
+                    ring = None
+                ring = ring or Ring(pythons, item.threads)
+                tell(ring.measure_roof())
+                op = item.op
+            case = worker.cases(item.op)[item.index]
+            row = Row(item.op, label(item.op, item.index), item.backward, item.threads, roof=ring.roof, cold="cold" in case)
+            row.ceiling = worker.ceiling(item.op, item.index) or row.ceiling
+            taking = {who: ring.get(who) for who in contestants_of(item, pythons)}
+            yield run_case(row, item.index, taking, rounds or (2 if quick else 5), 0.05 if quick else 0.2)
+        if ring is not None:
+            tell(ring.measure_roof())
+    finally:
+        if ring is not None:
+            ring.close()
 
 
-def line(row: Row, found: Sequence[str]) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None or not math.isfinite(value) else format(value, form)
-
-    flops, size = row.work or (math.nan, math.nan)
-    ms, passes = row.seconds * 1e3, "f + b" if row.backward else "f"
-    text = f"{row.op:<20} {row.case[:34]:<34} {passes:<5} {number(ms, '.4g' if ms < 1e4 else '.0f'):>9}"
-    text += (
-        f" {number(flops / row.seconds / 1e9, '.1f'):>8} {number(size / row.seconds / 1e9, '.1f'):>6} {number(row.share, '.0%'):>5}"
-    )
-    for peer in found:
-        ratio = row.ratio(peer)
-        text += f" {('-' if ratio is None else f'{ratio:.2f}x'):>14}"
-    if row.tokens and row.rounds:
-        speeds = (
-            f"{who} {row.tokens / row.median(who):,.0f}" + (f" ({row.setups[who]})" if who in row.setups else "")
-            for who in row.rounds
-        )
-        text += "\n    tokens/s: " + ", ".join(speeds)
-    if row.op == "model" and "train" in row.case and row.memory:
-        text += "\n    peak MB: " + ", ".join(f"{who} {mb:,.0f}" for who, mb in row.memory.items())
-    return text
+def missing(rows: Sequence[Item], lines: Sequence[dict[str, Any]], pythons: Sequence[str]) -> list[Item]:
+    """The rows that the file does not hold yet: with a line for every contestant that takes part."""
+    there = {key: set(group.lines) for key, group in results.groups(lines).items()}
+    return [r for r in rows if not set(contestants_of(r, dict.fromkeys(pythons, ""))) <= there.get(r.key, set())]
 
 
 def main(
-    ops: Sequence[str],
-    threads: int | None,
-    quick: bool,
-    output: str | None,
-    plot: str | None,
+    ops: Sequence[str] = (),
+    threads: int | None = None,
+    *,
+    quick: bool = False,
+    everything: bool = False,
+    output: str | None = None,
+    plot: str | None = None,
     wanted: Sequence[str] = (),
     rounds: int | None = None,
     against: Sequence[str] = (),
+    again: bool = False,
+    minutes: float | None = None,
 ) -> int:
-    """Prints the table; 1 where an answer was wrong."""
-    chosen = selected(ops or operations(), wanted, quick)
+    """Measures what the file does not hold yet, or everything `again`, and writes the table and the plot beside it; 1 where an answer was
+    wrong. `threads`: this number alone, else all and one."""
+    most = backend.num_threads()
+    rows = items(ops, (threads,) if threads else tuple(dict.fromkeys((most, 1))), wanted, everything, quick)
     found = peers.find(against)
     versions = {k: v for k, (_, v) in found.items()}
-    threads = threads or backend.num_threads()
+    path = Path(output) if output else default_output()
+    todo = rows
+    if not again:
+        mine = ["ours", *([AVX2] if not quick and backend.isa() == "avx512" else [])]
+        todo = missing(rows, results.read(path), [*mine, *found])
     print(
-        f"{_C.cpu_name()}, {backend.isa()}, {threads} thread{'s' if threads > 1 else ''}; "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        f"{_C.cpu_name()}, {backend.isa()}, {most} threads; " + ", ".join(f"{k} {v}" for k, v in versions.items() if k != "dense")
     )
     absent = [p for p in peers.PEERS if p not in found and (not against or p in against)]
     if absent:
@@ -378,44 +474,35 @@ def main(
         print(
             f"the machine is not quiet (load {load:.1f}): what computes beside this makes the figures worse, the peers' most of all"
         )
+    print(f"{len(rows) - len(todo)} of {len(rows)} rows are in {path}")
     # A column for each peer that takes part in any of the cases.
-    columns = [p for p in found if any(worker.takes_part(p, op, i) for op, indices in chosen.items() for i in indices)]
-    path = Path(output) if output else default_output()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.stat().st_size if path.exists() else 0
-    rows: list[Row] = []
-    wrong = False
-    for row in run(ops, threads, quick, wanted, rounds, against):
-        if not rows:
-            print(roof_line(row.roof))
-            print(heading(columns))
-        rows.append(row)
-        print(line(row, columns), flush=True)
+    columns = [p for p in (AVX2, *found) if any(p in contestants_of(r, {p: ""}) for r in todo) and not (p == AVX2 and quick)]
+    wrong, done = False, 0
+    for row in run(
+        todo, found, quick=quick, rounds=rounds, minutes=minutes or math.inf, roofs=lambda lines: results.append(path, lines)
+    ):
+        if not done:
+            print(report.roof_line(row.roof))
+            print(report.heading(columns))
+        done += 1
+        print(report.line(row, columns), flush=True)
         for who, problem in row.problems.items():
             print(f"    {who}: {problem}")
-        wrong = wrong or "ours" in row.problems
-        with path.open("a") as file:
-            file.write(json.dumps(row.record(versions)) + "\n")
-    print(f"at the end: {roof_line(rows[-1].roof)}")
-    os.truncate(path, before)  # once more, with the roof as it is known now
-    with path.open("a") as file:
-        file.writelines(json.dumps(row.record(versions)) + "\n" for row in rows)
-    print(f"written to {path}")
-    if plot:
-        from fastlm.benchmarks.roofline import draw
-
-        draw([row.record(versions) for row in rows], plot)
-        print(f"roofline drawn to {plot}")
+        wrong = wrong or any(who in row.problems for who in results.OURS)
+        results.append(path, row.record(versions))
+    if done:
+        lines = results.read(path)
+        table, picture = path.with_suffix(".md"), Path(plot) if plot else path.with_suffix(".png")
+        table.write_text(report.markdown(lines))
+        print(f"{len(todo) - done} rows are left; written to {path} and {table}")
+        if report.draw(lines, picture):
+            print(f"roofline drawn to {picture}")
     return int(wrong)
 
 
-def roof_line(roof: dict[str, float]) -> str:
-    return f"roof: {roof['gflops']:.0f} GFLOP/s float32, {roof['read_gbs']:.1f} GB/s read, {roof['copy_gbs']:.1f} GB/s copy"
-
-
 def default_output() -> Path:
-    """benchmarks/results/DATE.jsonl in a source tree, else the same below the cache folder."""
-    name = f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    """benchmarks/results/DATE-MACHINE.jsonl in a source tree, else the same below the cache folder."""
+    name = f"{datetime.now(UTC):%Y-%m-%d}-{results.machine(_C.cpu_name())}.jsonl"
     if worker.HERE.parent == worker.ROOT:
         return worker.HERE / "results" / name
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -48,6 +48,7 @@ def find(wanted: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
         for peer in PEERS:
             if python and peer in versions and peer not in found:
                 found[peer] = (python, versions[peer])
+    found["dense"] = (sys.executable, "fastlm")  # an operation of ours that does the same work in a plainer way
     if version := ik_llama():
         found["ik_llama"] = (sys.executable, version)
     return {who: where for who, where in found.items() if not wanted or who in wanted}

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from fastlm.benchmarks.results import Group, Key, higher
+
 MARKS = {  # of each contestant
-    "ours": "o", "torch": "x", "torch_compile": "+", "transformers": "1", "ctranslate2": "s", "onnxruntime": "D", "openvino": "^",
-    "llama_cpp": "v", "ik_llama": "P",
+    "ours": "o", "ours_avx2": ".", "numpy": "_", "dense": "|", "torch": "x", "torch_compile": "+", "transformers": "1",
+    "ctranslate2": "s", "onnxruntime": "D", "openvino": "^", "llama_cpp": "v", "ik_llama": "P",
 }  # fmt: skip
 
 
-def draw(records: Sequence[dict[str, Any]], path: str) -> None:
-    """Writes the roofline plot of rows, as the JSON lines hold them, to a PNG or SVG file: operations over the bytes that must be read,
-    under the ceilings of float32. 8-bit products may stand above them."""
+def draw(groups: dict[Key, Group], path: str) -> bool:
+    """Writes the roofline plot of a file's rows at their highest number of threads to a PNG or SVG file: operations over the bytes that
+    must be read, under the ceilings of float32. 8-bit products may stand above them. False where there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    rows = [r for r in records if r["work"] and r["ms"].get("ours") and r["work"][0] > 0 and r["work"][1] > 0]
+    rows = [g for g in groups.values() if (mine := g.lines.get("ours")) and mine.get("work") and min(mine["work"]) > 0 and g.roof]
+    rows = [g for g in rows if g.lines["ours"].get("median_ms")]
     if not rows:
-        return
-    roof = {k: max(r["roof"][k] for r in rows) for k in rows[0]["roof"]}
+        return False
+    threads = max(g.key[3] for g in rows)
+    rows = [g for g in rows if g.key[3] == threads]
+    roof: dict[str, float] = {}
+    for g in rows:
+        roof = higher(roof, g.roof)
+
+    def point(g: Group, who: str) -> tuple[float, float]:
+        operations, size = g.lines["ours"]["work"]
+        return operations / size, operations / g.median(who) / 1e9
+
+    ops = list(dict.fromkeys(g.key[0] for g in rows))
     points = {  # (operation, contestant) -> points
-        (op, who): [
-            (r["work"][0] / r["work"][1], r["work"][0] / r["ms"][who] / 1e6) for r in rows if r["op"] == op and who in r["ms"]
-        ]
-        for op in dict.fromkeys(r["op"] for r in rows)
+        (op, who): [point(g, who) for g in rows if g.key[0] == op and g.lines.get(who, {}).get("median_ms")]
+        for op in ops
         for who in MARKS
     }
     every = [p for some in points.values() for p in some]
@@ -42,7 +52,6 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
     axes.plot(intensity, np.minimum(roof["gflops"], roof["read_gbs"] * intensity), "k-", label=memory)
     axes.plot(intensity, np.minimum(roof["gflops"], cache * intensity), "k:", label=f"cache {cache:.0f} GB/s")
     axes.text(high, roof["gflops"] * 1.08, f"{roof['gflops']:.0f} GFLOP/s float32 ", ha="right")
-    ops = list(dict.fromkeys(op for op, _ in points))
     for (op, who), found in points.items():
         if found:
             color = plt.cm.tab20(ops.index(op) % 20)
@@ -55,16 +64,18 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
     marks = [
         Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none") for w in seen
     ]
-    axes.add_artist(axes.legend(marks, ["fastlm" if w == "ours" else w for w in seen], fontsize="small", loc="upper left"))
+    names = ["fastlm" if w == "ours" else "fastlm, AVX2" if w == "ours_avx2" else w for w in seen]
+    axes.add_artist(axes.legend(marks, names, fontsize="small", loc="upper left"))
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="operations per byte",
         ylabel="GFLOP/s",
-        title=f"{rows[0]['cpu']}, {rows[0]['threads']} threads",
+        title=f"{rows[0].lines['ours']['cpu']}, {threads} threads",
     )
     axes.legend(fontsize="small", ncols=2, loc="lower right")
     axes.set_ylim(bottom=min(y for _, y in every) / 2, top=max(roof["gflops"], max(y for _, y in every)) * 2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return True

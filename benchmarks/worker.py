@@ -9,10 +9,15 @@ A benchmark file `bench_<op>.py` is as short as its operation lets it be:
     BACKWARD = True                               the backward pass is timed as well; or a function of the case that says whether
     torch(**inputs)                               the same with torch tensors; any other peer by its name
     ours(**inputs), numpy(**inputs)               where `fastlm.ops.<op>` or the oracle is not what should be timed
+    dense(**inputs)                               another use of fastlm to compare with
+    CASES, GRADIENTS, inputs, forward, backward   where there is no oracle of that name
     CEILING = "int8_scaled_gops"                  the key of `backend.roof()` that operations are compared with, or a function of the case
                                                   that says it; "gflops" by default
     CASES, tokens(case), name(case)               for whole models, each `task` of which is a function in engine_<who>.py, see engine.py, or
                                                   <task>_<who> in the file itself
+
+Memory is the most that a contestant holds at once during the timed calls: a model's above the idle process, an operation's beside its
+inputs and outputs too.
 
 What is timed may say itself how long it took, `run.times(seconds) -> list`, and what it is, `run.label`.
 """
@@ -59,7 +64,9 @@ def bench(op: str) -> ModuleType:
 
 
 def oracle(op: str) -> ModuleType:
-    return by_file(KERNELS / op / f"{op}_ref.py")
+    """The operation's oracle; a benchmark of something else is its own."""
+    path = KERNELS / op / f"{op}_ref.py"
+    return by_file(path) if path.exists() else bench(op)
 
 
 def cases(op: str) -> list[dict[str, Any]]:
@@ -109,12 +116,12 @@ def gradient(y: Any, index: int) -> Any:
 # --- what is timed: a function without arguments that returns the outputs, or the gradients by name ---
 
 
-def ours(op: str, index: int, backward: bool) -> Callable[[], Any]:
+def ours(op: str, index: int, backward: bool, name: str = "ours") -> Callable[[], Any]:
     from fastlm import ops
     from fastlm.tensor import Tensor, record
 
     values = inputs(op, index)
-    call = getattr(bench(op), "ours", None) or getattr(ops, op)
+    call = getattr(bench(op), name, None) or getattr(ops, op)
     if not backward:
         turns = in_turn(op, index, values, np.array)
         return lambda: call(**next(turns))
@@ -223,8 +230,8 @@ def contestant(who: str, op: str, index: int, backward: bool) -> Callable[[], An
         prepare = task(op, index, who)
         ready: Callable[[], Any] | None = prepare and prepare(cases(op)[index])
         return ready
-    if who == "ours":
-        return ours(op, index, backward)
+    if who in ("ours", "dense"):
+        return ours(op, index, backward, who)
     if who == "numpy":
         return plain(op, index, backward)
     if who in ("torch", "torch_compile", "transformers"):
@@ -249,17 +256,25 @@ def arrays(y: Any) -> dict[str, Any]:
     return {k: np.asarray(v.detach().numpy() if hasattr(v, "detach") else getattr(v, "data", v)) for k, v in y.items()}
 
 
-def measure(run: Callable[[], Any], seconds: float, warm: float) -> list[float]:
-    """Seconds of a call, several times; very short calls are timed in groups."""
-    start = time.perf_counter()
-    calls = 0
-    while calls == 0 or time.perf_counter() - start < warm:
-        run()
-        calls += 1
-    group = max(1, int(2e-4 / max((time.perf_counter() - start) / calls, 1e-9)))
+def size_of(values: dict[str, Any]) -> int:
+    """Bytes of the arrays among these."""
+    each = (v for value in values.values() for v in (value if isinstance(value, (list, tuple)) else (value,)))
+    return sum(int(getattr(v, "nbytes", 0)) for v in each)
+
+
+def measure(run: Callable[[], Any], seconds: float, warm: float, least: int = 2) -> list[float]:
+    """Seconds of a call, at least so many times; very short calls are timed in groups. Without `warm` the first call counts."""
+    group = 1
+    if warm:
+        start = time.perf_counter()
+        calls = 0
+        while calls == 0 or time.perf_counter() - start < warm:
+            run()
+            calls += 1
+        group = max(1, int(2e-4 / max((time.perf_counter() - start) / calls, 1e-9)))
     times: list[float] = []
     until = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < until:
+    while len(times) < least or time.perf_counter() < until:
         start = time.perf_counter()
         for _ in range(group):
             run()
@@ -303,24 +318,30 @@ def main() -> None:
 
         torch.set_num_threads(threads)
     run: Callable[[], Any] | None = None
-    before = 0.0
+    before = held = 0.0  # MB: of the process before a case, of its inputs and outputs
     for line in sys.stdin:
         command = json.loads(line)
         answer: dict[str, Any] = {}
         try:
             if command["do"] == "prepare":
                 run = None  # its memory goes before the next one's comes
-                if who == "ours":
+                if who in ("ours", "dense"):
                     from fastlm import backend
 
                     backend.release()
-                before = resident("VmRSS")
+                before, held = resident("VmRSS"), 0.0
                 run = contestant(who, command["op"], command["index"], command["backward"])
                 answer["present"] = run is not None
                 if run is not None:
                     start = time.perf_counter()
-                    np.savez(command["result"], **arrays(run()))
+                    found = arrays(run())
                     answer["seconds"] = time.perf_counter() - start
+                    np.savez(command["result"], **found)
+                    if not is_model(command["op"]):  # what any library must hold
+                        given = inputs(command["op"], command["index"])
+                        held = (size_of(given) + size_of(found)) / 2**20
+                        del given
+                    del found
                     answer["label"] = getattr(run, "label", None)
                     if who == "ours" and hasattr(bench(command["op"]), "work"):
                         module = bench(command["op"])
@@ -338,8 +359,9 @@ def main() -> None:
                 assert run is not None
                 own = getattr(run, "times", None)
                 forget_peak()  # after the preparation: compiling and loading do not count
-                answer["times"] = own(command["seconds"]) if own else measure(run, command["seconds"], command["warm"])
-                answer["memory"] = resident("VmHWM") - before
+                seconds, warm, least = command["seconds"], command["warm"], command["least"]
+                answer["times"] = own(seconds) if own else measure(run, seconds, warm, least)
+                answer["memory"] = max(resident("VmHWM") - before - held, 0.0)
         except Exception as error:  # a peer that fails is reported in its column and the run goes on
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)

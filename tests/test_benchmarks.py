@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import statistics
 import sys
 
 import numpy as np
 import pytest
 
 from fastlm import _C
-from fastlm.benchmarks import harness, worker
+from fastlm.benchmarks import harness, peers, report, results, targets, worker
 from fastlm.benchmarks.harness import Row
+from fastlm.cli import main
 
 
 def test_every_operation_has_a_benchmark():
@@ -20,21 +23,127 @@ def test_every_operation_has_a_benchmark():
         assert callable(worker.bench(op).work), op
 
 
-def test_a_row_and_its_record(monkeypatch):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A file of results of a quick run without peers, and what was printed."""
+    path = tmp_path_factory.mktemp("bench") / "lines.jsonl"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.delenv("FASTLM_PEERS_PYTHON", raising=False)
+        patch.setattr(peers, "installed", lambda python: {"numpy": np.__version__})
+        for _ in range(2):  # the second finds everything there
+            assert harness.main(["rms_norm"], 1, quick=True, output=str(path)) == 0
+    return path, out.getvalue()
+
+
+def test_a_row_has_a_line_for_each_contestant(measured):
+    lines = results.read(measured[0])
+    timed = [line for line in lines if line["op"] == "rms_norm"]
+    assert [(line["case"], line["pass"], line["contestant"]) for line in timed] == [
+        (case, p, who)
+        for case in ("1024x4096", "4096x2048")  # the table comes first
+        for p in ("forward", "forward + backward")
+        for who in ("ours", "numpy")
+    ]
+    for line in timed:
+        assert line["problem"] is None
+        assert line["threads"] == 1
+        assert line["isa"] == (_C.isa() if line["contestant"] == "ours" else None)
+        assert line["median_ms"] == pytest.approx(statistics.median(line["rounds_ms"]), rel=1e-4)
+        assert line["spread"] >= 0
+        assert line["share_of_roof"] > 0
+        assert line["unit"] == "GB/s"
+        assert line["rate"] == pytest.approx(line["work"][1] / line["median_ms"] / 1e6, rel=1e-3)
+        assert set(line["versions"]) == {"fastlm", "python"} | ({"numpy"} if line["contestant"] == "numpy" else set())
+        assert line["date"]
+    assert {"gflops", "read_gbs", "int8_gops"} <= set(next(line for line in lines if line["op"] == "roof")["roof"])
+
+
+def test_rows_that_are_there_are_not_measured_again(measured):
+    assert "0 of 4 rows are in" in measured[1]
+    assert "4 of 4 rows are in" in measured[1]
+    rows = harness.items(["rms_norm"], (1,), quick=True)
+    lines = results.read(measured[0])
+    assert harness.missing(rows, lines, ["ours", "numpy"]) == []
+    assert harness.missing(rows, lines, ["ours", "numpy", "torch"]) == rows, "a peer came: its ratio needs a run with it"
+    assert len(harness.missing(harness.items(["rms_norm"], (2, 1), quick=True), lines, ["ours", "numpy"])) == 4
+
+
+def test_no_row_is_begun_after_its_time(monkeypatch):
     monkeypatch.delenv("FASTLM_PEERS_PYTHON", raising=False)
-    rows = list(harness.run(["rms_norm"], threads=1, quick=True))
-    assert [r.backward for r in rows] == [False, True, False, True]
-    for row in rows:
-        assert "ours" not in row.problems
-        assert "numpy" not in row.problems
-        assert row.ratio("numpy") > 0
-        assert row.share > 0
-        record = json.loads(json.dumps(row.record({})))
-        assert record["threads"] == 1
-        assert record["isa"] == _C.isa()
-        assert set(record["ms"]) >= {"ours", "numpy"}
-        assert "rms_norm" in harness.line(row, ["numpy", "torch"])
-        assert harness.line(row, ["llama_cpp"]).rstrip().endswith("-"), "an absent peer is a dash"
+    assert list(harness.run(harness.items(["rms_norm"], (1,), quick=True), {}, quick=True, minutes=-1.0)) == []
+
+
+def test_the_command_prints_the_table(measured, capsys, tmp_path):
+    assert main(["bench", "--table", str(measured[0])]) == 0
+    out = capsys.readouterr().out
+    assert "| rms_norm | `1024x4096` | f + b |" in out
+    assert "6x" in out
+    assert "Not measured: matmul `512x512,512x512`" in out
+    assert measured[0].with_suffix(".md").read_text() == out
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main(["bench", "--table", str(tmp_path / "empty.jsonl")]) == 2
+    (tmp_path / "other.jsonl").write_text('{"op": 1}\n')
+    assert main(["bench", "--table", str(tmp_path / "other.jsonl")]) == 2
+
+
+def test_every_target_is_a_case():
+    found = {(r.op, harness.label(r.op, r.index), r.backward) for r in harness.items(threads=(1,))}
+    assert found == set(targets.BY_KEY)
+    assert len(targets.TABLE) == len(targets.BY_KEY)
+    first = harness.items(threads=(2, 1))
+    assert [r.threads for r in first] == sorted((r.threads for r in first), reverse=True)
+    assert tuple((*t.key, 2) for t in targets.TABLE) == tuple(r.key for r in first[: len(targets.TABLE)])
+
+
+def line_of(who, times, run="a", case="1024x4096", memory=None, problem=None):
+    return {
+        "op": "rms_norm", "case": case, "pass": "forward", "threads": 2, "isa": "avx512", "contestant": who, "run": run,
+        "median_ms": statistics.median(times) if times else None, "spread": 0.1, "rounds_ms": times, "peak_mb": memory,
+        "problem": problem, "work": [1e6, 1e6], "ceiling": "gflops", "cold": False, "rate": 1.0, "unit": "GB/s", "versions": {},
+        "cpu": "a cpu", "date": "2026-01-02T03:04:05", "commit": "abc",
+    }  # fmt: skip
+
+
+def test_what_a_target_is_held_against():
+    lines = [
+        line_of("ours", [9.0, 9.0, 9.0], "before"),
+        line_of("torch", [9.0, 9.0, 9.0], "before"),
+        line_of("ours", [1.0, 2.0, 1.0], memory=30.0),
+        line_of("numpy", [50.0, 50.0, 50.0], memory=1.0),
+        line_of("torch", [4.0, 10.0, 4.0], memory=100.0),
+        line_of("openvino", [2.0, 2.0, 2.0], memory=200.0, problem="wrong answer"),
+    ]
+    (group,) = results.groups(lines).values()
+    assert group.run == "a", "the last run of a row counts"
+    assert group.best() == "torch", "a peer with another answer does not count"
+    assert group.ratio("torch") == pytest.approx(4.0), "the median of 4, 5, 4, round by round"
+    assert report.verdict(group, targets.Bar(4.0)) == ("torch 4.00x", True)
+    assert report.verdict(group, targets.Bar(4.1)) == ("torch 4.00x", False)
+    assert report.verdict(group, targets.Bar(4.1, ("ctranslate2",))) == ("-", None)
+    assert report.verdict(group, targets.Bar(0.3, memory=True)) == ("memory 0.30x of torch", True)
+    assert report.verdict(group, targets.Bar(0.29, memory=True))[1] is False
+    text = report.markdown(lines)
+    assert "| torch 4.00x | 4x | yes |" in text
+    assert "1 of 1 targets met" in text
+    assert "openvino: wrong answer" in text
+    lines[2]["problem"] = "wrong answer: y is off"
+    assert "**no**" in report.markdown(lines)
+
+
+def test_the_roof_is_the_highest_of_the_file():
+    roof = {"gflops": 100.0, "read_gbs": 10.0, str(1 << 16): 80.0, str(1 << 20): 10.0}
+    low = roof | {"gflops": 1.0}
+    at = {"op": "roof", "case": "", "pass": "", "threads": 2, "isa": "avx512", "contestant": "ours"}
+    lines = [at | {"roof": low}, line_of("ours", [1.0]), at | {"roof": roof}]
+    (group,) = results.groups(lines).values()
+    assert group.share() == pytest.approx(0.1), "1 MB at 10 GB/s takes 0.1 ms"
+
+
+def test_the_roofline_is_drawn(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.draw(results.read(measured[0]), tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    assert not report.draw([], tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(

@@ -146,11 +146,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stride", type=_positive, help="tokens between two windows (default: the context)")
     p.add_argument("--max-tokens", type=_positive, help="only the first tokens of the text")
 
-    p = command("bench", "time every operation and model against NumPy and the other engines that are installed", "bench:run")
-    p.add_argument("ops", metavar="OP", nargs="*", help="operations (default: all)")
+    p = command(
+        "bench",
+        "time operations and models against NumPy and the other engines that are installed",
+        "bench:run",
+        "Measures the table of targets, with all threads and with one, as far as the file of results does not hold it yet.",
+    )
+    p.add_argument("ops", metavar="OP", nargs="*", help="operations (default: those of the table)")
+    p.add_argument("--all", action="store_true", help="every case of the operations, not the table's alone")
     p.add_argument("--quick", action="store_true", help="fewer cases and shorter turns")
-    p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file")
-    p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file")
+    p.add_argument("--minutes", type=float, metavar="N", help="begin no row after this; the same command goes on from there")
+    p.add_argument("--again", action="store_true", help="also measure what the file holds")
+    p.add_argument("--json", metavar="FILE", help="append the JSON lines to this file (default: by date and machine)")
+    p.add_argument("--plot", metavar="FILE", help="draw the roofline into this PNG or SVG file (default: beside the lines)")
+    p.add_argument("--table", metavar="FILE", help="only print the table of this file of results")
     p.add_argument("--case", metavar="NAME", action="append", help="only cases whose name contains this; may be repeated")
     p.add_argument("--against", metavar="PEER", action="append", help="only this peer; may be repeated (default: all installed)")
     p.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contestant (default: 5)")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fastlm.benchmarks import harness
+    from fastlm.benchmarks import harness, report, results
 
     a = arguments
+    if a.table:
+        lines = results.read(a.table)
+        if not lines:
+            raise ValueError(f"[bench] {a.table} has no measurements.")
+        print(report.markdown(lines), end="")
+        if a.plot:
+            report.draw(lines, Path(a.plot))
+        return 0
     if a.list:
         names = a.ops or harness.operations()
         print(
@@ -17,4 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
             else "\n".join(names)
         )
         return 0
-    return int(harness.main(a.ops, a.threads, a.quick, a.json, a.plot, a.case or (), a.rounds, a.against or ()))
+    return int(
+        harness.main(
+            a.ops, a.threads, quick=a.quick, everything=a.all, output=a.json, plot=a.plot, wanted=a.case or (), rounds=a.rounds,
+            against=a.against or (), again=a.again, minutes=a.minutes,
+        )
+    )  # fmt: skip

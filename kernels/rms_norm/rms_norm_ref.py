@@ -17,6 +17,7 @@ CASES: list[dict[str, Any]] = [
     {"shape": (65, 576), "residual": True},
     {"shape": (33, 257), "size": 1e-3},
     {"shape": (4096, 2048), "bench": True},
+    {"shape": (1024, 4096), "bench": True},
     {"shape": (8192, 768), "bench": True},
     {"shape": (8192, 768), "residual": True, "bench": True},
     {"shape": (1, 2048), "bench": True},
