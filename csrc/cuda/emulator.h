@@ -193,6 +193,8 @@ template <class... A> int enter(const char* name, void (*kernel)(A...)) {
 #define __shfl_up_sync(mask, v, d) \
     emulator::shuffle(v, emulator::lane() >= size_t(d) ? emulator::lane() - size_t(d) : emulator::lane())
 
+inline float __expf(float x) { return std::exp(x); }
+
 // Runs one launch; null, or what went wrong. Called from Python by ctypes.
 extern "C" const char* emulate(const char* name, const int* grid, int block, int shared, int cluster, void** arguments, int count,
                                int seed, const char* signature) {

@@ -16,7 +16,8 @@ CASES: list[dict[str, Any]] = [
     {"shape": (3, 4099), "reduction": "none", "offset": 500.0},
     {"shape": (0, 16), "reduction": "sum"},
     {"shape": (6, 17), "ignored": 6},
-    {"shape": (90, 50257), "ignored": 2, "reduction": "sum"},  # large enough for streamed stores, rows at odd addresses
+    {"shape": (1, 70001)},  # longer than what a block of the GPU keeps
+    {"shape": (90, 50257), "ignored": 2, "reduction": "sum", "large": True},  # for streamed stores, rows at odd addresses
     {"shape": (1024, 50257), "bench": True},
     {"shape": (8192, 1024), "bench": True},
 ]
