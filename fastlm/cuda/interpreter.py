@@ -23,8 +23,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl
 from triton.runtime import interpreter
 
-_NUMPY = {"fp32": np.float32, "bf16": np.uint16, "i32": np.int32, "i64": np.int64, "u8": np.uint8, "i8": np.int8}
-_NAMES = {"fp32": "float32", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "u8": "uint8", "i8": "int8"}
+_NAMES = {
+    "fp32": "float32",
+    "fp64": "float64",
+    "bf16": "bfloat16",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "u64": "uint64",
+    "i8": "int8",
+}
 
 
 class _DType(str):

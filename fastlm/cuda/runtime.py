@@ -114,6 +114,19 @@ class Device:
         self.copy_in(a.pointer, np.ascontiguousarray(x))
         return a
 
+    def constant(self, x: NDArray[Any]) -> DeviceArray:
+        """As `put`, for what never changes, such as a table of addresses: a recorded step may make it."""
+        block = self.block(x.nbytes)
+        self._copy_in(block.pointer, np.ascontiguousarray(x))
+        a = DeviceArray(self, x.shape, x.dtype, block.pointer, block)
+        self.keep(a)
+        return a
+
+    def keep(self, *arrays: DeviceArray) -> None:
+        """Where this thread records, these arrays' memory stays as long as the recording does."""
+        if (by := recorder()) is not None:
+            by.keep(arrays)
+
     def assign(self, to: DeviceArray, source: DeviceArray) -> None:
         """to[...] = source: equal shapes and dtypes, any strides whose last axes are contiguous."""
         if to.shape != source.shape or to.dtype != source.dtype:

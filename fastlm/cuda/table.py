@@ -20,8 +20,11 @@ from fastlm.cuda.recording import recorder
 from fastlm.cuda.runtime import Device
 
 KERNELS = (Path(__file__).parent.parent / "kernels").resolve()
-TYPES = {np.dtype(n): t for n, t in (("float32", "fp32"), ("int32", "i32"), ("int64", "i64"), ("uint8", "u8"), ("int8", "i8"))}
-TYPES[BFLOAT16] = "bf16"
+TYPES = {
+    **{np.dtype(n): t for n, t in (("float32", "fp32"), ("float64", "fp64"), ("uint8", "u8"), ("uint64", "u64"))},
+    **{np.dtype(n): t for n, t in (("int8", "i8"), ("int32", "i32"), ("int64", "i64"))},
+    BFLOAT16: "bf16",
+}
 TWINS = ("cuda", "triton")
 
 

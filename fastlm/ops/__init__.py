@@ -1,7 +1,7 @@
 """Fused operations on NumPy arrays and Tensors: each checks its arguments, allocates, calls the kernel, knows its gradient."""
 
 from fastlm.ops.activation import activation, tanh
-from fastlm.ops.adamw import adamw, adamw_step, global_norm
+from fastlm.ops.adamw import adamw, adamw_step, clip_scale, global_norm
 from fastlm.ops.advance import advance
 from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import SCALE, cache_append
@@ -47,6 +47,7 @@ __all__ = [
     "attention_packed",
     "binary_cross_entropy",
     "cache_append",
+    "clip_scale",
     "combine",
     "cosine_distance",
     "cross_entropy",

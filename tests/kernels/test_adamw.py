@@ -11,7 +11,7 @@ CASES = pytest.mark.parametrize("case", cases("adamw"), ids=case_id)
 SETTINGS = {"step": 1, "lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
-def updated(parameter, gradient, m, v, **settings):
+def call(parameter, gradient, m, v, **settings):
     """The operation in the oracle's form: new arrays, nothing in place."""
     parameter, m, v = parameter.copy(), m.copy(), v.copy()
     ops.adamw(parameter, gradient, m, v, **settings)
@@ -20,7 +20,7 @@ def updated(parameter, gradient, m, v, **settings):
 
 @CASES
 def test_forward(isa, case):
-    check_forward("adamw", updated, case)
+    check_forward("adamw", call, case)
 
 
 def test_first_step_by_hand():
