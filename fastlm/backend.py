@@ -21,6 +21,7 @@ _POOLED = 1 << 16  # bytes; below this malloc is as good and cheaper
 
 _FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"float32": _FLOAT32, "bfloat16": BFLOAT16}
 
 
 def kernels(x: Any) -> Any:
@@ -159,6 +160,14 @@ def assign(to: Any, source: Any) -> None:
         to[...] = source
     else:
         to.device.assign(to, source)
+
+
+def repeated(x: Any, shape: tuple[int, ...]) -> Array:
+    """A device's x repeated to `shape`, as NumPy broadcasts, in memory of its own."""
+    out: Any = empty_like(x, shape)
+    kernels(x).add_broadcast(out, x, zeros((1,), like=x))
+    array: Array = out
+    return array
 
 
 def sum_to(x: Any, shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> Array:

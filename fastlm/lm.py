@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import numpy as np
 
-from fastlm import evaluate, generate, hub
+from fastlm import backend, evaluate, generate, hub
 from fastlm.backend import Array
 from fastlm.models import quantize as storage
 from fastlm.models.base import CausalLM, LanguageModel
@@ -44,17 +44,25 @@ _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _BEAMS = {"length_penalty", "early_stopping"}
 
 
-def load(path_or_id: str | os.PathLike[str], dtype: str | None = None, activations: str = "float32", cache: str = "float32") -> LM:
+def load(
+    path_or_id: str | os.PathLike[str],
+    dtype: str | None = None,
+    activations: str = "float32",
+    cache: str = "float32",
+    device: Any = "cpu",
+) -> LM:
     """The language model of a Hugging Face folder, a GGUF file, or a Hugging Face id ("org/name").
 
     dtype None keeps the weights as they are stored (quantised ones too); "float32" or "bfloat16" converts them. activations: what
-    quantised weights are multiplied with, see LM.activations. cache: how keys and values are kept, see LM.cache. Raises
-    FileNotFoundError where nothing is found, and a ValueError that lists what is wrong with a file.
+    quantised weights are multiplied with, see LM.activations. cache: how keys and values are kept, see LM.cache. device: "cpu", or "cuda"
+    for the GPU, see LM.to. Raises FileNotFoundError where nothing is found, a ValueError that lists what is wrong with a file, and a
+    RuntimeError that says why no GPU can be used.
     """
+    where = backend.device(device)
     lm = LM(*hub.load_folder_or_gguf(path_or_id, dtype))
     lm.activations = activations
     lm.cache = cache
-    return lm
+    return lm if where is None else lm.to(where)
 
 
 class LM:
@@ -91,10 +99,27 @@ class LM:
         storage.quantize(self.model, kind, activations or self.activations)
         return self
 
-    def to(self, dtype: str) -> LM:
-        """Every matrix as "float32" or "bfloat16", in place; vectors stay float32. Returns self."""
-        storage.convert(self.model, dtype)
+    def to(self, device: Any, dtype: str | None = None) -> LM:
+        """Puts the model on a device, "cuda" or "cpu", and stores its weights as `dtype`, in place: to("cuda"), to("bfloat16"),
+        to("cuda", "bfloat16"). Returns self.
+
+        "float32" or "bfloat16" is that of the matrices on the CPU, where vectors stay float32, and of all weights and activations on
+        the GPU. None keeps it. Every weight is copied once. Raises RuntimeError that says why where there is no GPU.
+        """
+        if device in ("float32", "bfloat16") and dtype is None:
+            device, dtype = self.model.device, device
+        where = backend.device(device)
+        if where is None and self.model.device is None and dtype is not None:
+            storage.convert(self.model, dtype)
+        else:
+            self.model.to(where, dtype)
         return self
+
+    @property
+    def device(self) -> str:
+        """Where the model is: "cpu", or the GPU's name."""
+        there = self.model.device
+        return "cpu" if there is None else str(there.name)
 
     @property
     def activations(self) -> str:

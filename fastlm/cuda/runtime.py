@@ -102,6 +102,16 @@ class Device:
         block = self.block(n * dt.itemsize) if by is None else by.block(n * dt.itemsize, dt.kind in "fV")
         return DeviceArray(self, tuple(shape), dt, block.pointer, block)
 
+    @cached_property
+    def _numbers(self) -> dict[int, DeviceArray]:
+        return {}
+
+    def numbers(self, n: int) -> DeviceArray:
+        """0 .. n - 1, int32, made once: not to be written to."""
+        if n not in self._numbers:
+            self._numbers[n] = self.put(np.arange(n, dtype=np.int32))
+        return self._numbers[n]
+
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
         """As `empty`, filled with zeros."""
         a = self.empty(shape, dtype)

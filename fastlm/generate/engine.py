@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
+from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.processors import active, process
 from fastlm.generate.recorded import Decoder
 from fastlm.generate.settings import Continues, Settings, whole
@@ -57,9 +58,11 @@ def steps(
     cache = model.new_cache(len(rows), max(len(row.ids) + row.limit for row in rows))
     logits = np.concatenate([prefill(model, row.ids, cache.row(b)) for b, row in enumerate(rows)])
     ids = choose(logits, rows, settings)
-    decoder: Decoder | None = None
+    decoder: Any = None  # a Decoder or a DeviceDecoder
     while True:
         for row, id in zip(rows, ids, strict=True):
+            if row.reason is not None:  # ended, and still in a batch on a device
+                continue
             row.ids.append(id)
             row.output.ids.append(id)
             if id in settings.eos:
@@ -73,7 +76,9 @@ def steps(
         going = [b for b, row in enumerate(rows) if row.reason is None]
         if not going:
             return
-        if len(going) < len(rows):
+        if len(going) < len(rows) and not (isinstance(decoder, DeviceDecoder) and decoder.keeps(len(going))):
+            if isinstance(decoder, DeviceDecoder):
+                decoder.settle()
             cache = cache.select(going)
             rows = [rows[b] for b in going]
             decoder = None
@@ -113,21 +118,22 @@ def prefill(model: Continues, ids: Sequence[int], cache: Cache) -> Array:
     return logits
 
 
-def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Decoder:
+def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Any:
     """Steps of these rows. The next ids are chosen within the step where kernels alone can choose."""
-    s = settings
+    s, device = settings, getattr(cache, "device", None)
+    kind: Any = Decoder if device is None else DeviceDecoder
     if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
-        return Decoder(model, cache)
+        return kind(model, cache)
     if s.temperature == 0.0:
-        return Decoder(model, cache, lambda logits, out: ops.argmax(logits, out=out))
-    seeds = np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64)
-    steps = np.array([len(row.output.ids) for row in rows], np.int64)
+        return kind(model, cache, lambda logits, out: ops.argmax(logits, out=out))
+    seeds = backend.put(np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64), device)
+    steps = backend.put(np.array([len(row.output.ids) for row in rows], np.int64), device)
 
     def draw(logits: Array, out: Array) -> None:
         ops.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed=seeds, step=steps, out=out)
         ops.advance(steps, out=steps)
 
-    return Decoder(model, cache, draw, [steps])
+    return kind(model, cache, draw, [steps])
 
 
 def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]:

@@ -34,6 +34,11 @@ def why_not(model: Any) -> list[str]:
     return sorted({verdict for verdict in _verdicts.get(getattr(model, "model", model), {}).values() if verdict})
 
 
+def verdicts_of(model: Any) -> dict[tuple[Any, ...], str]:
+    """By kind of step, "" where the recording was found to be the step itself, else why it is not."""
+    return _verdicts.setdefault(model, {})
+
+
 def enabled() -> bool:
     """Whether steps are recorded: FASTLM_RECORD is not 0."""
     return os.environ.get("FASTLM_RECORD", "1") != "0"
@@ -52,7 +57,7 @@ class Decoder:
         self._state = [self.ids, cache.lengths, *counters]
         self.recording: backend.Recording | None = None
         owner = getattr(model, "model", model)  # of a Reading: it is new for each call
-        self._verdicts = _verdicts.setdefault(owner, {})
+        self._verdicts = verdicts_of(owner)
         self._name = type(owner).__name__
         keeps = isinstance(cache, Cache)  # XLNet's memories grow
         self._kind = (len(self.ids), str(cache.arrays[0].dtype) if keeps else "", choose is None, len(counters))

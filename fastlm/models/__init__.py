@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastlm import backend
 from fastlm.models import gpt, llama
 from fastlm.models.base import CausalLM, LanguageModel
 from fastlm.models.encoder import Encoder
@@ -48,11 +49,14 @@ def declare(config: Any) -> Any:
     return module_of(config).Model(config)
 
 
-def create(config: Any, seed: int = 0) -> Any:
-    """A new model with random weights, ready to train: GPT-2's scheme, std 0.02, and 0.02 / sqrt(2 L) into the residual stream."""
+def create(config: Any, seed: int = 0, device: Any = "cpu", dtype: str | None = None) -> Any:
+    """A new model with random weights, ready to train: GPT-2's scheme, std 0.02, and 0.02 / sqrt(2 L) into the residual stream.
+
+    device: "cpu" or "cuda": the same weights there. dtype: see LanguageModel.to."""
+    where = backend.device(device)  # which says at once that there is no GPU
     model = declare(config)
     initialise(model, seed)
-    return model
+    return model if where is None and dtype is None else model.to(where, dtype)
 
 
 def with_head(
@@ -67,7 +71,7 @@ def with_head(
     theirs = model.named_parameters()
     for name, p in new.named_parameters().items():
         if name in theirs and not name.startswith("head."):
-            p.data[...] = theirs[name].data
+            backend.assign(p.data, backend.put(theirs[name].data, backend.device_of(p.data)))
     return new
 
 

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
+from fastlm.models.place import place_model
 from fastlm.nn import Cache, Context, Embedding, Linear, Module
 from fastlm.tensor import Tensor, data, no_grad
 
 C = TypeVar("C")
+M = TypeVar("M", bound="LanguageModel")
 Id = int  # a field of a Config that is a token id: 0 is allowed
 _LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000}
 _LARGEST = 1 << 31
@@ -52,6 +54,15 @@ class LanguageModel(Module):
     config: Any
     cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
 
+    def to(self: M, device: Any, dtype: str | None = None) -> M:
+        """Every parameter on "cpu" or "cuda", in place; each is copied once, gradients are dropped. Returns the model.
+
+        dtype: "float32" or "bfloat16", of all parameters on a GPU, where activations have it too, and of the matrices on the CPU; None:
+        as the matrices are. Raises RuntimeError that says why where there is no GPU, ValueError for a dtype or weights without a value.
+        """
+        place_model(self, backend.device(device), dtype)
+        return self
+
 
 class CausalLM(LanguageModel):
     """A model of the next token. A subclass sets `config`, `token_embedding` and `head` (None: tied), and defines `hidden`."""
@@ -66,7 +77,7 @@ class CausalLM(LanguageModel):
     def new_cache(self, batch: int, capacity: int, dtype: str | None = None) -> Cache:
         """Memory for the keys and values of `batch` sequences of up to `capacity` positions; dtype: default `cache_dtype`."""
         c = self.config
-        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype)
+        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype, self.device)
 
     def __call__(self, ids: Any, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V). With a cache the positions are appended to it and nothing is recorded."""
@@ -84,17 +95,21 @@ class CausalLM(LanguageModel):
         return loss
 
     def logits(self, ids: Any, cache: Cache | None = None, last: bool = False) -> Array:
-        """float32 (B, T, V), or (B, V) of the last position alone. Nothing is recorded."""
+        """float32 (B, T, V), or (B, V) of the last position alone, on the host. Nothing is recorded."""
+        return host_float(self.scores(ids, cache, last))
+
+    def scores(self, ids: Any, cache: Cache | None = None, last: bool = False) -> Array:
+        """`logits` as they are, where the model is."""
         with no_grad():
             x = self._run(ids, cache)
             if last:
                 x = data(x)[:, -1]
-            out: Array = data(self._project(np.ascontiguousarray(data(x))))
+            out: Array = data(self._project(backend.contiguous(data(x))))
             return out
 
     def _run(self, ids: Any, cache: Cache | None) -> Any:
         ids = as_ids("ids", ids)
-        context = Context(ids.shape[0], ids.shape[1], cache)
+        context = Context(ids.shape[0], ids.shape[1], cache, device=self.device)
         x = self.hidden(ids, context)
         context.finish()
         return x
@@ -108,15 +123,23 @@ class CausalLM(LanguageModel):
 
 
 def as_ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
-    """ids as (B, T) int32, with at least one token a sequence."""
-    array = np.asarray(ids)
+    """ids as (B, T) int32, with at least one token a sequence. An array on a device must be that already: a step that is recorded."""
+    array = ids if backend.on_device(ids) else np.asarray(ids)
     if array.dtype.kind not in "iu":
         raise TypeError(f"[model] {name} must be integers, got {array.dtype}.")
     if shape is not None and array.shape != shape:
         raise ValueError(f"[model] {name} must be (B, T) = {shape}, the shape of ids, got {array.shape}.")
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"[model] {name} must be (B, T) with T at least 1, got {array.shape}. One sequence is ids[None].")
+    if array.dtype != np.int32 and not isinstance(array, np.ndarray):
+        raise TypeError(f"[model] {name} on a device must be int32, got {array.dtype}.")
     return array if array.dtype == np.int32 else array.astype(np.int32)
+
+
+def host_float(x: Any) -> Array:
+    """x as float32 on the host."""
+    array = backend.host(x)
+    return array if array.dtype == np.float32 else array.astype(np.float32)
 
 
 def names(table: Mapping[str, str], model: LanguageModel) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fastlm import backend
 from fastlm.backend import Array
 from fastlm.checkpoint import QuantizedArray
 from fastlm.models.base import LanguageModel, names
@@ -256,6 +257,7 @@ def tensors_to_hf(module: ModuleType, model: LanguageModel) -> dict[str, Array]:
             raise ValueError(f"[save] {ours} has no value yet: load or initialise the model first.")
         if isinstance(array, QuantizedArray):
             array = array.dequantize()
+        array = backend.host(array)
         if half and array.ndim == 1 and np.array_equal(array.astype(BFLOAT16).astype(np.float32), array):
             array = array.astype(BFLOAT16)
         if ours.endswith(tuple(module.HF_TRANSPOSED)):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
-from fastlm.models.base import LanguageModel, as_ids
+from fastlm.models.base import LanguageModel, as_ids, host_float
 from fastlm.nn import Context, Embedding, Module
 from fastlm.tensor import Tensor, data, no_grad
 
@@ -93,23 +93,20 @@ class Encoder(LanguageModel):
     def logits(self, ids: Any, mask: Any = None, segments: Any = None) -> Array:
         """The head's logits; nothing is recorded."""
         with no_grad():
-            out: Array = data(self(ids, mask, segments))
-            return out
+            return host_float(data(self(ids, mask, segments)))
 
     def states(self, ids: Any, mask: Any = None, segments: Any = None) -> Array:
         """The hidden states after the last layer, (B, T, C) float32; nothing is recorded."""
         with no_grad():
-            out: Array = data(self.run(ids, mask, segments))
-            return out
+            return host_float(data(self.run(ids, mask, segments)))
 
     def packed_states(self, rows: Sequence[Sequence[int]]) -> Array:
         """The hidden states of sequences of any lengths, one behind the other, (R, C) float32: nothing is padded, a sequence has the
         same bits alone and in company; nothing is recorded."""
         ids = as_ids("ids", np.concatenate([np.asarray(row) for row in rows])[None])
-        context = Context.packed([len(row) for row in rows])
+        context = Context.packed([len(row) for row in rows], self.device)
         with no_grad():
-            out: Array = data(self.hidden(ids, context))[0]
-            return out
+            return host_float(data(self.hidden(ids, context))[0])
 
     def run(self, ids: Any, mask: Any = None, segments: Any = None) -> Any:
         """The hidden states, recorded."""
@@ -117,7 +114,7 @@ class Encoder(LanguageModel):
         ids = as_ids("ids", ids)
         if segments is not None:
             segments = as_ids("segments", segments, ids.shape)
-        return self.hidden(ids, Context(ids.shape[0], ids.shape[1], mask=mask, segments=segments))
+        return self.hidden(ids, Context(ids.shape[0], ids.shape[1], mask=mask, segments=segments, device=self.device))
 
     def need_head(self) -> Head:
         """The head, or a ValueError that says that there is none."""

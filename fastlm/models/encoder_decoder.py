@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
-from fastlm.models.base import LanguageModel, as_ids
+from fastlm.models.base import LanguageModel, as_ids, host_float
 from fastlm.nn import Cache, Context, Memory, Padding
 from fastlm.tensor import Tensor, data, no_grad
 
@@ -52,7 +50,7 @@ class EncoderDecoder(LanguageModel):
         """Memory for up to `capacity` positions of the decoder, with the source that it reads. `select` and `row` take both along.
         dtype: default `cache_dtype`; what is kept of the source is float32."""
         c = self.config
-        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype)
+        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype, self.device)
         cache.memory = memory
         return cache
 
@@ -73,26 +71,24 @@ class EncoderDecoder(LanguageModel):
     def logits(self, source_ids: Any, decoder_ids: Any, mask: Any = None) -> Array:
         """float32 (B, T, V); nothing is recorded."""
         with no_grad():
-            out: Array = data(self(source_ids, decoder_ids, mask))
-            return out
+            return host_float(data(self(source_ids, decoder_ids, mask)))
 
     def decode(self, ids: Any, cache: Cache, last: bool = False) -> Array:
         """float32 (B, T, V) of T more positions of the decoder, or (B, V) of the last alone; they are appended to the cache."""
         with no_grad():
             x, _ = self._run(ids, None, cache)
             if last:
-                x = np.ascontiguousarray(data(x)[:, -1])
-            out: Array = data(self._project(x))
-            return out
+                x = backend.contiguous(data(x)[:, -1])
+            return host_float(data(self._project(x)))
 
     def _read(self, source_ids: Any, mask: Any) -> tuple[Memory, Context]:
         ids = as_ids("source_ids", source_ids)
-        context = Context(ids.shape[0], ids.shape[1], mask=mask)
-        return Memory(self.encode_hidden(ids, context), Padding(mask, ids.shape)), context
+        context = Context(ids.shape[0], ids.shape[1], mask=mask, device=self.device)
+        return Memory(self.encode_hidden(ids, context), Padding(mask, ids.shape).to(self.device)), context
 
     def _run(self, ids: Any, memory: Memory | None, cache: Cache | None = None) -> tuple[Any, Context]:
         ids = as_ids("decoder_ids", ids)
-        context = Context(ids.shape[0], ids.shape[1], cache, memory=memory)
+        context = Context(ids.shape[0], ids.shape[1], cache, memory=memory, device=self.device)
         assert context.memory is not None
         if context.memory.batch != ids.shape[0]:
             raise ValueError(

@@ -75,10 +75,7 @@ class GPT(CausalLM):
     def hidden(self, ids: Array, context: Context) -> Any:
         if context.end > self.config.context:
             raise ValueError(f"[gpt] ids must end within the context of {self.config.context} positions, got {context.end}.")
-        positions = context.positions
-        if positions is None:
-            positions = np.arange(context.end - context.time, context.end, dtype=np.int32)
-        x = ops.add(self.token_embedding(ids), self.position_embedding(positions))
+        x = ops.add(self.token_embedding(ids), self.position_embedding(context.places))
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return self.final_norm(x)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import CausalLM, check_config
@@ -64,10 +62,7 @@ class GPT1(CausalLM):
     def hidden(self, ids: Array, context: Context) -> Any:
         if context.end > self.config.context:
             raise ValueError(f"[gpt1] ids must end within the context of {self.config.context} positions, got {context.end}.")
-        positions = context.positions
-        if positions is None:
-            positions = np.arange(context.end - context.time, context.end, dtype=np.int32)
-        x = ops.add(self.token_embedding(ids), self.position_embedding(positions))
+        x = ops.add(self.token_embedding(ids), self.position_embedding(context.places))
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return x

@@ -33,17 +33,33 @@ class Cache:
 
     A model that is called with a cache appends T positions to every sequence and advances the lengths. To drop positions, lower
     the lengths: `cache.lengths[:] = n`. The capacity does not grow. `memory`: what a decoder's cross-attention reads, if it has one.
+
+    device: where keys and values are, None for the host. `lengths` is the host's always; `counter` is a device's copy of it while a step
+    is recorded (fastlm/generate/ondevice.py), else None.
     """
 
     memory: Memory | None = None
+    device: Any = None
+    counter: Any = None
 
-    def __init__(self, n_layer: int, batch: int, capacity: int, n_kv_head: int, head_dim: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        n_layer: int,
+        batch: int,
+        capacity: int,
+        n_kv_head: int,
+        head_dim: int,
+        dtype: str = "float32",
+        device: Any = None,
+    ) -> None:
         kind = cache_dtype(dtype)
         shape = (batch, capacity, n_kv_head, head_dim + (ops.SCALE if kind == np.int8 else 0))
         if min(shape) < 0 or batch < 1:
             raise ValueError(f"[cache] batch must be at least 1 and capacity at least 0, got batch {batch}, capacity {capacity}.")
-        self.keys = [backend.empty(shape, kind) for _ in range(n_layer)]
-        self.values = [backend.empty(shape, kind) for _ in range(n_layer)]
+        self.device = device
+        empty = backend.empty if device is None else device.empty
+        self.keys = [empty(shape, kind) for _ in range(n_layer)]
+        self.values = [empty(shape, kind) for _ in range(n_layer)]
         self.lengths: Array = np.zeros(batch, np.int32)
 
     @property
@@ -69,6 +85,7 @@ class Cache:
         if not 0 <= b < self.batch:
             raise IndexError(f"[cache] row must be from 0 to {self.batch - 1}, got {b}.")
         view = Cache.__new__(Cache)
+        view.device = self.device
         view.keys = [k[b : b + 1] for k in self.keys]
         view.values = [v[b : b + 1] for v in self.values]
         view.lengths = self.lengths[b : b + 1]
@@ -88,6 +105,9 @@ class Cache:
             self.memory = self.memory.select(index)
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
+                if self.device is not None:
+                    arrays[layer] = _taken(array, index.tolist(), used)
+                    continue
                 kept = array[index, :used]  # a copy
                 if not same:
                     arrays[layer] = backend.empty((len(index), *array.shape[1:]), array.dtype)
@@ -98,6 +118,14 @@ class Cache:
         else:
             self.lengths = lengths
         return self
+
+
+def _taken(array: Any, rows: Sequence[int], used: int) -> Any:
+    """A device's array[rows] in new memory, of whose positions `used` are copied."""
+    new = backend.empty_like(array, (len(rows), *array.shape[1:]))
+    for i, row in enumerate(rows):
+        backend.assign(new[i, :used], array[row, :used])
+    return new
 
 
 class Context:
@@ -113,11 +141,14 @@ class Context:
     `offsets`: (N + 1,) int32 where N sequences lie one behind the other in one row (`packed`), else None; `positions` are then (1, R).
 
     A mask (see Padding) is for models that see everything; a causal model needs none for padding on the right.
+
+    device: that of the model; what is here lies there then. `starts`: (B,), the cache's lengths before the call.
     """
 
     __slots__ = (
         "bias",
         "cache",
+        "device",
         "end",
         "lengths",
         "memory",
@@ -125,6 +156,7 @@ class Context:
         "positions",
         "routings",
         "segments",
+        "starts",
         "time",
         "training",
     )
@@ -138,8 +170,10 @@ class Context:
         mask: Any = None,
         segments: Array | None = None,
         memory: Memory | None = None,
+        device: Any = None,
     ) -> None:
-        self.cache, self.time, self.segments = cache, time, segments
+        self.cache, self.time, self.segments = cache, time, backend.put(segments, device)
+        self.device = device
         self.memory = cache.memory if memory is None and cache is not None else memory
         self.bias: Any = None
         self.routings: list[ops.Routing] = []
@@ -151,16 +185,18 @@ class Context:
         if mask is not None:
             if cache is not None:
                 raise ValueError("[mask] mask must be None with a cache: the cache's lengths say what is there.")
-            padding = Padding(mask, (batch, time))
+            padding = Padding(mask, (batch, time)).to(device)
             self.lengths, self.bias = padding.lengths, padding.bias(time)
         if cache is None:
             return
         if cache.batch != batch:
             raise ValueError(f"[cache] ids must have as many sequences as the cache, {cache.batch}, got {batch}.")
-        before = cache.lengths
+        before = self.starts = cache.lengths
         if backend.recording():
             if time != 1:
                 raise backend.Unrecordable(f"a step takes one position of each sequence, got {time}")
+            if device is not None:
+                before = self.starts = cache.counter
             self.end, self.positions, self.lengths = cache.capacity, before[:, None], ops.advance(before)
             return
         first, last = int(before.min()), int(before.max())
@@ -170,18 +206,19 @@ class Context:
                 f"[cache] capacity must be at least {self.end} for {time} more positions after {last}, got {cache.capacity}. "
                 f"Make the cache larger: model.new_cache(batch, capacity)."
             )
-        self.positions = before[:, None] + np.arange(time, dtype=np.int32)
+        self.starts = backend.put(before, device)
+        self.positions = backend.put(before[:, None] + np.arange(time, dtype=np.int32), device)
         if first != last:
-            self.lengths = before + np.int32(time)
+            self.lengths = backend.put(before + np.int32(time), device)
 
     @classmethod
-    def packed(cls, lengths: Any) -> Context:
+    def packed(cls, lengths: Any, device: Any = None) -> Context:
         """For ids (1, R), sequences of these lengths one behind the other: attention stays within each. Nothing is padding."""
         offsets = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=offsets[1:])
-        context = cls(1, int(offsets[-1]))
+        context = cls(1, int(offsets[-1]), device=device)
         context.offsets = offsets
-        context.positions = context.within(np.ones((1, context.time), np.int32)) - np.int32(1)
+        context.positions = backend.put(context.within(np.ones((1, context.time), np.int32)) - np.int32(1), device)
         return context
 
     def within(self, counts: Array) -> Array:
@@ -195,6 +232,9 @@ class Context:
     @property
     def places(self) -> Array:
         """Each token's number in its sequence: (T,), or (B, T) where they differ."""
+        if self.positions is None and self.device is not None:
+            numbers: Array = self.device.numbers(self.time)
+            return numbers
         return np.arange(self.time, dtype=np.int32) if self.positions is None else self.positions
 
     def add_bias(self, bias: Any) -> None:
@@ -205,10 +245,14 @@ class Context:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
         assert self.cache is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        ops.cache_append(keys, values, k, v, self.cache.lengths)
+        ops.cache_append(keys, values, k, v, self.starts)
         return keys[:, : self.end], values[:, : self.end]
 
     def finish(self) -> None:
         """Advances the cache's lengths, after the last layer."""
-        if self.cache is not None:
+        if self.cache is None:
+            return
+        if self.device is not None and backend.recording():
+            ops.advance(self.cache.counter, self.time, out=self.cache.counter)  # the host counts its own when the step is run
+        else:
             ops.advance(self.cache.lengths, self.time, out=self.cache.lengths)

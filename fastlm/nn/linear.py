@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlm import ops
+import numpy as np
+
+from fastlm import backend, ops
 from fastlm.nn.module import Module, parameter
+from fastlm.ops import check
+from fastlm.tensor import data
 
 
 class Linear(Module):
@@ -20,10 +24,14 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """Rows of a table: ids (...) int32 -> (..., d_model) float32."""
+    """Rows of a table: ids (...) int32 -> (..., d_model) float32. ids of the host are put where the table is."""
 
     def __init__(self, count: int, d_model: int, std: float = 0.02) -> None:
         self.weight = parameter(count, d_model, std=std)
 
     def __call__(self, ids: Any) -> Any:
+        table = data(self.weight)
+        if isinstance(ids, np.ndarray) and (device := backend.device_of(table)) is not None:
+            check.ids("embedding", ids, table.shape)
+            ids = device.put(ids)
         return ops.embedding(ids, self.weight)

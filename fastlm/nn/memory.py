@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import backend
 from fastlm.backend import Array
 from fastlm.tensor import data
 
@@ -47,7 +48,17 @@ class Padding:
         B, _, T, S = self._hidden.shape
         if T not in (1, time):
             raise ValueError(f"[mask] mask must have a row for each of {time} queries, got {T}.")
+        if not isinstance(self._hidden, np.ndarray):
+            return self._hidden if time == T else backend.repeated(self._hidden, (B, 1, time, S))
         return np.broadcast_to(self._hidden, (B, 1, time, S))
+
+    def to(self, device: Any) -> Padding:
+        """The same on a device; itself where it is there."""
+        if device is None:
+            return self
+        out = Padding()
+        out.lengths, out._hidden = backend.put(self.lengths, device), backend.put(self._hidden, device)
+        return out
 
     def select(self, rows: Any) -> Padding:
         """That of sequences `rows`, an index."""

@@ -65,6 +65,20 @@ class Module:
                 found |= value.named_parameters(f"{prefix}{name}.")
         return found
 
+    @property
+    def device(self) -> Any:
+        """Where the parameters are: None for the host."""
+        return next((backend.device_of(p.data) for p in self.named_parameters().values()), None)
+
+    def arrays(self) -> Iterator[tuple[Module, str]]:
+        """The arrays beside the parameters, constants of the parts: (part, attribute)."""
+        for name, value in self.__dict__.items():
+            if isinstance(value, np.ndarray) or backend.on_device(value):
+                yield self, name
+        for _, part in self.parts():
+            if isinstance(part, Module):
+                yield from part.arrays()
+
     def train(self: Self) -> Self:
         """Every float32 parameter wants a gradient and has memory of its own; raises TypeError where a weight has another dtype."""
         for name, p in self.named_parameters().items():

@@ -179,6 +179,7 @@ class Rope:
         self.head_dim, self.base, self.scaling = head_dim, base, scaling or Unscaled()
         self._cos = self._sin = np.zeros((0, head_dim // 2), np.float32)
         self._frequencies: Array | None = None
+        self._there: tuple[Array, Any, Any] | None = None  # the host's cos, and both on a device
 
     def tables(self, length: int) -> tuple[Array, Array]:
         """cos and sin of at least `length` positions, (P, D / 2) float32.
@@ -199,9 +200,17 @@ class Rope:
             self._frequencies = frequencies
         return self._cos, self._sin
 
+    def _on(self, device: Any, cos: Array, sin: Array) -> tuple[Any, Any]:
+        """The tables on a device, copied there when they have changed."""
+        if self._there is None or self._there[0] is not cos or self._there[1].device is not device:
+            self._there = cos, device.put(cos), device.put(sin)
+        return self._there[1:]
+
     def __call__(self, q: Any, k: Any, context: Context) -> tuple[Any, Any]:
         """q (B, T, H, D), k (B, T, G, D) -> both rotated."""
         if backend.recording() and isinstance(self.scaling, DynamicScaling) and context.end > self.scaling.context:
             raise backend.Unrecordable("dynamic rope_scaling turns by the length of the sequence")
         cos, sin = self.tables(context.end)
+        if context.device is not None:
+            cos, sin = self._on(context.device, cos, sin)
         return ops.rope(q, cos, sin, context.positions), ops.rope(k, cos, sin, context.positions)

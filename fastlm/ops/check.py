@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import backend
+from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, on_device
 
 _FLOAT32 = np.dtype(np.float32)
@@ -36,6 +36,19 @@ def any_array(op: str, name: str, x: Any, dtype: Any = None, at_least: int = 0) 
         raise ValueError(f"[{op}] {name} must have at least {at_least} axes, got shape {x.shape}.")
     array: Array = x
     return array
+
+
+def ids(op: str, ids: Array, table: tuple[int, ...]) -> None:
+    """ValueError, with the first of them, unless all ids are rows of a table (V, C). For ids of the host."""
+    if ids.dtype not in (np.int32, np.int64):
+        raise TypeError(f"[{op}] ids must be int32 or int64, got {ids.dtype}. Convert it with ids.astype('int32').")
+    flat = np.ascontiguousarray(ids)
+    bad = _C.embedding_first_outside(flat, table[0])
+    if bad >= 0:
+        at = tuple(int(i) for i in np.unravel_index(bad, flat.shape))
+        raise ValueError(
+            f"[{op}] ids must be from 0 to {table[0] - 1} (weight is {tuple(table)}), got {flat.flat[bad]} at ids{list(at)}."
+        )
 
 
 def together(op: str, x_name: str, x: Any, **others: Any) -> None:
