@@ -95,6 +95,15 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None)
     return array
 
 
+def lasting(size: int) -> Array:
+    """As `empty`, (size,) uint8, for what is made at its first use and kept, also while a step is recorded: not the recording's memory."""
+    if not recording():
+        return empty((size,), np.uint8)
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
 def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32, like: Any = None) -> Array:
     """As `empty`, filled with zeros."""
     if like is not None and not isinstance(like, np.ndarray):

@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include <cassert>
+#include <vector>
 
 #include "csrc/bind/workspace.h"
 #include "csrc/runtime/isa.h"
@@ -58,6 +59,12 @@ template <class Args, class T> void launch(void (*kernel)(const Args&), Args arg
     const Workspace memory(bytes);
     args.*workspace = static_cast<T*>(memory.memory);
     launch(kernel, args);
+}
+
+// A list that a struct points to: itself, and where this thread records a copy that the plan keeps.
+template <class T> const T* listed(const std::vector<T>& list) {
+    Plan* plan = recording();
+    return plan ? plan->keep(list) : list.data();
 }
 
 // For work whose arguments are not one plain struct, or that the host decides: releases the GIL, and a recording is refused.

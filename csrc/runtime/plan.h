@@ -61,6 +61,14 @@ class Plan {
     std::vector<std::string> names() const;      // of the steps' argument structs: Matmul, RopeForward, ...
     size_t size() const { return steps_.size(); }
 
+    // A copy of what a recorded struct points to beside arrays, a list of other pointers: it lives as long as the plan.
+    template <class T> const T* keep(const std::vector<T>& list) {
+        static_assert(std::is_trivially_copyable_v<T> && alignof(T) <= alignof(std::max_align_t));
+        kept_.push_back(std::make_unique<char[]>(list.size() * sizeof(T)));
+        std::memcpy(kept_.back().get(), list.data(), list.size() * sizeof(T));
+        return reinterpret_cast<const T*>(kept_.back().get());
+    }
+
     // Something was done that cannot be recorded; the first reason stays.
     void refuse(const char* reason) {
         if (refused.empty()) refused = reason;
@@ -78,6 +86,7 @@ class Plan {
     };
     std::vector<Step> steps_;
     std::vector<std::max_align_t> arguments_;
+    std::vector<std::unique_ptr<char[]>> kept_;
 };
 
 // The plan that this thread records into; null where it does not. A binding looks here, a kernel never does.

@@ -67,7 +67,7 @@ def beam_search(
     if limit == 0:
         return Output()
     cache = model.new_cache(1, len(ids) + limit)
-    logits = np.repeat(prefill(model, ids, cache), s.beams, axis=0)
+    logits = np.repeat(prefill(model, [ids], cache), s.beams, axis=0)
     cache = cache.select([0] * s.beams)
     running = [_Beam([], np.float32(0) if b == 0 else _NEVER) for b in range(s.beams)]
     finished = [_Beam([], _NEVER) for _ in range(s.beams)]

@@ -17,6 +17,7 @@ from fastlm.generate.settings import Continues, Settings, whole
 from fastlm.nn import Cache
 
 CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
+TOGETHER = 2048  # positions of neighbouring prompts of one length that are read together, which changes no bit
 
 Stop = Callable[[int, int], bool]  # (index of the prompt, new id) -> whether this sequence ends here
 
@@ -56,7 +57,12 @@ def steps(
     if not rows:
         return
     cache = model.new_cache(len(rows), max(len(row.ids) + row.limit for row in rows))
-    logits = np.concatenate([prefill(model, row.ids, cache.row(b)) for b, row in enumerate(rows)])
+    logits = np.concatenate(
+        [
+            prefill(model, [row.ids for row in rows[a:b]], cache.row(a) if b - a == 1 else cache.rows(a, b))
+            for a, b in alike(cache, [len(row.ids) for row in rows])
+        ]
+    )
     ids = choose(logits, rows, settings)
     decoder: Any = None  # a Decoder or a DeviceDecoder
     while True:
@@ -109,13 +115,24 @@ def generate(
     return outputs
 
 
-def prefill(model: Continues, ids: Sequence[int], cache: Cache) -> Array:
-    """Reads a prompt into a cache of one row, in fixed chunks; the logits (1, V) after its last id."""
-    array = np.asarray(ids, np.int32)[None]
+def prefill(model: Continues, prompts: Sequence[Sequence[int]], cache: Cache) -> Array:
+    """Reads prompts of one length into a cache, in fixed chunks; the logits (B, V) after their last ids."""
+    array = np.asarray(prompts, np.int32)
     chunk: int = getattr(cache, "chunk", CHUNK)  # XLNet's memories take a prompt at once
     for start in range(0, array.shape[1], chunk):
         logits = model.logits(array[:, start : start + chunk], cache, last=True)
     return logits
+
+
+def alike(cache: Cache | None, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs (begin, end) of neighbours of one length, each of at most TOGETHER positions in a pass. XLNet reads one at a time."""
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        positions = (end - begin + 1) * min(lengths[begin], CHUNK)
+        single = cache is not None and not isinstance(cache, Cache)
+        if end == len(lengths) or lengths[end] != lengths[begin] or positions > TOGETHER or single:
+            yield begin, end
+            begin = end
 
 
 def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Any:

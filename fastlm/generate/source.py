@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlm.backend import Array
-from fastlm.generate.engine import check_prompt
+from fastlm.generate.engine import alike, check_prompt
 from fastlm.nn import Memory, Padding
 from fastlm.tensor import data, no_grad
 
@@ -22,19 +22,23 @@ class Reading:
 
         steps(reading := Reading(model, sources), reading.prompts, settings)
 
-    Every source is encoded on its own, so that its text has the same bits alone and in a batch.
+    Sources of one length that follow each other are encoded together; none is padded, so that a text has the same bits alone and in a
+    batch.
     """
 
     def __init__(self, model: EncoderDecoder, sources: Sequence[Sequence[int]]) -> None:
         self.model, self.config = model, model.config
         ids = [check_prompt(model, source) for source in sources]
         with no_grad():
-            states = [data(model.encode(np.asarray(row, np.int32)[None]).states)[0] for row in ids]
-        longest = max(len(row) for row in states)
-        padded = np.zeros((len(states), longest, states[0].shape[-1]), np.float32)
-        for out, row in zip(padded, states, strict=True):
-            out[: len(row)] = row
-        lengths = np.array([len(row) for row in states])
+            runs = list(alike(None, [len(row) for row in ids]))
+            states = [data(model.encode(np.asarray(ids[a:b], np.int32)).states) for a, b in runs]
+        lengths = np.array([len(row) for row in ids])
+        longest = int(lengths.max())
+        padded = states[0]
+        if len(runs) > 1:
+            padded = np.zeros((len(ids), longest, padded.shape[-1]), np.float32)
+            for (a, b), part in zip(runs, states, strict=True):
+                padded[a:b, : part.shape[1]] = part
         self.memory = Memory(padded, Padding(np.arange(longest) < lengths[:, None]))
         self.prompts = [[model.config.start] for _ in ids]
 

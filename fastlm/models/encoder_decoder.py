@@ -48,8 +48,11 @@ class EncoderDecoder(LanguageModel):
 
     def new_cache(self, memory: Memory, capacity: int, dtype: str | None = None) -> Cache:
         """Memory for up to `capacity` positions of the decoder, with the source that it reads. `select` and `row` take both along.
-        dtype: default `cache_dtype`; what is kept of the source is float32."""
+        dtype: default `cache_dtype`; what is kept of the source is float32, each layer's keys and values computed here."""
         c = self.config
+        with no_grad():
+            for layer, block in enumerate(self.decoder.blocks):
+                memory.keys_values(layer, block.cross.keys_values)
         cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype, self.device)
         cache.memory = memory
         return cache

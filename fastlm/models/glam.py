@@ -72,8 +72,9 @@ class RelativeBias(Module):
             )
         self.weight = parameter(n_bucket, n_head, std=0.02)
         self.max_distance = max_distance
+        self.buckets = self._buckets(np.arange(max_distance, -1, -1))  # beyond is what max_distance is
 
-    def buckets(self, distance: Array) -> Array:
+    def _buckets(self, distance: Array) -> Array:
         """Half of the buckets are single distances, the others grow by a factor up to max_distance; later positions are in 0."""
         count = self.weight.shape[0]
         exact = count // 2
@@ -82,14 +83,7 @@ class RelativeBias(Module):
         return np.where(distance < exact, np.maximum(distance, 0), grown).astype(np.int32)
 
     def __call__(self, context: Context) -> Any:
-        n_head = self.weight.shape[1]
-        positions = context.positions
-        if positions is None:
-            positions = np.arange(context.end - context.time, context.end, dtype=np.int32)[None]
-        bucket = self.buckets(positions[:, :, None] - np.arange(context.end, dtype=np.int32))
-        at = bucket[:, None] * n_head + np.arange(n_head, dtype=np.int32)[:, None, None]
-        flat = ops.embedding(at, ops.reshape(self.weight, (-1, 1)))
-        return ops.reshape(flat, at.shape)
+        return ops.distance_bias(self.buckets, self.weight, context.queries, context.end, self.max_distance)
 
 
 class Block(Module):

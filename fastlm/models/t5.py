@@ -96,14 +96,16 @@ def buckets(queries: Array, keys: Array, count: int, max_distance: int, both: bo
 
 
 class RelativePosition(Module):
-    """The table of biases that a stack's self-attention shares."""
+    """The table of biases that a stack's self-attention shares: positions (T,) or (B, T) -> (1 or B, H, T, S) for keys 0 .. S - 1."""
 
     def __init__(self, c: T5Config, both: bool) -> None:
         self.weight = parameter(c.n_bucket, c.n_head, std=c.d_model**-0.5)
-        self.count, self.max_distance, self.both = c.n_bucket, c.max_distance, both
+        self.center = c.max_distance
+        keys = np.arange(c.max_distance * (2 if both else 1) + 1)  # beyond max_distance all is one bucket
+        self.buckets = buckets(keys[self.center : self.center + 1], keys, c.n_bucket, c.max_distance, both)[0]
 
-    def __call__(self, queries: Array, keys: Array) -> Any:
-        return ops.relative_bias(buckets(queries, keys, self.count, self.max_distance, self.both), self.weight)
+    def __call__(self, positions: Array, keys: int) -> Any:
+        return ops.distance_bias(self.buckets, self.weight, positions, keys, self.center)
 
 
 def attention(kind: type[Attention], c: T5Config, sees: Sees) -> Attention:
@@ -170,12 +172,7 @@ class Stack(Module):
 
     def __call__(self, x: Any, context: Context) -> Any:
         # Relative positions know no padding: a row of the cache that is shorter is a query that stands earlier.
-        keys = np.arange(context.end)
-        if context.positions is None:
-            context.add_bias(self.position(keys[context.end - context.time :], keys))
-        else:
-            rows = [self.position(row, keys).data for row in context.positions]
-            context.add_bias(np.concatenate(rows))
+        context.add_bias(self.position(context.queries, context.end))
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return self.final_norm(x)

@@ -84,12 +84,18 @@ class Cache:
         """Sequence b alone, as a cache of batch 1 that shares this one's memory and length."""
         if not 0 <= b < self.batch:
             raise IndexError(f"[cache] row must be from 0 to {self.batch - 1}, got {b}.")
+        return self.rows(b, b + 1)
+
+    def rows(self, begin: int, end: int) -> Cache:
+        """Sequences begin .. end - 1, as a cache that shares this one's memory and lengths."""
+        if not 0 <= begin < end <= self.batch:
+            raise IndexError(f"[cache] rows must be from 0 to {self.batch}, got {begin} to {end}.")
         view = Cache.__new__(Cache)
         view.device = self.device
-        view.keys = [k[b : b + 1] for k in self.keys]
-        view.values = [v[b : b + 1] for v in self.values]
-        view.lengths = self.lengths[b : b + 1]
-        view.memory = None if self.memory is None else self.memory.row(b)
+        view.keys = [k[begin:end] for k in self.keys]
+        view.values = [v[begin:end] for v in self.values]
+        view.lengths = self.lengths[begin:end]
+        view.memory = None if self.memory is None else self.memory.rows(begin, end)
         return view
 
     def select(self, rows: Sequence[int] | Array) -> Cache:
@@ -236,6 +242,14 @@ class Context:
             numbers: Array = self.device.numbers(self.time)
             return numbers
         return np.arange(self.time, dtype=np.int32) if self.positions is None else self.positions
+
+    @property
+    def queries(self) -> Array:
+        """The positions of the new tokens: (T,), or (B, T) where they differ, or may."""
+        if self.positions is None or self.lengths is not None:
+            return self.places
+        first: Array = self.positions[0]
+        return first
 
     def add_bias(self, bias: Any) -> None:
         """Adds (1 or B, 1 or H, T, S) to the scores of every layer's self-attention, with its gradient."""

@@ -86,9 +86,9 @@ class Memory:
             self._kept[layer] = make(self.states)
         return self._kept[layer]
 
-    def row(self, b: int) -> Memory:
-        """Sequence b alone, sharing memory. Nothing of it is recorded."""
-        return self._taken(slice(b, b + 1))
+    def rows(self, begin: int, end: int) -> Memory:
+        """Sequences begin .. end - 1, sharing memory. Nothing of it is recorded."""
+        return self._taken(slice(begin, end))
 
     def select(self, rows: Sequence[int] | Array) -> Memory:
         """Sequence i of the result is sequence rows[i] of this. Nothing of it is recorded."""

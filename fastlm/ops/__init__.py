@@ -6,6 +6,7 @@ from fastlm.ops.advance import advance
 from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import SCALE, cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
+from fastlm.ops.distance_bias import distance_bias
 from fastlm.ops.distillation import cosine_distance, kl_divergence
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
@@ -25,7 +26,6 @@ from fastlm.ops.moe import (
 )
 from fastlm.ops.regression import binary_cross_entropy, mean_squared_error
 from fastlm.ops.rel_shift import rel_shift
-from fastlm.ops.relative_bias import relative_bias
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope, rope_tables
 from fastlm.ops.sample import argmax, sample, top_k
@@ -52,6 +52,7 @@ __all__ = [
     "cosine_distance",
     "cross_entropy",
     "dispatch",
+    "distance_bias",
     "embedding",
     "gated",
     "global_norm",
@@ -65,7 +66,6 @@ __all__ = [
     "mean_squared_error",
     "mixtral_load_balancing_loss",
     "rel_shift",
-    "relative_bias",
     "reshape",
     "rms_norm",
     "rope",

@@ -98,7 +98,7 @@ def packed(weight: QuantizedArray) -> Array:
     kept: Array | None = weight.cache.get("packed")
     if kept is None:
         (N, K), kind = weight.shape, FORMATS[weight.kind][0]
-        kept = backend.empty((_C.quantized_packed_bytes(N, K, kind),), np.uint8)
+        kept = backend.lasting(_C.quantized_packed_bytes(N, K, kind))
         _C.quantized_pack(kept, weight.blocks, N, K, kind)
         weight.cache["packed"] = kept
         release(weight.blocks)  # those of a mapped file need not stay in memory

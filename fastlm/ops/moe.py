@@ -29,7 +29,7 @@ class Routing:
     weights: Any  # (R, k): what each choice counts
     experts: Array  # (R, k) int32: the choices, best first, before anything is dropped
     slots: Array  # (R, k) int32: the place of each choice, -1 where it is dropped
-    rows: Array  # (P,) int32: the row at each place; places are by expert, then in the order of rows
+    rows: Array  # (P,) int32: the row at each place; places are by expert, then in the order of rows. Recorded: (R k,), 0 behind P
     counts: Array  # (E,) int64: places of each expert
 
     @property
@@ -54,21 +54,21 @@ def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | Non
         raise ValueError(f"[route] capacity must be None or an integer of at least 1, got {capacity!r}.")
     if not (isinstance(groups, int) and groups >= 1) or R % groups:
         raise ValueError(f"[route] groups must divide the number of rows, {R}, got {groups!r}.")
-    probabilities, experts = backend.empty((R, E)), np.empty((R, k), np.int32)
-    if R:
-        _C.moe_route(probabilities, experts, ld)
-    chosen = np.take_along_axis(probabilities, experts, axis=1)
-    total = _row_sums(chosen) if renormalise else None
-    weights = chosen if total is None else chosen / total
-    kept = None if capacity is None else _within(experts, E, capacity, groups)
-    slots, rows, counts = _places(experts, E, kept)
+    probabilities, weights = backend.empty((R, E)), backend.empty((R, k))
+    experts, slots, rows = (backend.empty(shape, np.int32) for shape in ((R, k), (R, k), (R * k,)))
+    counts = backend.empty((E,), np.int64)
+    _C.moe_route(probabilities, experts, weights, ld, renormalise)
+    _C.moe_places(slots, rows, counts, experts, groups, capacity or 0)
+    if capacity is not None and not backend.recording():
+        rows = rows[: int(counts.sum())]
     if not recording(logits):
         return Routing(logits, wrap(probabilities, logits), wrap(weights, logits), experts, slots, rows, counts)
 
     def backward(dweights: Array | None, dprobabilities: Array | None) -> Sequence[Array | None]:
         dp = np.zeros_like(probabilities) if dprobabilities is None else dprobabilities.copy()
         if dweights is not None:
-            if total is not None:
+            if renormalise:
+                total = _row_sums(np.take_along_axis(probabilities, experts, axis=1))
                 dweights = (dweights - _row_sums(dweights * weights)) / total
             at = np.arange(R)[:, None], experts
             dp[at] += dweights  # the experts of a row differ
@@ -84,27 +84,6 @@ def _row_sums(x: Array) -> Array:
     for j in range(1, x.shape[1]):
         total += x[:, j : j + 1]
     return total
-
-
-def _within(experts: Array, E: int, capacity: int, groups: int) -> Array:
-    """Which choices (R, k) find room: in each group all first choices in the order of rows, then all second ones."""
-    R, k = experts.shape
-    order = experts.reshape(groups, -1, k).transpose(0, 2, 1).reshape(groups, -1)  # (groups, k T)
-    one_hot = order[:, :, None] == np.arange(E, dtype=np.int32)
-    number = np.take_along_axis(np.cumsum(one_hot, axis=1, dtype=np.int32), order[:, :, None], axis=2)[:, :, 0]
-    kept: Array = (number <= capacity).reshape(groups, k, -1).transpose(0, 2, 1).reshape(R, k)
-    return kept
-
-
-def _places(experts: Array, E: int, kept: Array | None) -> tuple[Array, Array, Array]:
-    """slots (R, k), rows (P,), counts (E,)."""
-    flat = experts.reshape(-1)
-    key = flat if kept is None else np.where(kept.reshape(-1), flat, np.int32(E))
-    counts = np.bincount(key, minlength=E + 1)[:E]
-    order = np.argsort(key, kind="stable")[: int(counts.sum())]
-    slots = np.full(flat.size, -1, np.int32)
-    slots[order] = np.arange(len(order), dtype=np.int32)
-    return slots.reshape(experts.shape), (order // max(experts.shape[1], 1)).astype(np.int32), counts
 
 
 def dispatch(x: Any, routing: Routing) -> Any:
@@ -162,7 +141,8 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
     P, K = xd.shape
     counts = np.asarray(counts)
     each = _experts(weights, len(counts), K)
-    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 0).any() or int(counts.sum()) != P:
+    live = backend.recording()  # then nobody knows the counts: the kernel reads them in each run
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (not live and ((counts < 0).any() or int(counts.sum()) != P)):
         raise ValueError(f"[grouped_linear] counts must be integers that add up to the rows of x, {P}, got {counts!r:.80}.")
     N = int(each[0].shape[0])
     kind = check.choice("grouped_linear", "activation", activation, ACTIVATIONS)  # type: ignore[arg-type]
@@ -171,11 +151,14 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
     recorded = recording(*parents)
     y = backend.empty((P, N))
     z = backend.empty((P, N)) if recorded and kind else None
-    ends = np.cumsum(counts).tolist()
-    spans = [slice(end - n, end) for end, n in zip(ends, counts.tolist(), strict=True)]
-    _forward(y, z, xd, each, spans, kind)
+    used = range(len(each)) if live else np.flatnonzero(counts).tolist()
+    multiplied = [_multiplied(each[e]) for e in used]
+    taken = np.ascontiguousarray(counts if live else counts[used], np.int64)
+    _C.grouped_linear(y, z, xd, taken, *([m[i] for m in multiplied] for i in range(3)), kind)
     if not recorded:
         return wrap(y, *parents)
+    ends = np.cumsum(counts).tolist()
+    spans = [slice(end - n, end) for end, n in zip(ends, counts.tolist(), strict=True)]
 
     def backward(dy: Array) -> Sequence[Array | None]:
         dy = np.ascontiguousarray(dy)
@@ -183,10 +166,9 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
         if kind:
             _C.linear_backward(dz, None, None, dy, z, kind)
         dx = backend.empty(xd.shape) if needs_grad(x) else None
-        used = [e for e, span in enumerate(spans) if span.stop > span.start]
         if dx is not None:
             plain = [each[e].dequantize() if isinstance(each[e], QuantizedArray) else each[e] for e in used]
-            _products([dx[spans[e]] for e in used], [dz[spans[e]] for e in used], plain, b_transposed=False)
+            _products([dx[spans[e]] for e in used], [dz[spans[e]] for e in used], plain)
         if stacked:
             target = leaf(weights)
             total = None
@@ -219,17 +201,11 @@ def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | N
     return into, returned
 
 
-def _forward(y: Array, z: Array | None, x: Array, each: Sequence[Any], spans: Sequence[slice], kind: int) -> None:
-    used = [e for e, span in enumerate(spans) if span.stop > span.start]
-    plain = [e for e in used if not isinstance(each[e], QuantizedArray)]
-    kept = None if z is None else [z[spans[e]] for e in plain]
-    _products([y[spans[e]] for e in plain], [x[spans[e]] for e in plain], [each[e] for e in plain], z=kept, kind=kind)
-    for e in used:
-        if isinstance(w := each[e], QuantizedArray):
-            s, (N, K) = spans[e], w.shape
-            part = None if z is None else z[s]
-            multiply = _C.int8_matmul if w.activations == "int8" else _C.quantized_matmul
-            multiply(y[s], part, x[s], packed(w), None, None, s.stop - s.start, N, K, FORMATS[w.kind][0], kind)
+def _multiplied(w: Any) -> tuple[Array, int, int]:
+    """What the kernel reads of a weight, how it multiplies, and the type."""
+    if isinstance(w, QuantizedArray):
+        return packed(w), 2 if w.activations == "int8" else 1, FORMATS[w.kind][0]
+    return w, 0, STORAGE[w.dtype]
 
 
 def _products(
@@ -237,16 +213,12 @@ def _products(
     a: Sequence[Any],
     b: Sequence[Any],
     *,
-    z: Sequence[Any] | None = None,
     a_transposed: bool = False,
-    b_transposed: bool | None = None,
     accumulate: bool = False,
-    kind: int = 0,
 ) -> None:
-    """c[i] = or += a[i] b[i] on contiguous arrays, in one call. b is (N, K) unless a is transposed."""
-    transposed = not a_transposed if b_transposed is None else b_transposed
+    """c[i] = or += a[i] b[i] on contiguous arrays, in one call."""
     if c:
-        _C.grouped_matmul(c, z, a, b, a_transposed, transposed, [STORAGE[w.dtype] for w in b], accumulate, kind)
+        _C.grouped_matmul(c, a, b, a_transposed, [STORAGE[w.dtype] for w in b], accumulate)
 
 
 def _experts(weights: Any, E: int, K: int) -> list[Any]:

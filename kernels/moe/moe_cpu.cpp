@@ -34,6 +34,12 @@ void route_row(const MoeRoute& p, int64_t r) {
         }
         experts[j] = int32_t(best);
     }
+    float* weights = p.weights + r * p.k;
+    for (int64_t j = 0; j < p.k; ++j) weights[j] = y[experts[j]];
+    if (!p.renormalise) return;
+    float chosen = weights[0];
+    for (int64_t j = 1; j < p.k; ++j) chosen += weights[j];
+    for (int64_t j = 0; j < p.k; ++j) weights[j] /= chosen;
 }
 
 void route(const MoeRoute& p) {
@@ -42,9 +48,40 @@ void route(const MoeRoute& p) {
     });
 }
 
+// A counting sort, on one thread: a few additions a choice, beside a product of C F multiplications.
+void places(const MoePlaces& p) {
+    const int64_t choices = p.R * p.k, rows = p.groups > 0 ? p.R / p.groups : 0;
+    auto* next = static_cast<int64_t*>(scratch(size_t(p.E) * sizeof(int64_t)));
+    std::memset(p.counts, 0, size_t(p.E) * sizeof(int64_t));
+    for (int64_t g = 0; g < p.groups; ++g) {
+        std::memset(next, 0, size_t(p.E) * sizeof(int64_t));
+        for (int64_t j = 0; j < p.k; ++j)
+            for (int64_t i = g * rows * p.k + j; i < (g + 1) * rows * p.k; i += p.k) {
+                const int64_t e = p.experts[i];
+                const bool kept = e >= 0 && e < p.E && (p.capacity == 0 || next[e] < p.capacity);
+                p.slots[i] = kept ? 0 : -1;
+                if (kept) ++next[e], ++p.counts[e];
+            }
+    }
+    int64_t total = 0;
+    for (int64_t e = 0; e < p.E; ++e) next[e] = total, total += p.counts[e];
+    for (int64_t i = 0; i < choices; ++i)
+        if (p.slots[i] == 0) {
+            const int64_t place = next[p.experts[i]]++;
+            p.slots[i] = int32_t(place);
+            p.rows[place] = int32_t(i / p.k);
+        }
+    for (int64_t i = total; i < choices; ++i) p.rows[i] = 0;
+}
+
 void gather(const MoeGather& p) {
+    const size_t bytes = size_t(p.C) * sizeof(float);
     parallel_for(p.P, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) std::memcpy(p.y + i * p.C, p.x + p.rows[i] * p.C, size_t(p.C) * sizeof(float));
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = p.rows[i];
+            if (row >= 0 && row < p.R) std::memcpy(p.y + i * p.C, p.x + row * p.C, bytes);
+            else std::memset(p.y + i * p.C, 0, bytes);
+        }
     });
 }
 
@@ -57,7 +94,7 @@ void combine(const MoeCombine& p) {
                 vf sum = zero();
                 for (int64_t j = 0; j < p.k; ++j) {
                     const int64_t slot = p.slots[r * p.k + j];
-                    if (slot < 0) continue;
+                    if (slot < 0 || slot >= p.P) continue;
                     const vf y = v.load(p.y + slot * p.C + c);
                     sum = p.weights ? fma(set(p.weights[r * p.k + j]), y, sum) : sum + y;
                 }
@@ -89,7 +126,7 @@ void combine_backward(const MoeCombineBackward& p) {
 
 }  // namespace
 
-extern const MoeKernels moe_kernels = {route, gather, combine, combine_backward};
+extern const MoeKernels moe_kernels = {route, places, gather, combine, combine_backward};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

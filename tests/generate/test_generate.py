@@ -82,13 +82,15 @@ def test_equals_transformers(entry: dict[str, Any]) -> None:
 def test_same_bits_alone_in_a_batch_and_at_any_number_of_threads(name: str, threads: None, seen: list[np.ndarray]) -> None:
     m = model(name)
     asked = prompts(m, 5)
+    asked[2:2] = [asked[1][::-1], [*asked[1][1:], 5]]
     settings = Settings(max_tokens=12, temperature=1.3, top_p=0.95, repetition_penalty=1.1)
 
     def run(some: list[list[int]]) -> tuple[list[list[int]], np.ndarray]:
         seen.clear()
         outputs = generate.generate(m, some, settings, seeds=7)
-        first = np.concatenate(seen[: len(some)])  # a prefill each, then the steps of all
-        return [o.ids for o in outputs], np.stack([first, *seen[len(some) :]])
+        reads = len(list(engine.alike(None, [len(prompt) for prompt in some])))
+        first = np.concatenate(seen[:reads])  # the prompts, those of one length together, then the steps of all
+        return [o.ids for o in outputs], np.stack([first, *seen[reads:]])
 
     together = {}
     for n in (1, 2, 3):

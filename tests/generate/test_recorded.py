@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastlm import backend, generate, models, ops
+from fastlm import _C, backend, generate, models, ops
 from fastlm.generate import Settings, recorded
 from fastlm.models.base import CausalLM
+from fastlm.models.quantize import convert, quantize
 from fastlm.nn import Context
 from fastlm.tensor import data
 
 WIDE = {"vocab_size": 97, "context": 64, "d_model": 32, "n_layer": 2, "n_head": 4}
 ROPE = {**WIDE, "d_ff": 48, "n_kv_head": 2, "head_dim": 8}
+T5 = {
+    **{k: v for k, v in WIDE.items() if k != "context"},
+    "d_ff": 48,
+    "n_encoder_layer": 2,
+    "head_dim": 8,
+    "n_bucket": 8,
+    "max_distance": 9,
+}
 TINY: dict[str, dict[str, Any]] = {
     "gpt": WIDE,
     "gpt1": WIDE,
@@ -29,8 +38,12 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": ROPE,
     "phi3": {k: v for k, v in ROPE.items() if k != "head_dim"},
     "palm": {**WIDE, "head_dim": 8},
+    "mixtral": {**ROPE, "n_expert": 5},
+    "glam": {**WIDE, "d_ff": 48, "head_dim": 8, "n_expert": 6, "n_bucket": 8, "max_distance": 9},
+    "t5": {**T5, "activation": "gated-gelu_tanh"},
+    "switch": {**T5, "n_expert": 5, "n_sparse": 1, "n_encoder_sparse": 1},
 }
-CAUSAL = sorted(TINY)
+EVERY = sorted(TINY)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
 SETTINGS = {
     "greedy": Settings(max_tokens=14),
@@ -99,11 +112,57 @@ def both_ways(model: Any, prompts: Any, settings: Settings, watch: Watch, monkey
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_model(name: str, kind: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(name)
-    both_ways(model, PROMPTS, SETTINGS[kind], watch, monkeypatch)
-    both_ways(model, PROMPTS[:1], SETTINGS[kind], watch, monkeypatch)
+    for prompts in (PROMPTS, PROMPTS[:1], [[1, 2, 3], [7, 8, 9], [4, 5]]):
+        both_ways(model, prompts, SETTINGS[kind], watch, monkeypatch)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "glam", "t5", "switch"])
+def test_small_caches(name: str, cache: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    model.cache_dtype = cache
+    both_ways(model, PROMPTS, SETTINGS["drawn"], watch, monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("Q4_1", "float32"), ("Q8_0", "int8"), ("bfloat16", "")])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "glam", "t5", "switch"])
+def test_small_weights(name: str, kind: str, activations: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of experts that no prompt has used, and that are packed while a step is recorded."""
+    model = tiny(name, **({"n_expert": 30} if "n_expert" in TINY[name] else {}))
+    if kind == "bfloat16":
+        convert(model, kind)
+    else:
+        quantize(model, kind, activations)
+    both_ways(model, PROMPTS, SETTINGS["drawn"], watch, monkeypatch)
+    both_ways(model, PROMPTS[2:3], SETTINGS["greedy"], watch, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["glam", "t5", "llama"])
+def test_many_positions(name: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past what attention takes at a time, and past the table of distances."""
+    model = tiny(name, **({} if name == "t5" else {"context": 2 * _C.attention_chunk + 60}))
+    settings = Settings(max_tokens=2 * _C.attention_chunk + 20, temperature=1.3)
+    both_ways(model, PROMPTS[:3], settings, watch, monkeypatch)
+
+
+def test_counts_in_memory() -> None:
+    """The kernel takes the counts that it finds; garbage neither runs long nor writes behind the rows."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((6, 5), np.float32), rng.standard_normal((3, 4, 5), np.float32)
+    counts = np.array([1, 2, 3], np.int64)
+    recording = backend.Recording(lambda: ops.grouped_linear(x, weights, counts))
+    for found, sizes in (
+        ([4, 0, 2], [4, 0, 2]), ([-7, 2, 1], [0, 2, 1]), ([1 << 62, 1 << 62, 5], [6, 0, 0]), ([-(1 << 63), 5, 5], [0, 5, 1]),
+    ):  # fmt: skip
+        counts[:] = found
+        recording.spoil()
+        recording.run()
+        y, rows = recording.result, sum(sizes)
+        np.testing.assert_array_equal(y[:rows], ops.grouped_linear(x[:rows], weights, sizes))
+        assert np.isnan(y[rows:]).all()
 
 
 def test_rows_that_end_are_recorded_anew(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ import fastlm
 from fastlm import generate, hub, models, ops
 from fastlm.models import convert
 from fastlm.models.base import names
-from fastlm.models.t5 import buckets
-from fastlm.tensor import Tensor
+from fastlm.models.t5 import RelativePosition, buckets
 
 DATA = Path(__file__).parents[1] / "data" / "t5"
 GOLDEN = np.load(DATA / "golden.npz")
@@ -173,20 +172,15 @@ def test_buckets():
     assert set(one_way[: 200 - 127]) == {31}
 
 
-def test_relative_bias():
-    rng = np.random.default_rng(0)
-    index, weight = rng.integers(0, 5, (3, 4)), rng.standard_normal((5, 2)).astype(np.float32)
-    table = Tensor(weight, requires_grad=True)
-    bias = ops.relative_bias(index, table)
-    np.testing.assert_array_equal(bias.data[0], weight[index].transpose(2, 0, 1))
-    dy = rng.standard_normal((1, 2, 3, 4)).astype(np.float32)
-    bias.backward(dy)
-    want = np.zeros((5, 2))
-    for t, s in np.ndindex(3, 4):
-        want[index[t, s]] += dy[0, :, t, s]
-    np.testing.assert_allclose(table.grad, want, atol=1e-6)
-    with pytest.raises(ValueError, match=r"\[relative_bias\] buckets must be from 0 to 4, got 0 to 5\."):
-        ops.relative_bias(np.array([[0, 5]]), weight)
+@pytest.mark.parametrize("both", [False, True])
+def test_position_bias(both):
+    """The table over distances says what the reference's rule says of each pair, far beyond the largest distance."""
+    config = models.preset("t5-small", n_bucket=8, max_distance=12, n_head=3)
+    position = RelativePosition(config, both)
+    position.weight.data = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    at = np.arange(40, dtype=np.int32)
+    index = buckets(at, np.arange(50), 8, 12, both)
+    np.testing.assert_array_equal(position(at, 50).data[0], position.weight.data[index].transpose(2, 0, 1))
 
 
 def test_learns_to_reverse():
