@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
 from fastlm.checkpoint.mapping import release
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
@@ -25,6 +25,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     x: (..., K) float32. weight: (N, K) float32, bfloat16, float16 or a QuantizedArray; all but float32 are frozen: they
     get no gradient.
     bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
+    On a device x, bias and residual may be bfloat16, then weight too; bfloat16 weights are trained there, with float32 gradients.
     Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
     """
     xd = check.array("linear", "x", data(x), at_least=1)
@@ -47,37 +48,38 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
         raise ValueError(f"[linear] activation must be one of {names}, got {activation!r}.")
 
     M = math.prod(shape[:-1])
-    y = backend.empty(shape)
+    y = backend.empty_like(xd, shape)
     recorded = recording(x, weight, bias, residual)
-    z = backend.empty(shape) if recorded and kind else None
+    z = backend.empty_like(y) if recorded and kind else None
     if isinstance(wd, QuantizedArray):
         multiply = _C.int8_matmul if wd.activations == "int8" else _C.quantized_matmul
         multiply(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
     else:
-        _C.matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
+        kernels(xd).matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
     if not recorded:
         return wrap(y, x, weight, bias, residual)
 
     kept, want_x, want_residual = keep(x, xd), needs_grad(x), needs_grad(residual)
-    want_weight = needs_grad(weight) and isinstance(wd, np.ndarray) and wd.dtype == np.float32
+    want_weight = needs_grad(weight) and not isinstance(wd, QuantizedArray) and (wd.dtype == np.float32 or on_device(wd))
     shape_x = xd.shape
 
     def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
+        dy = contiguous(dy)
         dz = dy
         if kind:
-            dz = spare.dy if spare.dy is not None and not want_residual else backend.empty(shape)
+            dz = spare.dy if spare.dy is not None and not want_residual else backend.empty_like(dy)
         bias_target, dbias = accumulator(bias)
         if kind or bias_target is not None:
-            partial = backend.empty((-(-M // _C.linear_rows), N)) if bias_target is not None else None
-            _C.linear_backward(dz if kind else None, bias_target, partial, dy.reshape(M, N), z, kind)
+            partial = backend.empty((-(-M // _C.linear_rows), N), like=dy) if bias_target is not None else None
+            kernels(dy).linear_backward(dz if kind else None, bias_target, partial, dy.reshape(M, N), z, kind)
         dx = dw = None
         if want_weight:
             owner = leaf(weight)
-            target, add = owner.grad_target() if owner is not None else (backend.empty((N, K)), False)
+            target, add = owner.grad_target() if owner is not None else (backend.empty((N, K), like=dy), False)
             product(target, dz, kept(), N, K, M, a_transposed=True, accumulate=add)
             dw = None if owner is not None else target
         if want_x:
-            dx = backend.empty(shape_x) if spare.onto is None else spare.onto
+            dx = backend.empty_like(dy, shape_x) if spare.onto is None else spare.onto
             back = wd.dequantize() if isinstance(wd, QuantizedArray) else wd
             product(dx, dz, back, M, K, N, accumulate=spare.onto is not None)
         return dx, dw, dbias, dy if want_residual else None
@@ -88,8 +90,8 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
 
 
 def _activated(z: Array, kind: int) -> Array:
-    y = backend.empty(z.shape)
-    _C.linear_activation(y, z, kind)
+    y = backend.empty_like(z)
+    kernels(z).linear_activation(y, z, kind)
     return y
 
 
@@ -108,6 +110,10 @@ def packed(weight: QuantizedArray) -> Array:
 def _weight(w: Any) -> Any:
     if isinstance(w, QuantizedArray):
         return w
+    if on_device(w):
+        if w.dtype not in (np.float32, BFLOAT16):
+            raise TypeError(f"[linear] weight must be float32 or bfloat16 on a device, got {w.dtype}.")
+        return contiguous(w)
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[linear] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")
     if w.dtype not in STORAGE:

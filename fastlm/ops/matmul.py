@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm import backend
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
@@ -22,7 +22,7 @@ def matmul(a: Any, b: Any) -> Any:
     """a @ b. Every element is one chain of fused multiply-adds over k = 0 .. K-1 that starts from zero.
 
     a: (..., M, K) float32. b: (K, N), or (..., K, N) with the leading axes of a. Returns (..., M, N) float32: a Tensor where an input
-    is one. Raises TypeError for a dtype, ValueError for a shape.
+    is one. On a device a and b may both be bfloat16, and so is the product. Raises TypeError for a dtype, ValueError for a shape.
     """
     ad = check.array("matmul", "a", data(a), at_least=2)
     bd = check.array("matmul", "b", data(b), at_least=2)
@@ -35,19 +35,20 @@ def matmul(a: Any, b: Any) -> Any:
     batch = 1 if shared else math.prod(lead)
     if shared:
         M = ad.size // K if K else math.prod(ad.shape[:-1])
-    c = backend.empty((*ad.shape[:-1], N))
+    c = backend.empty_like(ad, (*ad.shape[:-1], N))
     product(c, ad, bd, M, N, K, batch=batch)
     if not recording(a, b):
         return wrap(c, a, b)
 
     def backward(dc: Array) -> Sequence[Array | None]:
+        dc = contiguous(dc)
         da = db = None
         if needs_grad(a):
-            da = backend.empty(ad.shape)
+            da = backend.empty_like(ad)
             product(da, dc, bd, M, K, N, batch=batch, b_transposed=True)
         if needs_grad(b):
             target = leaf(b)
-            total, add = target.grad_target() if target is not None else (backend.empty(bd.shape), False)
+            total, add = target.grad_target() if target is not None else (backend.empty_like(bd), False)
             product(total, ad, dc, K, N, M, batch=batch, a_transposed=True, accumulate=add)
             db = None if target is not None else total
         return da, db
@@ -69,4 +70,5 @@ def product(
     accumulate: bool = False,
 ) -> None:
     """c (batch, M, N) = or += a b on checked, contiguous arrays. `accumulate`: the chain goes on from c."""
-    _C.matmul(c, None, a, b, None, None, batch, M, N, K, M * K, K * N, a_transposed, b_transposed, STORAGE[b.dtype], accumulate, 0)
+    storage = STORAGE[b.dtype]
+    kernels(c).matmul(c, None, a, b, None, None, batch, M, N, K, M * K, K * N, a_transposed, b_transposed, storage, accumulate, 0)

@@ -1,0 +1,86 @@
+"""Matrix products and linear layers on the GPU, the host's side: the functions of csrc/bind/matmul.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlm.kernels.matmul import matmul_tiles as tiles
+
+_ROWS = 32  # rows that one piece sums into one partial, as kLinearRows
+
+
+def matmul(
+    gpu: Any, c: Any, z: Any, a: Any, b: Any, bias: Any, residual: Any, batch: int, M: int, N: int, K: int, a_step: int, b_step: int,
+    a_transposed: bool, b_transposed: bool, b_type: int, accumulate: bool, activation: int,
+) -> None:  # fmt: skip
+    """c (batch, M, N) = or += a b; a, z, residual and bias have the dtype of the rows, c may be float32 where a is bfloat16.
+
+    Raises TypeError where the dtypes do not go together.
+    """
+    if not (batch and M and N):
+        return
+    for name, step, size in (("a", a_step, M * K), ("b", b_step, K * N)):
+        if batch > 1 and step not in (0, size):
+            raise ValueError(f"[matmul] the matrices of {name} must follow one another, {size} elements, got a step of {step}.")
+    types, layout = (_type(a), _type(b), _type(c)), (a_transposed, b_transposed)
+    if not tiles.listed(types, layout):
+        raise TypeError(
+            f"[matmul] a, b and c must be float32 or bfloat16 that go together, got {a.dtype}, {b.dtype} and {c.dtype}."
+        )
+    for name, x, like in (("bias", bias, a), ("residual", residual, c), ("z", z, c)):
+        if x is not None and x.dtype != like.dtype:
+            raise TypeError(f"[matmul] {name} must be {like.dtype}, as the rows are, got {x.dtype}.")
+    tile, plain = tiles.form(types, layout, {"M": M, "N": N, "K": K}, batch)
+    flags = sum(
+        bit
+        for bit, there in (
+            (1, bias is not None),
+            (2, z is not None),
+            (4, residual is not None),
+            (8, accumulate),
+            (16, batch > 1 and a_step > 0),
+            (32, batch > 1 and b_step > 0),
+        )
+        if there
+    )
+    arguments = {
+        "c": c,
+        "z": c if z is None else z,
+        "a": a,
+        "b": b,
+        "bias": a if bias is None else bias,
+        "residual": c if residual is None else residual,
+    }
+    sizes = {"M": M, "N": N, "K": K, "flags": flags, "activation": activation}
+    grid = -(-M // tile[0]["BM"]) * -(-N // tile[0]["BN"]) * batch
+    gpu.triton(
+        "matmul", (grid,), arguments | sizes, plain=(*plain, "flags", "activation"),
+        A_T=a_transposed, B_T=b_transposed, **tiles.launch(tile),
+    )  # fmt: skip
+
+
+def linear_backward(gpu: Any, dz: Any, dbias: Any, partial: Any, dy: Any, z: Any, activation: int) -> None:
+    N = dy.shape[-1]
+    M = dy.size // N if N else 0
+    if not M:
+        return
+    pieces, flags = -(-M // _ROWS), (1 if dz is not None else 0) + (2 if dbias is not None else 0)
+    arguments = {"dz": dy if dz is None else dz, "partial": partial if dbias is not None else gpu.empty((0,))}
+    arguments |= {"dy": dy, "z": dy if z is None else z, "M": M, "N": N, "flags": flags, "activation": activation}
+    plain = "M", "N", "flags", "activation"
+    gpu.triton("linear_backward", (pieces * -(-N // 64),), arguments, plain=plain, ROWS=_ROWS, BLOCK=64)
+    if dbias is not None:
+        arguments = {"dbias": dbias, "partial": partial, "pieces": pieces, "N": N}
+        gpu.triton("linear_bias", (-(-N // 32),), arguments, plain=("pieces", "N"), ROWS=32, BLOCK=32)
+
+
+def linear_activation(gpu: Any, y: Any, z: Any, activation: int) -> None:
+    N = z.shape[-1] if z.shape else 1
+    M = z.size // N if N else 0
+    arguments = {"y": y, "z": z, "M": M, "N": N, "activation": activation}
+    gpu.triton("linear_activation", (-(-z.size // 1024),), arguments, plain=("M", "N", "activation"), BLOCK=1024)
+
+
+def _type(x: Any) -> str:
+    """The pointer type in Triton's words."""
+    return {"float32": tiles.WIDE, "bfloat16": tiles.HALF}.get(x.dtype.name, str(x.dtype))

@@ -1,0 +1,154 @@
+"""Matrix products in Triton, with what a linear layer adds. The contract is matmul.h; arrays are float32 or bfloat16, sums float32.
+
+float32 is multiplied exactly (`input_precision="ieee"`), bfloat16 by tensor cores; a bfloat16 weight of float32 rows is widened. An
+element's chain goes over k in order at every tile, so that with float32 a row has the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fastlm.kernels.matmul import matmul_tiles as tiles
+
+
+@triton.jit
+def _erf_half(z):
+    return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+
+
+@triton.jit
+def _tanh_half(z):
+    """(1 + tanh(u)) / 2 with gelu_tanh's u, as the sigmoid of 2 u: nothing cancels."""
+    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+
+
+@triton.jit
+def _activate(z, activation):
+    """By the number of `Activation` in matmul.h."""
+    if activation == 1:
+        z *= _erf_half(z)
+    elif activation == 2:
+        z *= _tanh_half(z)
+    elif activation == 3:
+        z /= 1.0 + tl.exp(-z)
+    elif activation == 4:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return z
+
+
+@triton.jit
+def _derivative(z, activation):
+    d = tl.full(z.shape, 1.0, tl.float32)
+    if activation == 1:
+        d = _erf_half(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif activation == 2:
+        s = _tanh_half(z)
+        d = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif activation == 3:
+        s = 1.0 / (1.0 + tl.exp(-z))
+        d = s * (1.0 + z * (1.0 - s))
+    elif activation == 4:
+        d = tl.where(z > 0.0, 1.0, tl.where(z == z, 0.0, z))
+    return d
+
+
+@triton.jit
+def matmul(
+    c, z, a, b, bias, residual, M, N, K, flags, activation,
+    A_T: tl.constexpr, B_T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """flags: 1 there is a bias, 2 z is kept, 4 there is a residual, 8 c += a b, 16 a and 32 b differ by the matrix of the batch.
+
+    Where one of bias, z and residual is not there its pointer is not read. Tiles are taken in groups of eight rows of tiles, so that
+    those which run together share what they read in the L2 cache.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    matrix = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    group, within = tile // (8 * tiles_n), tile % (8 * tiles_n)
+    height = tl.minimum(tiles_m - 8 * group, 8)
+    top, left = (8 * group + within % height) * BM, within // height * BN
+    i, j, k = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], tl.arange(0, BK)
+    row, column = i < M - top, j < N - left
+    if (flags & 16) != 0:
+        a += matrix * M * K
+    if (flags & 32) != 0:
+        b += matrix * K * N
+    # Where the tile begins, and from there by offsets that fit 32 bits.
+    a += top if A_T else top.to(tl.int64) * K
+    b += left.to(tl.int64) * K if B_T else left
+    at = (matrix * M + top) * N + left
+    c, inside, place = c + at, row & column, i * N + j
+    sums = tl.zeros([BM, BN], tl.float32)
+    if (flags & 8) != 0:
+        sums = tl.load(c + place, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, K, BK):
+        x = tl.load(a + (k[None, :] * M + i if A_T else i * K + k[None, :]), mask=row & (k < K - start)[None, :], other=0.0)
+        w = tl.load(b + (j * K + k[:, None] if B_T else k[:, None] * N + j), mask=(k < K - start)[:, None] & column, other=0.0)
+        sums = tl.dot(x, w.to(x.dtype), sums, input_precision="ieee")
+        a += M.to(tl.int64) * BK if A_T else BK
+        b += BK if B_T else N.to(tl.int64) * BK
+    if (flags & 1) != 0:
+        sums += tl.load(bias + left + j, mask=column, other=0.0).to(tl.float32)
+    if (flags & 2) != 0:
+        tl.store(z + at + place, sums.to(z.dtype.element_ty), mask=inside)
+    sums = _activate(sums, activation)
+    if (flags & 4) != 0:
+        sums += tl.load(residual + at + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(c + place, sums.to(c.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_backward(dz, partial, dy, z, M, N, flags, activation, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """flags: 1 dz = dy act'(z), else dz is dy and neither dz nor z is touched; 2 partial (pieces, N): sums of dz over ROWS rows."""
+    blocks = tl.cdiv(N, BLOCK)
+    piece = (tl.program_id(0) // blocks).to(tl.int64)
+    row = piece * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    at, inside = row[:, None] * N + n[None, :], (row < M)[:, None] & (n < N)[None, :]
+    d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    if (flags & 1) != 0:
+        d *= _derivative(tl.load(z + at, mask=inside, other=0.0).to(tl.float32), activation)
+        tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
+    if (flags & 2) != 0:
+        tl.store(partial + piece * N + n, tl.sum(d, 0), mask=n < N)
+
+
+@triton.jit
+def linear_bias(dbias, partial, pieces, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dbias (N,) += the partial sums, ROWS at a time in their order."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, pieces, ROWS):
+        piece = start + tl.arange(0, ROWS)
+        at = piece.to(tl.int64)[:, None] * N + n[None, :]
+        total += tl.sum(tl.load(partial + at, mask=(piece < pieces)[:, None] & (n < N)[None, :], other=0.0), 0)
+    tl.store(dbias + n, tl.load(dbias + n, mask=n < N, other=0.0) + total, mask=n < N)
+
+
+@triton.jit
+def linear_activation(y, z, M, N, activation, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < M.to(tl.int64) * N
+    v = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, _activate(v, activation).to(y.dtype.element_ty), mask=inside)
+
+
+def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
+    """Every form that matmul_gpu.py may ask for: kernel, types, constants, options."""
+    for (a, b, c), (a_t, b_t), (tile, options), plain in tiles.products():
+        types: dict[str, str | None] = {"c": c, "z": c, "a": a, "b": b, "bias": a, "residual": c}
+        types |= {n: "i32" if n in plain else "i32:16" for n in tiles.ALL} | {"flags": "i32", "activation": "i32"}
+        yield "matmul", types, {"A_T": a_t, "B_T": b_t} | tile, options
+    wide, half = tiles.WIDE, tiles.HALF
+    options = {"num_warps": 4, "num_stages": 3}
+    for f in (wide, half):
+        types = {"dz": f, "partial": wide, "dy": f, "z": f, "M": "i32", "N": "i32", "flags": "i32", "activation": "i32"}
+        yield "linear_backward", types, {"ROWS": 32, "BLOCK": 64}, options
+        types = {"y": f, "z": f, "M": "i32", "N": "i32", "activation": "i32"}
+        yield "linear_activation", types, {"BLOCK": 1024}, options
+    yield "linear_bias", {"dbias": wide, "partial": wide, "pieces": "i32", "N": "i32"}, {"ROWS": 32, "BLOCK": 32}, options

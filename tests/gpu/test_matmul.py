@@ -1,0 +1,101 @@
+"""Matrix products and linear layers on the device in bfloat16, in every form that is compiled, and bits across batches."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastlm import ops
+from fastlm.cuda.emulated import emulated
+from fastlm.kernels.matmul import matmul_tiles as tiles
+from fastlm.kernels.matmul.matmul_ref import bound
+from fastlm.tensor import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import fastlm.cuda.interpreter  # noqa: F401  before triton
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the Triton layer needs triton")
+
+BFLOAT16 = ml_dtypes.bfloat16
+DTYPES = {tiles.WIDE: np.dtype(np.float32), tiles.HALF: np.dtype(BFLOAT16)}
+SIZES = {"ANY": (70, 33, 41), "EVEN": (96, 80, 112), "LARGE": (144, 144, 80), "FEW": (7, 48, 272)}
+
+
+def name(tile):
+    return next(n for n in ("ANY", "PLAIN", "EVEN", "LARGE", "FEW", "FEW_WIDE") if getattr(tiles, n) == tile)
+
+
+def forms():
+    """One product for each compiled form."""
+    for types, layout, tile, _ in tiles.products():
+        sizes = SIZES["ANY" if name(tile) == "PLAIN" else name(tile).removesuffix("_WIDE")]
+        yield pytest.param(types, layout, tile, sizes, id=f"{types} {layout} {name(tile)}")
+
+
+def held(rng, shape, dtype):
+    """Numbers that the dtype holds, as float32."""
+    return rng.standard_normal(shape, np.float32).astype(dtype).astype(np.float32)
+
+
+def assert_within(got, exact, allowed, dtype):
+    """The bound of a chain in float32, and one rounding to the dtype."""
+    rounding = (2.0**-8 if dtype == BFLOAT16 else 2.0**-23) * np.abs(exact)
+    assert np.all(np.abs(got.astype(np.float64) - exact) <= allowed + rounding)
+
+
+@needs_triton
+@pytest.mark.parametrize(("types", "layout", "tile", "sizes"), list(forms()))
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_every_form(types, layout, tile, sizes, accumulate, monkeypatch):
+    """c = or += a b; the guards around the arrays hold nan."""
+    monkeypatch.setattr(tiles, "MANY", 4 if tile == tiles.LARGE else 96)
+    (M, N, K), rng, dtypes = sizes, np.random.default_rng(0), [DTYPES[t] for t in types]
+    a, b, c = (held(rng, s, d) for s, d in zip(((M, K), (K, N), (M, N)), dtypes, strict=True))
+    assert tiles.form(types, layout, {"M": M, "N": N, "K": K}, 1)[0] == tile
+    with emulated(twin="triton") as on:
+        there = [on.put(np.ascontiguousarray(x.T if t else x).astype(d)) for x, t, d in zip((a, b), layout, dtypes, strict=False)]
+        out = on.put(c.astype(dtypes[2]))
+        storage = 1 if dtypes[1] == BFLOAT16 else 0
+        on.table.matmul(out, None, *there, None, None, 1, M, N, K, 0, 0, *layout, storage, accumulate, 0)
+        got = out.numpy()
+    exact = a.astype(np.float64) @ b.astype(np.float64) + (c if accumulate else 0)
+    assert_within(got, exact, bound(a, b) + (2.0**-23 * np.abs(c) if accumulate else 0), dtypes[2])
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu", "relu"])
+def test_linear_bfloat16(activation):
+    """Forward and backward in bfloat16 against float32 on the CPU; the gradients of the parameters are float32."""
+    rng = np.random.default_rng(1)
+    shapes = {"x": (3, 5, 48), "weight": (32, 48), "bias": (32,), "residual": (3, 5, 32)}
+    arrays = {n: held(rng, s, BFLOAT16) for n, s in shapes.items()}
+    dy = held(rng, (3, 5, 32), BFLOAT16)
+
+    def run(put, dy):
+        tensors = {n: Tensor(put(v), requires_grad=True) for n, v in arrays.items()}
+        y = ops.linear(**tensors, activation=activation)
+        y.backward(dy)
+        return y.data, *(t.grad for t in tensors.values())
+
+    want = run(lambda v: v, dy)
+    with emulated(twin="triton") as on:
+        got = [x.numpy() for x in run(lambda v: on.put(v.astype(BFLOAT16)), on.put(dy.astype(BFLOAT16)))]
+    assert [g.dtype == BFLOAT16 for g in got[:1]] == [True]
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g.astype(np.float32), w, rtol=2.0**-6, atol=2.0**-6 * float(np.abs(w).max()))
+
+
+@needs_triton
+def test_refuses():
+    """Dtypes that do not go together, and sizes of a step between matrices."""
+    with emulated(twin="triton") as on:
+        wide, half = on.put(np.ones((4, 4), np.float32)), on.put(np.ones((4, 4), BFLOAT16))
+        with pytest.raises(TypeError, match=r"a, b and c must be float32 or bfloat16 that go together, got bfloat16, float32"):
+            ops.linear(half, wide)
+        with pytest.raises(TypeError, match=r"\[matmul\] bias must be bfloat16, as the rows are, got float32"):
+            ops.linear(half, half, wide[0])
+        with pytest.raises(ValueError, match=r"must follow one another, 16 elements, got a step of 8"):
+            on.table.matmul(wide, None, wide, wide, None, None, 2, 4, 4, 4, 8, 16, False, False, 0, False, 0)
