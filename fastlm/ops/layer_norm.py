@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fastlm import _C, backend
 from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
@@ -76,8 +78,8 @@ def _backward(
     weight_target, dweight = accumulator(weight)
     bias_target, dbias = accumulator(bias)
     partial = None
-    if weight_target is not None or bias_target is not None:
-        partial = backend.empty((-(-stats.size // 3 // _C.layer_norm_rows), 2, xd.shape[-1]), like=xd)
+    if isinstance(xd, np.ndarray) and (weight_target is not None or bias_target is not None):  # a device has its own
+        partial = backend.empty((-(-stats.size // 3 // _C.layer_norm_rows), 2, xd.shape[-1]))
     dtotal = None if dtotal is None else contiguous(dtotal)
     kernels(xd).layer_norm_backward(dx, weight_target, bias_target, partial, contiguous(dy), dtotal, xd, wd, stats)
     return dx, dweight, dbias

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import Spare, accumulator, data, record, record_many, recording, remade, wrap
 
@@ -22,16 +22,16 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
     xd = check.array("rms_norm", "x", data(x), at_least=1)
     wd = check.weight("rms_norm", "weight", data(weight), xd)
     eps = check.number("rms_norm", "eps", eps, low=0.0)
-    y = backend.empty(xd.shape)
+    y = backend.empty_like(xd)
     if not recording(x, weight):
-        _C.rms_norm_forward(y, None, None, xd, None, wd, eps)
+        kernels(xd).rms_norm_forward(y, None, None, xd, None, wd, eps)
         return wrap(y, x, weight)
-    rstd = backend.empty(xd.shape[:-1])
-    _C.rms_norm_forward(y, None, rstd, xd, None, wd, eps)
+    rstd = backend.empty(xd.shape[:-1], like=xd)
+    kernels(xd).rms_norm_forward(y, None, rstd, xd, None, wd, eps)
 
     def again() -> Array:
-        y = backend.empty(xd.shape)
-        _C.rms_norm_forward(y, None, None, xd, None, wd, eps)
+        y = backend.empty_like(xd)
+        kernels(xd).rms_norm_forward(y, None, None, xd, None, wd, eps)
         return y
 
     def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
@@ -51,12 +51,12 @@ def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float = 1e-6) -> tuple
     check.shape("add_rms_norm", "residual", rd, "the shape of x", xd.shape)
     wd = check.weight("add_rms_norm", "weight", data(weight), xd)
     eps = check.number("add_rms_norm", "eps", eps, low=0.0)
-    y, total = backend.empty(xd.shape), backend.empty(xd.shape)
+    y, total = backend.empty_like(xd), backend.empty_like(xd)
     if not recording(x, residual, weight):
-        _C.rms_norm_forward(y, total, None, xd, rd, wd, eps)
+        kernels(xd).rms_norm_forward(y, total, None, xd, rd, wd, eps)
         return wrap(y, x, residual, weight), wrap(total, x, residual, weight)
-    rstd = backend.empty(xd.shape[:-1])
-    _C.rms_norm_forward(y, total, rstd, xd, rd, wd, eps)
+    rstd = backend.empty(xd.shape[:-1], like=xd)
+    kernels(xd).rms_norm_forward(y, total, rstd, xd, rd, wd, eps)
 
     def backward(dy: Array | None, dtotal: Array | None) -> Sequence[Array | None]:
         if dy is None:
@@ -72,11 +72,11 @@ def _backward(
     dy: Array, dtotal: Array | None, xd: Array, weight: Any, wd: Array, rstd: Array, into: Array | None = None
 ) -> tuple[Array, Array | None]:
     """`into`: where the gradient of x is written; dy or dtotal may be the place."""
-    dx = backend.empty(xd.shape) if into is None else into
+    dx = backend.empty_like(xd) if into is None else into
     target, dweight = accumulator(weight)
     partial = None
-    if target is not None:
+    if target is not None and isinstance(xd, np.ndarray):  # a device has its own
         partial = backend.empty((-(-rstd.size // _C.rms_norm_rows), xd.shape[-1]))
-    dy = np.ascontiguousarray(dy)
-    _C.rms_norm_backward(dx, target, partial, dy, None if dtotal is None else np.ascontiguousarray(dtotal), xd, wd, rstd)
+    dtotal = None if dtotal is None else contiguous(dtotal)
+    kernels(xd).rms_norm_backward(dx, target, partial, contiguous(dy), dtotal, xd, wd, rstd)
     return dx, dweight

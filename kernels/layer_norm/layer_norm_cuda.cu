@@ -1,140 +1,200 @@
 // Layer normalization in CUDA C++; the contract is layer_norm.h, with T float or bfloat16 for activations and parameters.
 //
-// A block of 256 threads takes a row. A thread keeps its columns in registers where the row has at most 256 * KEPT, so that a row
-// is read once; longer rows are read again, from L2.
-#include "csrc/cuda/device.h"
+// A row is taken by G threads, a warp or a block of 256, V elements at once. A thread keeps 32 elements in registers, so that a row
+// of up to 32 G is read once; longer rows are read again, from L2.
+#include "csrc/cuda/rows.h"
 
 namespace {
 
-constexpr int THREADS = 256, KEPT = 16;
+constexpr int THREADS = 256;
 
-template <class T> __device__ float at(const T* x, const T* residual, int64_t i) {
-    const float v = to_float(x[i]);
-    return residual ? v + to_float(residual[i]) : v;
-}
-
-template <class T> __device__ void forward(T* y, T* total, float* stats, const T* x, const T* residual, const T* weight,
-                                           const T* bias, int C, float eps) {
+template <class T, int G, int V> __device__ void forward(T* y, T* total, float* stats, const T* x, const T* residual,
+                                                         const T* weight, const T* bias, int R, int C, float eps) {
     FASTLM_SHARED(float, room, THREADS / 32);
-    const int64_t row = blockIdx.x, first = row * C;
-    const bool kept = C <= THREADS * KEPT;
-    float v[KEPT];
-    float sum = 0.0f;
-    if (kept) {
+    constexpr int KEPT = 32 / V;
+    const int lane = int(threadIdx.x) % G;
+    const int64_t row = int64_t(blockIdx.x) * (THREADS / G) + threadIdx.x / G, first = row * C;
+    if (row >= R) return;                      // a whole warp, or none
+    const bool kept = G == 32 || C <= 32 * G;  // a warp is not asked for more
+    const auto each = [&](const auto& f) {
+        if (kept) {
 #pragma unroll
-        for (int i = 0; i < KEPT; ++i) {
-            const int c = i * THREADS + int(threadIdx.x);
-            v[i] = c < C ? at(x, residual, first + c) : 0.0f;
-            if (total && c < C) total[first + c] = from_float<T>(v[i]);
-            sum += v[i];
+            for (int i = 0; i < KEPT; ++i)
+                if ((i * G + lane) * V < C) f(i, (i * G + lane) * V);
+        } else {
+            for (int c = lane * V; c < C; c += G * V) f(0, c);
         }
-    } else {
-        for (int c = int(threadIdx.x); c < C; c += THREADS) {
-            const float a = at(x, residual, first + c);
-            if (total) total[first + c] = from_float<T>(a);
-            sum += a;
+    };
+    Pack<T, V> a[KEPT], b[KEPT];
+    const auto load = [&](int i, int c) {
+        a[i] = load_pack<V>(x + first + c);
+        if (residual) b[i] = load_pack<V>(residual + first + c);
+    };
+    const auto at = [&](int i, int j) { return residual ? to_float(a[i].v[j]) + to_float(b[i].v[j]) : to_float(a[i].v[j]); };
+    if (kept) each(load);  // all loads before the first is waited for
+    float sum = 0.0f;
+    each([&](int i, int c) {
+        if (!kept) load(i, c);
+        Pack<T, V> out;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const float v = at(i, j);
+            sum += v;
+            out.v[j] = from_float<T>(v);
         }
-    }
-    const float mean = block_sum<THREADS>(sum, room) / float(C);
+        if (total) store_pack(total + first + c, out);
+    });
+    const float mean = group_sum<G>(sum, room) / float(C);
     // `mean` is rounded: `rest` is what it lacks.
     float rests = 0.0f, squares = 0.0f;
-    const auto deviate = [&](float a) {
-        const float d = a - mean;
-        rests += d;
-        squares = fmaf(d, d, squares);
-    };
-    if (kept) {
+    each([&](int i, int c) {
+        if (!kept) load(i, c);
 #pragma unroll
-        for (int i = 0; i < KEPT; ++i)
-            if (i * THREADS + int(threadIdx.x) < C) deviate(v[i]);
-    } else {
-        for (int c = int(threadIdx.x); c < C; c += THREADS) deviate(at(x, residual, first + c));
-    }
-    const float rest = block_sum<THREADS>(rests, room) / float(C);
-    const float variance = block_sum<THREADS>(squares, room) / float(C) - rest * rest;
-    const float rstd = rsqrt_exact((variance < 0.0f ? 0.0f : variance) + eps), shift = -rest * rstd;
-    if (stats && threadIdx.x == 0) stats[3 * row] = mean, stats[3 * row + 1] = shift, stats[3 * row + 2] = rstd;
-    const auto write = [&](int c, float a) {
-        const float normal = fmaf(a - mean, rstd, shift), w = to_float(weight[c]);
-        y[first + c] = from_float<T>(bias ? fmaf(normal, w, to_float(bias[c])) : normal * w);
-    };
-    if (kept) {
-#pragma unroll
-        for (int i = 0; i < KEPT; ++i) {
-            const int c = i * THREADS + int(threadIdx.x);
-            if (c < C) write(c, v[i]);
+        for (int j = 0; j < V; ++j) {
+            const float d = at(i, j) - mean;
+            rests += d;
+            squares = fmaf(d, d, squares);
         }
-    } else {
-        for (int c = int(threadIdx.x); c < C; c += THREADS) write(c, at(x, residual, first + c));
-    }
+    });
+    const float rest = group_sum<G>(rests, room) / float(C);
+    const float variance = group_sum<G>(squares, room) / float(C) - rest * rest;
+    const float rstd = rsqrt_exact((variance < 0.0f ? 0.0f : variance) + eps), shift = -rest * rstd;
+    if (stats && lane == 0) stats[3 * row] = mean, stats[3 * row + 1] = shift, stats[3 * row + 2] = rstd;
+    each([&](int i, int c) {
+        if (!kept) load(i, c);
+        const auto w = load_pack<V>(weight + c);
+        Pack<T, V> plus, out;
+        if (bias) plus = load_pack<V>(bias + c);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const float normal = fmaf(at(i, j) - mean, rstd, shift), v = to_float(w.v[j]);
+            out.v[j] = from_float<T>(bias ? fmaf(normal, v, to_float(plus.v[j])) : normal * v);
+        }
+        store_pack(y + first + c, out);
+    });
 }
 
-template <class T>
-__device__ void backward_x(T* dx, const T* dy, const T* dtotal, const T* x, const T* weight, const float* stats, int C) {
+// A block takes a piece of `rows` rows. Its sums for the parameters' gradients are in shared memory, every column with one thread:
+// they become rows 2 i (weight) and 2 i + 1 (bias) of partial (pieces, 2, C), i = blockIdx.x, where that is not null. dx may be dy
+// or dtotal.
+template <class T, int V> __device__ void backward(T* dx, float* partial, const T* dy, const T* dtotal, const T* x, const T* weight,
+                                                   const float* stats, int R, int C, int rows) {
     FASTLM_SHARED(float, room, THREADS / 32);
-    const int64_t row = blockIdx.x, first = row * C;
-    const float mean = stats[3 * row], shift = stats[3 * row + 1], rstd = stats[3 * row + 2];
-    float sum_g = 0.0f, sum_gn = 0.0f;
-    for (int c = int(threadIdx.x); c < C; c += THREADS) {
-        const float g = to_float(dy[first + c]) * to_float(weight[c]), normal = fmaf(to_float(x[first + c]) - mean, rstd, shift);
-        sum_g += g;
-        sum_gn = fmaf(g, normal, sum_gn);
+    FASTLM_DYNAMIC_SHARED(memory);
+    float* const sums = reinterpret_cast<float*>(memory);
+    constexpr int KEPT = 16 / V;
+    const bool kept = C <= 16 * THREADS;
+    const auto each = [&](const auto& f) {
+        if (kept) {
+#pragma unroll
+            for (int i = 0; i < KEPT; ++i)
+                if ((i * THREADS + int(threadIdx.x)) * V < C) f(i, (i * THREADS + int(threadIdx.x)) * V);
+        } else {
+            for (int c = int(threadIdx.x) * V; c < C; c += THREADS * V) f(0, c);
+        }
+    };
+    if (partial)
+        each([&](int, int c) {
+            clear_own<V>(sums, c, C);
+            clear_own<V>(sums + C, c, C);
+        });
+    const int64_t begin = int64_t(blockIdx.x) * rows, end = begin + rows < R ? begin + rows : R;
+    Pack<T, V> d[KEPT], n[KEPT];
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row * C;
+        const auto load = [&](int i, int c) { d[i] = load_pack<V>(dy + first + c), n[i] = load_pack<V>(x + first + c); };
+        if (kept) each(load);
+        const float mean = stats[3 * row], shift = stats[3 * row + 1], rstd = stats[3 * row + 2];
+        float sum_g = 0.0f, sum_gn = 0.0f;
+        each([&](int i, int c) {
+            if (!kept) load(i, c);
+            const auto w = load_pack<V>(weight + c);
+            float dn[V], db[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                db[j] = to_float(d[i].v[j]);
+                const float normal = fmaf(to_float(n[i].v[j]) - mean, rstd, shift), g = db[j] * to_float(w.v[j]);
+                dn[j] = db[j] * normal;
+                sum_g += g;
+                sum_gn = fmaf(g, normal, sum_gn);
+            }
+            if (partial) {
+                add_own<V>(sums, c, C, dn);
+                add_own<V>(sums + C, c, C, db);
+            }
+        });
+        const float mean_g = block_sum<THREADS>(sum_g, room) / float(C), mean_gn = block_sum<THREADS>(sum_gn, room) / float(C);
+        each([&](int i, int c) {
+            if (!kept) load(i, c);
+            const auto w = load_pack<V>(weight + c);
+            Pack<T, V> out, more;
+            if (dtotal) more = load_pack<V>(dtotal + first + c);
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const float g = to_float(d[i].v[j]) * to_float(w.v[j]), normal = fmaf(to_float(n[i].v[j]) - mean, rstd, shift);
+                const float a = rstd * (g - fmaf(normal, mean_gn, mean_g));
+                out.v[j] = from_float<T>(dtotal ? a + to_float(more.v[j]) : a);
+            }
+            store_pack(dx + first + c, out);
+        });
     }
-    const float mean_g = block_sum<THREADS>(sum_g, room) / float(C), mean_gn = block_sum<THREADS>(sum_gn, room) / float(C);
-    for (int c = int(threadIdx.x); c < C; c += THREADS) {
-        const float g = to_float(dy[first + c]) * to_float(weight[c]), normal = fmaf(to_float(x[first + c]) - mean, rstd, shift);
-        const float d = rstd * (g - fmaf(normal, mean_gn, mean_g));
-        dx[first + c] = from_float<T>(dtotal ? d + to_float(dtotal[first + c]) : d);
-    }
+    if (partial)
+        each([&](int, int c) {
+            write_own<V>(partial + 2 * int64_t(blockIdx.x) * C, sums, c, C);
+            write_own<V>(partial + (2 * int64_t(blockIdx.x) + 1) * C, sums + C, c, C);
+        });
 }
 
-// partial (pieces, 2, C): a block sums a piece of 32 rows for 256 columns.
-template <class T> __device__ void backward_partial(float* partial, const T* dy, const T* x, const float* stats, int R, int C) {
-    const int64_t piece = blockIdx.x;
+// partial (pieces, 2, C) for rows that are too wide for sums in shared memory: a block sums a piece of `rows` rows for 256 columns.
+template <class T>
+__device__ void backward_partial(float* partial, const T* dy, const T* x, const float* stats, int R, int C, int rows) {
+    const int64_t begin = int64_t(blockIdx.x) * rows, end = begin + rows < R ? begin + rows : R;
     const int c = int(blockIdx.y) * THREADS + int(threadIdx.x);
     if (c >= C) return;
     float dweight = 0.0f, dbias = 0.0f;
-    for (int64_t row = piece * 32; row < piece * 32 + 32 && row < R; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
         const float d = to_float(dy[row * C + c]);
         dweight = fmaf(d, fmaf(to_float(x[row * C + c]) - stats[3 * row], stats[3 * row + 2], stats[3 * row + 1]), dweight);
         dbias += d;
     }
-    partial[2 * piece * C + c] = dweight;
-    partial[(2 * piece + 1) * C + c] = dbias;
+    partial[2 * int64_t(blockIdx.x) * C + c] = dweight;
+    partial[(2 * int64_t(blockIdx.x) + 1) * C + c] = dbias;
 }
 
 }  // namespace
 
-#define FASTLM_FORMS(T, suffix)                                                                                                   \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_forward_##suffix(                                                    \
-        T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int C, float eps) {          \
-        forward<T>(y, total, stats, x, residual, weight, bias, C, eps);                                                           \
-    }                                                                                                                             \
-    FASTLM_KERNEL(layer_norm_forward_##suffix)                                                                                    \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_backward_x_##suffix(T* dx, const T* dy, const T* dtotal, const T* x, \
-                                                                                 const T* weight, const float* stats, int C) {    \
-        backward_x<T>(dx, dy, dtotal, x, weight, stats, C);                                                                       \
-    }                                                                                                                             \
-    FASTLM_KERNEL(layer_norm_backward_x_##suffix)                                                                                 \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS)                                                                                 \
-        layer_norm_backward_partial_##suffix(float* partial, const T* dy, const T* x, const float* stats, int R, int C) {         \
-        backward_partial<T>(partial, dy, x, stats, R, C);                                                                         \
-    }                                                                                                                             \
+#define FASTLM_FORWARD(T, suffix, G, V)                                                                                         \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_forward_##suffix(                                                  \
+        T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int R, int C, float eps) { \
+        forward<T, G, V>(y, total, stats, x, residual, weight, bias, R, C, eps);                                                \
+    }                                                                                                                           \
+    FASTLM_KERNEL(layer_norm_forward_##suffix)
+#define FASTLM_BACKWARD(T, suffix, V)                                                                                  \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS)                                                                      \
+        layer_norm_backward_##suffix(T* dx, float* partial, const T* dy, const T* dtotal, const T* x, const T* weight, \
+                                     const float* stats, int R, int C, int rows) {                                     \
+        backward<T, V>(dx, partial, dy, dtotal, x, weight, stats, R, C, rows);                                         \
+    }                                                                                                                  \
+    FASTLM_KERNEL(layer_norm_backward_##suffix)
+// warp and block want rows of whole packs; any takes all.
+#define FASTLM_FORMS(T, suffix)                                                                \
+    FASTLM_FORWARD(T, warp_##suffix, 32, kPack<T>)                                             \
+    FASTLM_FORWARD(T, block_##suffix, THREADS, kPack<T>)                                       \
+    FASTLM_FORWARD(T, any_##suffix, THREADS, 1)                                                \
+    FASTLM_BACKWARD(T, block_##suffix, kPack<T>)                                               \
+    FASTLM_BACKWARD(T, any_##suffix, 1)                                                        \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_backward_partial_##suffix(        \
+        float* partial, const T* dy, const T* x, const float* stats, int R, int C, int rows) { \
+        backward_partial<T>(partial, dy, x, stats, R, C, rows);                                \
+    }                                                                                          \
     FASTLM_KERNEL(layer_norm_backward_partial_##suffix)
 FASTLM_FORMS(float, fp32)
 FASTLM_FORMS(bfloat16, bf16)
 
-// dweight, dbias (C,) += the partial sums, in their order; either may be null.
-FASTLM_GLOBAL void __launch_bounds__(THREADS)
+// dweight, dbias (C,) += the partial sums; either may be null. blockIdx.y says which.
+FASTLM_GLOBAL void __launch_bounds__(512)
     layer_norm_backward_parameters(float* dweight, float* dbias, const float* partial, int pieces, int C) {
-    const int c = int(blockIdx.x) * THREADS + int(threadIdx.x);
-    if (c >= C) return;
-    float sum_w = 0.0f, sum_b = 0.0f;
-    for (int64_t i = 0; i < pieces; ++i) {
-        sum_w += partial[2 * i * C + c];
-        sum_b += partial[(2 * i + 1) * C + c];
-    }
-    if (dweight) dweight[c] += sum_w;
-    if (dbias) dbias[c] += sum_b;
+    float* const sums = blockIdx.y == 0 ? dweight : dbias;
+    if (sums) sum_pieces(sums, partial + int64_t(blockIdx.y) * C, pieces, 2 * int64_t(C), C);
 }
 FASTLM_KERNEL(layer_norm_backward_parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import ml_dtypes
@@ -13,6 +14,7 @@ from fastlm.cuda.emulated import emulated
 from fastlm.cuda.images import variant
 from fastlm.ops.activation import KINDS as ACTIVATIONS
 from fastlm.tensor import Tensor
+from tests.gpu.build import ROOT, gpu_build
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton layer needs triton", allow_module_level=True)
@@ -27,12 +29,36 @@ def normal(*shape):
     return rng.standard_normal(shape, np.float32).astype(BFLOAT16).astype(np.float32)
 
 
-# name -> (the call, the arrays with a gradient, other arrays)
+ADDING = ("add_layer_norm", "add_rms_norm")
+
+
+def coarse(*shape):
+    """Numbers whose sums bfloat16 holds as well."""
+    return np.rint(16 * normal(*shape)) / np.float32(16)
+
+
+# name -> (the call, the arrays with a gradient)
 CALLS = {
     **{f"activation {kind}": (lambda x, kind=kind: ops.activation(x, kind), [normal(3, 700)]) for kind in ACTIVATIONS},
     "gated": (lambda gate, up: ops.gated(gate, up, "silu"), [normal(5, 33), normal(5, 33)]),
     "gated, whole vectors": (lambda gate, up: ops.gated(gate, up, "gelu"), [normal(2, 3, 48), normal(2, 3, 48)]),
+    **{
+        f"{op}, {C}": (getattr(ops, op), [normal(5, C), *(normal(C) for _ in range(count))])
+        for C in (33, 48, 1056)
+        for op, count in (("layer_norm", 2), ("rms_norm", 1))
+    },
+    **{f"{op}, {C}": (getattr(ops, op), [coarse(5, C), coarse(5, C), normal(C)]) for C in (33, 48) for op in ADDING},
 }
+
+
+def libraries(twin):
+    """Where the emulated CUDA C++ is, built where it is needed."""
+    if twin == "triton":
+        return None
+    folder = ROOT / "build/emulated"
+    for op in ("add", "layer_norm", "rms_norm"):
+        gpu_build().emulate(op, folder)
+    return folder
 
 
 def outputs(call, arrays, dys=None):
@@ -47,19 +73,54 @@ def outputs(call, arrays, dys=None):
     return got
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_bfloat16(name):
+@pytest.mark.parametrize(("name", "twin"), [(n, t) for n in CALLS for t in ("triton", "cuda") if t == "triton" or "norm" in n])
+def test_bfloat16(name, twin):
     """The arrays are those that bfloat16 holds: only results are rounded, to 8 bits."""
     call, arrays = CALLS[name]
     dy = normal(*np.shape(call(*arrays)[0] if isinstance(call(*arrays), tuple) else call(*arrays)))
     want = outputs(call, arrays, dy)
-    with emulated(twin="triton") as on:
+    with emulated(twin=twin, libraries=libraries(twin)) as on:
         got = outputs(call, [on.put(a.astype(BFLOAT16)) for a in arrays], on.put(dy.astype(BFLOAT16)))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=2.0**-8, atol=2.0**-10 * max(1.0, float(np.abs(w).max(initial=0))))
-    for op, launched in on.launched.items():
+    for op, launched in on.launched.items() if twin == "triton" else ():
         module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
         assert launched <= {variant(*v) for v in module.variants()}
+
+
+@pytest.mark.parametrize(
+    ("op", "C"), [*((op, C) for op in ("layer_norm", "rms_norm") for C in (4112, 8208, 8197)), *((op, 8208) for op in ADDING)]
+)
+def test_wide_norms(op, C, monkeypatch):
+    """Rows that no thread keeps in registers, and whose sums do not fit into shared memory, in CUDA C++."""
+    module = importlib.import_module(f"fastlm.kernels.{op.removeprefix('add_')}.{op.removeprefix('add_')}_gpu")
+    monkeypatch.setattr(module, "WIDE", 8200)
+    arrays = [normal(2, C), *([normal(2, C)] if op in ADDING else []), normal(C)]
+    dy = normal(2, C)
+    want = outputs(getattr(ops, op), arrays, dy)
+    with emulated(twin="cuda", libraries=libraries("cuda")) as on:
+        got = outputs(getattr(ops, op), [on.put(a) for a in arrays], on.put(dy))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", ["triton", "cuda"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_rows_of_a_piece(op, twin, monkeypatch):
+    """Several rows to a piece, the last one with fewer; twice the same bits; a weight without a gradient."""
+    monkeypatch.setattr(importlib.import_module(f"fastlm.kernels.{op}.{op}_gpu"), "PIECES", 3)
+    for C in (48, 33):
+        arrays, dy = [normal(10, C), normal(C)], normal(10, C)
+        want = outputs(getattr(ops, op), arrays, dy)
+        with emulated(twin=twin, libraries=libraries(twin)) as on:
+            got = outputs(getattr(ops, op), [on.put(a) for a in arrays], on.put(dy))
+            again = outputs(getattr(ops, op), [on.put(a) for a in arrays], on.put(dy))
+            x = Tensor(on.put(arrays[0]), requires_grad=True)
+            getattr(ops, op)(x, on.put(arrays[1])).backward(on.put(dy))
+        for g, a, w in zip(got, again, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(g, a)
+        np.testing.assert_allclose(x.grad.numpy(), want[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("F", "order"), [(33, (0, 1)), (48, (0, 1)), (33, (1, 0))])
