@@ -191,6 +191,11 @@ def floor16(x: DeviceArray) -> tuple[DeviceArray, int]:
     return before, rest // x.dtype.itemsize
 
 
+def retyped(x: DeviceArray, dtype: DTypeLike) -> DeviceArray:
+    """x's memory as an array of one element of another dtype: what stands for an array that a kernel will not read."""
+    return DeviceArray(x.device, (1,), dtype, x.pointer, x.owner)
+
+
 def from_dlpack(x: Any) -> DeviceArray:
     """An array of another library on this device (torch, cupy, jax), without a copy. bfloat16 is carried.
 

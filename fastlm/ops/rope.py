@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm import backend
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import data, record, recording, wrap
 
@@ -23,7 +23,8 @@ def rope(x: Any, cos: Any, sin: Any, positions: Any = None, interleaved: bool = 
     x: (B, T, H, D) float32, a view with any stride over batch and time. cos, sin: (P, R / 2) float32 with R <= D (`rope_tables`).
     positions: (B, T) or (T,) int32 within [0, P), by default 0 .. T - 1. Pairs: (i, i + R / 2), as Hugging Face has it;
     interleaved: (2 i, 2 i + 1), as Meta's files and GPT-J have it. Returns (B, T, H, D) float32, a Tensor where x is one, with its
-    gradient. Raises TypeError for a dtype, ValueError for a shape or a position out of range.
+    gradient. On a device x may be bfloat16, and what has a position out of range becomes nan. Raises TypeError for a dtype, ValueError
+    for a shape or a position out of range.
     """
     xd = _view(data(x))
     B, T, H, D = xd.shape
@@ -35,19 +36,19 @@ def rope(x: Any, cos: Any, sin: Any, positions: Any = None, interleaved: bool = 
         raise ValueError(f"[rope] cos must be (P, R / 2) with R <= D = {D}, got {cd.shape}. x is {xd.shape}.")
     pd = None
     if positions is not None:
-        pd = _positions(positions, B, T, P)
+        pd = _positions(positions, B, T, P, xd)
     elif T > P:
         raise ValueError(f"[rope] cos must have a row for each of the {T} positions, got {cd.shape}. x is {xd.shape}.")
 
-    y = backend.empty((B, T, H, D))
-    _C.rope_forward(y, xd, cd, sd, pd, interleaved, False)
+    y = backend.empty_like(xd)
+    kernels(xd).rope_forward(y, xd, cd, sd, pd, interleaved, False)
     if not recording(x):
         return wrap(y, x)
     pd = None if pd is None else pd.copy()  # the caller's own array, which may move on
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dx = backend.empty((B, T, H, D))
-        _C.rope_forward(dx, _view(dy), cd, sd, pd, interleaved, True)
+        dx = backend.empty_like(xd)
+        kernels(xd).rope_forward(dx, _view(dy), cd, sd, pd, interleaved, True)
         return (dx,)
 
     return record(y, (x,), backward)
@@ -56,15 +57,22 @@ def rope(x: Any, cos: Any, sin: Any, positions: Any = None, interleaved: bool = 
 def _view(x: Any) -> Array:
     """x as it lies if the kernel can walk it, else a copy."""
     if not isinstance(x, np.ndarray) or x.dtype != _F32 or x.ndim != 4:
-        return check.array("rope", "x", x, ndim=4)
+        x = check.any_array("rope", "x", x, _F32)
+        if x.ndim != 4:
+            raise ValueError(f"[rope] x must have 4 axes, got shape {x.shape}.")
     batch, time, head, last = x.strides
-    _, _, heads, width = x.shape
-    if (last == 4 or width == 1) and (head == 4 * width or heads == 1) and (batch | time) & 3 == 0:
+    size, (_, _, heads, width) = x.dtype.itemsize, x.shape
+    if (last == size or width == 1) and (head == size * width or heads == 1) and (batch | time) & (size - 1) == 0:
         return x
-    return np.ascontiguousarray(x)
+    return contiguous(x)
 
 
-def _positions(x: Any, B: int, T: int, P: int) -> Array:
+def _positions(x: Any, B: int, T: int, P: int, like: Array) -> Array:
+    if backend.on_device(x):
+        x = check.array("rope", "positions", x, dtype=np.int32)
+        if x.shape != (T,) and x.shape != (B, T):
+            raise ValueError(f"[rope] positions must be (B, T) = {(B, T)} or (T,) = {(T,)}, got {x.shape}.")
+        return x  # type: ignore[no-any-return]
     if not isinstance(x, np.ndarray) or x.dtype != _I32 or not x.flags.c_contiguous:
         x = check.array("rope", "positions", x, dtype=np.int32)
     if x.shape != (T,) and x.shape != (B, T):
@@ -76,7 +84,7 @@ def _positions(x: Any, B: int, T: int, P: int) -> Array:
                 f"[rope] positions must be from 0 to P - 1 = {P - 1}, got {min(values)} to {max(values)}. "
                 "Make longer tables with rope_tables, or shorten the sequence."
             )
-    result: Array = x
+    result: Array = x if isinstance(like, np.ndarray) else like.device.put(x)
     return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastlm import ops
+from fastlm.cuda.array import DeviceArray
 from fastlm.cuda.emulated import emulated
 from fastlm.cuda.images import variant
 from fastlm.ops.activation import KINDS as ACTIVATIONS
@@ -37,6 +38,12 @@ def coarse(*shape):
     return np.rint(16 * normal(*shape)) / np.float32(16)
 
 
+def tables(x, R):
+    """Cosines and sines for rope where x is."""
+    cos, sin = ops.rope_tables(R, 20)
+    return (cos, sin) if isinstance(x.data if isinstance(x, Tensor) else x, np.ndarray) else map(x.data.device.put, (cos, sin))
+
+
 # name -> (the call, the arrays with a gradient)
 CALLS = {
     **{f"activation {kind}": (lambda x, kind=kind: ops.activation(x, kind), [normal(3, 700)]) for kind in ACTIVATIONS},
@@ -46,6 +53,14 @@ CALLS = {
         f"{op}, {C}": (getattr(ops, op), [normal(5, C), *(normal(C) for _ in range(count))])
         for C in (33, 48, 1056)
         for op, count in (("layer_norm", 2), ("rms_norm", 1))
+    },
+    **{
+        f"rope {D}, {R}, interleaved {interleaved}": (
+            lambda x, R=R, interleaved=interleaved: ops.rope(x, *tables(x, R), interleaved=interleaved),
+            [normal(2, 3, 9, D)],
+        )
+        for D, R in ((64, 64), (33, 22))
+        for interleaved in (False, True)
     },
     **{f"{op}, {C}": (getattr(ops, op), [coarse(5, C), coarse(5, C), normal(C)]) for C in (33, 48) for op in ADDING},
 }
@@ -136,3 +151,25 @@ def test_gated_views(F, order):
         got = outputs(lambda g, u: ops.gated(g, u, "gelu_tanh"), [there[:, spans[i]] for i in order], on.put(dy))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("D", "extra"), [(32, 0), (32, 1), (31, 3)])
+def test_rope_views(D, extra):
+    """Heads out of a fused projection, at whole vectors or not, positions on the device; one out of range gives nan."""
+    fused = normal(2, 5, 3 * D * 2 + extra)
+    cos, sin = ops.rope_tables(30, 9)
+    positions = rng.integers(0, 9, (2, 5), np.int32)
+    strides = fused.strides
+    start = (D + extra) * 4
+    q = np.lib.stride_tricks.as_strided(fused.reshape(-1)[start // 4 :], (2, 5, 3, D), (*strides[:2], 4 * D, 4))
+    want = ops.rope(q, cos, sin, positions)
+    with emulated(twin="triton") as on:
+        x = on.put(fused)
+        view = DeviceArray(on, (2, 5, 3, D), x.dtype, x.pointer + start, x.owner, (*strides[:2], 4 * D, 4))
+        c, s = on.put(cos), on.put(sin)
+        np.testing.assert_allclose(ops.rope(view, c, s, on.put(positions)).numpy(), want, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(ops.rope(view, c, s, positions).numpy(), ops.rope(view, c, s, on.put(positions)).numpy())
+        positions[1, 2] = 9
+        got = ops.rope(view, c, s, on.put(positions)).numpy()
+    assert np.isnan(got[1, 2, :, :30]).all()
+    np.testing.assert_array_equal(np.isnan(got).any((2, 3)), positions == 9)
