@@ -27,7 +27,7 @@ def rope(x: Any, cos: Any, sin: Any, positions: Any = None, interleaved: bool = 
     for a shape or a position out of range.
     """
     xd = _view(data(x))
-    B, T, H, D = xd.shape
+    B, T, _, D = xd.shape
     cd, sd = check.array("rope", "cos", data(cos), ndim=2), check.array("rope", "sin", data(sin), ndim=2)
     P, half = cd.shape
     if sd.shape != (P, half):
@@ -63,7 +63,8 @@ def _view(x: Any) -> Array:
     batch, time, head, last = x.strides
     size, (_, _, heads, width) = x.dtype.itemsize, x.shape
     if (last == size or width == 1) and (head == size * width or heads == 1) and (batch | time) & (size - 1) == 0:
-        return x
+        array: Array = x
+        return array
     return contiguous(x)
 
 
@@ -72,7 +73,8 @@ def _positions(x: Any, B: int, T: int, P: int, like: Array) -> Array:
         x = check.array("rope", "positions", x, dtype=np.int32)
         if x.shape != (T,) and x.shape != (B, T):
             raise ValueError(f"[rope] positions must be (B, T) = {(B, T)} or (T,) = {(T,)}, got {x.shape}.")
-        return x  # type: ignore[no-any-return]
+        there: Array = x
+        return there
     if not isinstance(x, np.ndarray) or x.dtype != _I32 or not x.flags.c_contiguous:
         x = check.array("rope", "positions", x, dtype=np.int32)
     if x.shape != (T,) and x.shape != (B, T):
