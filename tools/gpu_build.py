@@ -42,11 +42,11 @@ def triton_ops() -> list[str]:
 # --- the host ---
 
 
-def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | None = None) -> Path:
-    """<op>_cuda.cu as a library for the host. defines: planted bugs, for the tests of the emulator."""
+def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | None = None, source: Path | None = None) -> Path:
+    """<op>_cuda.cu, or another source, as a library for the host. defines: planted bugs, for the tests of the emulator."""
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name or op}.so"
-    source = KERNELS / op / f"{op}_cuda.cu"
+    source = source or KERNELS / op / f"{op}_cuda.cu"
     newest = max(p.stat().st_mtime for p in [source, *KERNELS.glob(f"{op}/*.h"), *(ROOT / "csrc/cuda").glob("*.h")])
     if library.exists() and library.stat().st_mtime > newest:
         return library
@@ -56,6 +56,7 @@ def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | No
         "-g1",
         "-shared",
         "-fPIC",
+        "-fno-gnu-unique",  # each library has its own emulator
         "-ffp-contract=off",
         "-Wall",
         "-Wno-unused-function",

@@ -2,8 +2,8 @@
 // the device and by g++ -DFASTLM_EMULATE for tests.
 //
 // What it catches: a missing barrier (threads run in a shuffled order, some warps ahead of others, and shared memory is poisoned),
-// barriers that not all threads reach. Arrays overrun are seen by the guards of fastlm/cuda/emulated.py. It does not model timing,
-// bank conflicts, weak ordering of memory, clusters; asynchronous copies and tensor cores are not modelled yet.
+// barriers that not all threads reach, a missing wait for what is asynchronous (see ptx_model.h). Arrays overrun are seen by the
+// guards of fastlm/cuda/emulated.py. It does not model timing, bank conflicts, weak ordering of memory, clusters.
 #pragma once
 
 #include <ucontext.h>
@@ -37,12 +37,36 @@ struct dim3 {
 
 namespace emulator {
 
+// What one thread has begun and not waited for yet: groups, each to be carried out in order.
+struct Pending {
+    using Work = std::function<void()>;
+    std::vector<std::vector<Work>> groups;
+    std::vector<Work> open;
+
+    void commit() {
+        groups.push_back(std::move(open));
+        open.clear();
+    }
+    void wait(size_t newest) {
+        while (groups.size() > newest) {
+            for (const Work& work : groups.front()) work();
+            groups.erase(groups.begin());
+        }
+    }
+    void clear() {
+        groups.clear();
+        open.clear();
+    }
+};
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     dim3 thread;
     bool done = false;
     uint64_t exchanged = 0;  // what a shuffle hands to the other lanes
+    void* handed = nullptr;  // the same for warp_together
+    Pending copies;          // cp.async
 };
 
 struct Barrier {
@@ -56,10 +80,11 @@ struct State {
     ucontext_t scheduler;
     dim3 block_index, grid, block;
     std::function<void()> body;
-    Barrier all;
+    Barrier all, named[16];
     std::vector<Barrier> warps;
     std::vector<char> shared;
     std::string error;
+    bool eager = false;       // asynchronous work is done at once, not where it is waited for
     unsigned long steps = 0;  // counts what a scheduler round brought about: no step in a round is a deadlock
 };
 inline State state;
@@ -68,17 +93,39 @@ inline Fiber& self() { return state.fibers[state.current]; }
 inline size_t lane() { return state.current % 32; }
 inline void yield() { swapcontext(&self().context, &state.scheduler); }
 
-inline void meet(Barrier& b, unsigned count) {
+// The last one to come calls `last` before all go on.
+template <class F> void meet(Barrier& b, unsigned count, const F& last) {
     const unsigned long generation = b.generation;
     ++state.steps;
-    if (++b.arrived == count) b.arrived = 0, ++b.generation;
-    else
+    if (++b.arrived == count) {
+        last();
+        b.arrived = 0, ++b.generation;
+    } else {
         while (b.generation == generation) yield();
+    }
+}
+inline void meet(Barrier& b, unsigned count) {
+    meet(b, count, [] {});
 }
 inline void sync_block() { meet(state.all, unsigned(state.fibers.size())); }
 inline void sync_warp() {
     const size_t warp = state.current / 32;
     meet(state.warps[warp], unsigned(std::min<size_t>(32, state.fibers.size() - warp * 32)));
+}
+
+// f(what each lane handed in), once for the warp, which must be whole.
+template <class F> void warp_together(void* mine, const F& f) {
+    const size_t warp = state.current / 32;
+    self().handed = mine;
+    meet(state.warps[warp], 32, [&] {
+        void* lanes[32];
+        for (size_t l = 0; l < 32; ++l) lanes[l] = state.fibers[warp * 32 + l].handed;
+        f(lanes);
+    });
+}
+inline void later(Pending& pending, Pending::Work work) {
+    if (state.eager) work();
+    else pending.open.push_back(std::move(work));
 }
 
 template <class T> T shuffle(T value, size_t from) {
@@ -120,11 +167,13 @@ inline void run_block(dim3 index, std::mt19937& random, bool shuffled) {
     const size_t n = state.fibers.size(), warps = (n + 31) / 32;
     state.block_index = index;
     state.all = Barrier();
+    for (Barrier& b : state.named) b = Barrier();
     state.warps.assign(warps, Barrier());
     std::fill(state.shared.begin(), state.shared.end(), char(0xff));
     for (size_t i = 0; i < n; ++i) {
         Fiber& f = state.fibers[i];
         f.done = false;
+        f.copies.clear();
         f.thread = dim3(unsigned(i % state.block.x), unsigned(i / state.block.x % state.block.y),
                         unsigned(i / (state.block.x * state.block.y)));
         getcontext(&f.context);
@@ -212,6 +261,7 @@ extern "C" const char* emulate(const char* name, const int* grid, int block, int
     std::mt19937 random(static_cast<unsigned>(seed));
     state.grid = dim3(unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2]));
     state.block = dim3(unsigned(block));
+    state.eager = seed % 3 == 1;
     state.shared.assign(size_t(shared) + 1024 + kStatic, 0);
     state.body = [&] { found->second.run(arguments); };
     state.fibers.assign(size_t(block), Fiber());
