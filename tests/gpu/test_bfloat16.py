@@ -62,6 +62,7 @@ CALLS = {
         for D, R in ((64, 64), (33, 22))
         for interleaved in (False, True)
     },
+    **{f"embedding {C}": (lambda weight: ops.embedding(np.array([3, 1, 3, 0]), weight), [normal(5, C)]) for C in (33, 48)},
     **{f"{op}, {C}": (getattr(ops, op), [coarse(5, C), coarse(5, C), normal(C)]) for C in (33, 48) for op in ADDING},
 }
 
@@ -173,3 +174,34 @@ def test_rope_views(D, extra):
         got = ops.rope(view, c, s, on.put(positions)).numpy()
     assert np.isnan(got[1, 2, :, :30]).all()
     np.testing.assert_array_equal(np.isnan(got).any((2, 3)), positions == 9)
+
+
+def test_embedding_in_pieces(monkeypatch):
+    """More ids than are sorted at once, runs of one id longer than a tile; ids out of range give nan and no gradient; the same bits."""
+    monkeypatch.setattr(importlib.import_module("fastlm.kernels.embedding.embedding_gpu"), "SORTED", 32)
+    table, dy = normal(6, 40), normal(90, 40)
+    ids = rng.integers(0, 5, 90)
+    ids[20:60] = 2
+    ids[7], ids[50], ids[80] = -1, 6, 1 << 40
+    known = (ids >= 0) & (ids < 6)
+    want = np.zeros((6, 40))
+    np.add.at(want, ids[known], dy[known].astype(np.float64))
+    with emulated(twin="triton") as on:
+        for there in (on.put(ids), on.put(np.where(known, ids, -5).astype(np.int32))):
+            grads = []
+            for _ in range(2):
+                weight = Tensor(on.put(table), requires_grad=True)
+                y = ops.embedding(there, weight)
+                y.backward(on.put(dy))
+                grads.append(weight.grad.numpy())
+            got = y.data.numpy()
+            np.testing.assert_array_equal(got[known], table[ids[known]])
+            assert np.isnan(got[~known]).all()
+            np.testing.assert_allclose(grads[0], want, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(grads[0], grads[1])
+        with pytest.raises(ValueError, match=r"\[embedding\] ids must be from 0 to 5"):
+            ops.embedding(ids, weight)
+        with pytest.raises(TypeError, match=r"weight must be on the device that ids are on"):
+            ops.embedding(there, table)
+        with pytest.raises(TypeError, match=r"dtype must be one of float32, got bfloat16"):
+            ops.embedding(there, weight, BFLOAT16)
