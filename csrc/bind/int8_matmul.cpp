@@ -30,6 +30,16 @@ void bind_int8_matmul(py::module_& m) {
                                       f32(residual), M,      N,       K,      Quant(kind),           Activation(activation)};
               launch(int8_kernels().matmul, p, &QuantizedMatmul::workspace, int8_kernels().workspace(p));
           });
+    // c[i] = a packed[i]^T + bias[i], weights of one kind.
+    m.def("int8_matmuls", [](const std::vector<py::array>& c, const py::array& a, const std::vector<py::array>& packed,
+                             const std::vector<py::object>& bias, int32_t kind) {
+        QuantizedMatmuls p{};
+        for (size_t i = 0; i < c.size(); ++i)
+            p.each[i] = {f32(c[i]), nullptr,    nullptr, f32(a),      data<uint8_t>(packed[i]), f32(bias[i]), nullptr,
+                         rows(a),   last(c[i]), last(a), Quant(kind), Activation::none};
+        p.count = int64_t(c.size());
+        launch(int8_kernels().matmuls, p, &QuantizedMatmuls::workspace, int8_kernels().workspace(p.each[0]));
+    });
     // Returns the operations done.
     m.def("roof_int8", [](const py::array& y, int64_t rounds, bool scaled) {
         const Int8Peak p{f32(y), dim(y, 0), rounds, scaled};

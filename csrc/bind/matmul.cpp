@@ -16,6 +16,33 @@ void bind_matmul(py::module_& m) {
             N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
         launch(matmul_kernels().matmul, p, &Matmul::workspace, matmul_kernels().workspace(p));
     });
+    // c[i] = a b[i]^T + bias[i]; at most as many as kTogether.
+    m.def("matmuls", [](const std::vector<py::array>& c, const py::array& a, const std::vector<py::array>& b,
+                        const std::vector<py::object>& bias, int b_type) {
+        Matmuls p{};
+        for (size_t i = 0; i < c.size(); ++i)
+            p.each[i] = {f32(c[i]),
+                         nullptr,
+                         nullptr,
+                         f32(a),
+                         data<void>(b[i]),
+                         f32(bias[i]),
+                         nullptr,
+                         1,
+                         rows(a),
+                         last(c[i]),
+                         last(a),
+                         0,
+                         0,
+                         false,
+                         true,
+                         Storage(b_type),
+                         false,
+                         Activation::none};
+        p.count = int64_t(c.size());
+        launch(matmul_kernels().matmuls, p, &Matmuls::workspace, matmul_kernels().workspace(p.each[0]));
+    });
+    m.attr("together") = kTogether;
     m.def("linear_backward", [](const py::object& dz, const py::object& dbias, const py::object& partial, const py::array& dy,
                                 const py::object& z, int activation) {
         const LinearBackward p{f32(dz), f32(dbias), f32(partial), f32(dy), f32(z), rows(dy), last(dy), Activation(activation)};

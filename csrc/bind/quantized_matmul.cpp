@@ -22,6 +22,17 @@ void bind_quantized_matmul(py::module_& m) {
               const QuantizedMatmulKernels& kernels = quantized_matmul_kernels();
               launch(kernels.matmul, p, &QuantizedMatmul::workspace, kernels.workspace(p));
           });
+    // c[i] = a packed[i]^T + bias[i], weights of one kind.
+    m.def("quantized_matmuls", [](const std::vector<py::array>& c, const py::array& a, const std::vector<py::array>& packed,
+                                  const std::vector<py::object>& bias, int32_t kind) {
+        QuantizedMatmuls p{};
+        for (size_t i = 0; i < c.size(); ++i)
+            p.each[i] = {f32(c[i]), nullptr,    nullptr, f32(a),      data<uint8_t>(packed[i]), f32(bias[i]), nullptr,
+                         rows(a),   last(c[i]), last(a), Quant(kind), Activation::none};
+        p.count = int64_t(c.size());
+        launch(quantized_matmul_kernels().matmuls, p, &QuantizedMatmuls::workspace,
+               quantized_matmul_kernels().workspace(p.each[0]));
+    });
 }
 
 }  // namespace fastlm

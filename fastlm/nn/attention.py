@@ -7,7 +7,7 @@ from typing import Any
 
 from fastlm import ops
 from fastlm.nn.cache import Context
-from fastlm.nn.linear import Linear
+from fastlm.nn.linear import Linear, side_by_side
 from fastlm.nn.module import Module
 from fastlm.nn.rope import Rope
 from fastlm.tensor import data, recording
@@ -70,7 +70,8 @@ class Attention(Module):
 
     def project(self, x: Any) -> tuple[Any, Any, Any]:
         """x (B, T, C) -> q (B, T, H D), k and v (B, T, G D)."""
-        return self.q(x), self.k(x), self.v(x)
+        q, k, v = side_by_side(x, self.q, self.k, self.v)
+        return q, k, v
 
     def heads(self, x: Any, count: int, norm: Module | None = None) -> Any:
         """(B, T, count D) -> (B, T, count, D), normalised."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlm import ops
-from fastlm.nn.linear import Linear
+from fastlm.nn.linear import Linear, side_by_side
 from fastlm.nn.module import Module
 
 
@@ -31,4 +31,5 @@ class GatedMLP(Module):
         self.activation = activation
 
     def __call__(self, x: Any, residual: Any = None) -> Any:
-        return self.down(ops.gated(self.gate(x), self.up(x), self.activation), residual=residual)
+        gate, up = side_by_side(x, self.gate, self.up)
+        return self.down(ops.gated(gate, up, self.activation), residual=residual)

@@ -13,6 +13,7 @@ from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linears import linears
 from fastlm.ops.matmul import matmul
 from fastlm.ops.moe import (
     Routing,
@@ -61,6 +62,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linears",
     "log_softmax",
     "matmul",
     "mean_squared_error",

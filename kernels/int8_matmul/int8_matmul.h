@@ -25,6 +25,7 @@ struct Int8MatmulKernels {
     int64_t operations;                            // of one round
     int64_t (*workspace)(const QuantizedMatmul&);  // bytes; QuantizedMatmul as for float32 activations
     void (*matmul)(const QuantizedMatmul&);
+    void (*matmuls)(const QuantizedMatmuls&);
     void (*peak)(const Int8Peak&);
 };
 

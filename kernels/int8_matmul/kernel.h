@@ -98,8 +98,11 @@ template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t 
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) acc[i][s] = zero();
+    // At the end of these rows, the ones that are likely to come next: behind a group lies its neighbour, which is at work already.
+    const int64_t last = (L::group_bytes(K) - kAhead) / L::kUnitBytes, next = (S * W / kGroup - 1) * L::group_bytes(K);
     for (int64_t u = 0; u < K / kUnit; ++u, a += M * A::kBytes) {
         const uint8_t* scales = a + M * kUnit;
+        const int64_t reach = kAhead + (u > last && S * W > kGroup ? next : 0);
 #pragma GCC unroll 2
         for (int half = 0; half < A::kHalves; ++half) {
             decoder.scales(u, half);
@@ -109,7 +112,7 @@ template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t 
                     if (decoder.lane[s] == 0)
 #pragma GCC unroll 16
                         for (int64_t line = 0; line < L::kUnitBytes; line += 64)
-                            __builtin_prefetch(decoder.at[s] + kAhead + line, 0, 2);
+                            __builtin_prefetch(decoder.at[s] + reach + line, 0, 2);
             vi dots[M][S];
 #pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
@@ -163,58 +166,75 @@ template <Quant Q, int M = kFew> Int8Choice int8_choice(int64_t rows) {
     return {int8_block<Q, M, S>, S * W};
 }
 
+// `count` products of one A.
 struct Int8Product {
-    const QuantizedMatmul& p;
+    const QuantizedMatmul* each;
+    int64_t number;
+    float* workspace;
 
     template <Quant Q> void run() const {
         using A = Rows8<Q>;
-        if (p.M == 0 || p.N == 0) return;
-        const bool threads = num_threads() > 1;
-        const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
+        const int64_t M = each->M, K = each->K;
+        int64_t N = 0;
+        for (int64_t i = 0; i < number; ++i) N += each[i].N;
+        if (M == 0 || N == 0) return;
+        const bool threads = num_threads() > 1, parallel = threads && M * N * K >= kAloneInt8;
         // All rows in one panel, or panels as equal as they can be.
-        const int64_t count = p.M <= kFew ? 1 : ceil_div(p.M, kPanel), size = p.M / count, longer = p.M % count;
+        const int64_t count = M <= kFew ? 1 : ceil_div(M, kPanel), size = M / count, longer = M % count;
         auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
-        const int64_t groups = p.K / kUnit, row_bytes = groups * A::kBytes;
-        uint8_t* quantised = reinterpret_cast<uint8_t*>(p.workspace);
-        for_pieces(threads && p.M * p.K >= kAloneQuantise, count, ceil_div(1 << 13, (size + 1) * (p.K + 1)),
+        const int64_t groups = K / kUnit, row_bytes = groups * A::kBytes;
+        uint8_t* quantised = reinterpret_cast<uint8_t*>(workspace);
+        for_pieces(threads && M * K >= kAloneQuantise, count, ceil_div(1 << 13, (size + 1) * (K + 1)),
                    [&](int64_t begin, int64_t end) {
                        for (int64_t i = begin; i < end; ++i) {
                            const int64_t first = begin_of(i), rows = begin_of(i + 1) - first;
                            for (int64_t r = 0; r < rows; ++r)
-                               A::quantise(p.a + (first + r) * p.K, p.K, quantised + first * row_bytes, rows, r);
+                               A::quantise(each->a + (first + r) * K, K, quantised + first * row_bytes, rows, r);
                        }
                    });
-        auto multiply = [&](const Int8Choice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns, bool ahead) {
-            choice.block(p.packed, p.K, n, columns, quantised + row * row_bytes, target.sum + row * p.N + n, p.N,
+        auto multiply = [&](const QuantizedMatmul& p, const Int8Choice& choice, int64_t row, int64_t rows, int64_t n,
+                            int64_t columns, bool ahead) {
+            const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
+            choice.block(p.packed, K, n, columns, quantised + row * row_bytes, target.sum + row * p.N + n, p.N,
                          p.bias ? p.bias + n : nullptr, ahead);
             target.finish(row, n, rows, columns);
         };
         const Int8Choice choice = int8_choice<Q>(size + (longer ? 1 : 0)), shorter = int8_choice<Q>(size);
         const int64_t step = choice.columns;
-        const bool parallel = threads && p.M * p.N * p.K >= kAloneInt8;
         if (count == 1) {
-            for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
-                for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n), true);
+            // Six pieces a thread, so that none waits long for another; columns are read in long runs where there are enough.
+            const int64_t most = ceil_div(8 * W, step), grain = step * greatest(1, least(most, N / (6 * num_threads()) / step));
+            const Pieces pieces(each, number, grain);
+            for_pieces(parallel, pieces.count(), 1, [&](int64_t begin, int64_t end) {
+                for (int64_t piece = begin; piece < end; ++piece) {
+                    const int64_t i = pieces.product(piece), from = (piece - pieces.first[i]) * grain;
+                    const int64_t to = least(each[i].N, from + grain);
+                    for (int64_t n = from; n < to; n += step) multiply(each[i], choice, 0, M, n, least(step, to - n), true);
+                }
             });
             return;
         }
         // A piece is one step of columns for a block of panels.
-        const int64_t steps = ceil_div(p.N, step);
-        int64_t blocks = ceil_div(p.M * row_bytes, kBlock);
-        if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
-        blocks = least(blocks < 1 ? 1 : blocks, count);
-        for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t piece = begin; piece < end; ++piece) {
-                const int64_t block = piece / steps, n = piece % steps * step;
-                for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
-                    const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
-                    multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), false);
+        for (int64_t product = 0; product < number; ++product) {
+            const QuantizedMatmul& p = each[product];
+            const int64_t steps = ceil_div(p.N, step);
+            int64_t blocks = ceil_div(M * row_bytes, kBlock);
+            if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps < 1 ? 1 : steps);
+            blocks = least(blocks < 1 ? 1 : blocks, count);
+            for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t piece = begin; piece < end; ++piece) {
+                    const int64_t block = piece / steps, n = piece % steps * step;
+                    for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
+                        const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
+                        multiply(p, rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), false);
+                    }
                 }
-            }
-        });
+            });
+        }
     }
 };
-void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product{p}); }
+void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product{&p, 1, p.workspace}); }
+void int8_matmuls(const QuantizedMatmuls& p) { dispatch(p.each->kind, Int8Product{p.each, p.count, p.workspace}); }
 
 struct Int8Workspace {
     const QuantizedMatmul& p;
@@ -256,7 +276,8 @@ void int8_peak(const Int8Peak& p) {
 
 }  // namespace
 
-extern const Int8MatmulKernels int8_matmul_kernels = {kPeakChains * W * kUnit * 2, int8_workspace, int8_matmul, int8_peak};
+extern const Int8MatmulKernels int8_matmul_kernels = {kPeakChains * W * kUnit * 2, int8_workspace, int8_matmul, int8_matmuls,
+                                                      int8_peak};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

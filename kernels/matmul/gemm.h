@@ -37,6 +37,7 @@ constexpr int64_t kAloneBatch = 1 << 18;
 
 FASTLM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTLM_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Memory that is needed soon, touched line by line while something else is multiplied: without it, memory would stand still during
 // the product and the product during the packing, which for few rows take the same time.
@@ -225,25 +226,47 @@ FASTLM_INLINE int64_t group_size(int64_t panels, bool parallel) {
     return size < 1 ? 1 : least(size, kPanels);
 }
 
+// Pieces of columns of several products, one after the other.
+struct Pieces {
+    int64_t first[kTogether + 1] = {};
+    template <class P> Pieces(const P* p, int64_t count, int64_t grain) {
+        for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + ceil_div(p[i].N, grain);
+        for (int64_t i = count; i < kTogether; ++i) first[i + 1] = first[i];
+    }
+    int64_t count() const { return first[kTogether]; }
+    int64_t product(int64_t piece) const {
+        int64_t i = 0;
+        while (piece >= first[i + 1]) ++i;
+        return i;
+    }
+};
+
 // `B` knows how to pack its panels, pack(out, k0, kc, column, columns), and to multiply up to kFusedRows rows without storing them,
-// fused<M>(a, K, column, columns, sum, ld, bias) with a as (K, M).
-template <class B, int M> void gemm_fused(const Product& p, const B& b, const float* a, bool parallel) {
-    constexpr int64_t step = B::template kColumns<M>;
-    parallel = parallel && p.N * p.K >= kAloneFused;
-    for_pieces(parallel, p.N, (8 * W + step - 1) / step * step, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; n += step) {
-            const int64_t columns = least(step, end - n);
-            b.template fused<M>(a, p.K, n, columns, p.target.sum + n, p.N, p.target.bias ? p.target.bias + n : nullptr);
-            p.target.finish(0, n, M, columns);
+// fused<M>(a, K, column, columns, sum, ld, bias) with a as (K, M). `count` products of one A.
+template <class B, int M> void gemm_fused(const Product* products, const B* b, int64_t count, const float* a, bool parallel) {
+    constexpr int64_t step = B::template kColumns<M>, grain = (8 * W + step - 1) / step * step;
+    int64_t columns = 0;
+    for (int64_t i = 0; i < count; ++i) columns += products[i].N;
+    const Pieces pieces(products, count, grain);
+    for_pieces(parallel && columns * products->K >= kAloneFused, pieces.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t i = pieces.product(piece), from = (piece - pieces.first[i]) * grain;
+            const Product& p = products[i];
+            const int64_t to = least(p.N, from + grain);
+            for (int64_t n = from; n < to; n += step) {
+                const int64_t part = least(step, to - n);
+                b[i].template fused<M>(a, p.K, n, part, p.target.sum + n, p.N, p.target.bias ? p.target.bias + n : nullptr);
+                p.target.finish(0, n, M, part);
+            }
         }
     });
 }
 
 // The number of rows as a constant.
-template <class B, int M> void gemm_few(const Product& p, const B& b, const float* a, bool parallel) {
+template <class B, int M> void gemm_few(const Product* p, const B* b, int64_t count, const float* a, bool parallel) {
     if constexpr (M < B::kFusedRows)
-        if (p.M > M) return gemm_few<B, M + 1>(p, b, a, parallel);
-    gemm_fused<B, M>(p, b, a, parallel);
+        if (p->M > M) return gemm_few<B, M + 1>(p, b, count, a, parallel);
+    gemm_fused<B, M>(p, b, count, a, parallel);
 }
 
 template <class B> void gemm_block(const Product& p, const B& b, const float* a, float* packed_b, int64_t row0, int64_t m,
@@ -317,11 +340,28 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                 a = packed_a;
             }
             if constexpr (B::kFusedRows > 0)
-                if (few) gemm_few<B, 1>(p, b, a, threads);
+                if (few) gemm_few<B, 1>(&p, &b, 1, a, threads);
             if (!few) gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
             k0 += kb;
         } while (k0 < p.K);
     }
+}
+
+// Several products of one A, (M, K): in one go where the rows are few, else one after the other.
+template <class B> void gemm_together(const Product* p, const B* b, int64_t count, float* packed_a) {
+    const int64_t M = p->M, K = p->K;
+    bool together = M > 0 && M <= B::kFusedRows && depth_at_once(M, K) == K;
+    for (int64_t i = 0; i < count; ++i) together = together && p[i].N > 0;
+    if (!together) {
+        for (int64_t i = 0; i < count; ++i) gemm(p[i], b[i], packed_a, nullptr, true);
+        return;
+    }
+    const float* a = p->a;
+    if (M > 1) {
+        for (int64_t k = 0; k < K; k += 128) pack_a_panel(packed_a + k * M, *p, 0, M, k, least(128, K - k));
+        a = packed_a;
+    }
+    gemm_few<B, 1>(p, b, count, a, num_threads() > 1);
 }
 
 }  // namespace

@@ -28,6 +28,15 @@ struct Matmul {
     Activation activation;
 };
 
+// Products of one A (M, K) with several weights (N_i, K) of one storage, each with a bias or none: for a few rows in one go, since
+// what each alone would cost is waking the threads and their waiting for each other at its end. Each has the bits of `matmul`.
+constexpr int kTogether = 4;
+struct Matmuls {
+    Matmul each[kTogether];  // batch 1, b_transposed; no z, residual, activation, accumulate
+    int64_t count;
+    float* workspace;  // that of any of them
+};
+
 // Through bias and activation: dz = dy * act'(z), dbias = its column sums.
 struct LinearBackward {
     float* dz;        // (M, N) or null where there is no activation  =
@@ -44,6 +53,7 @@ constexpr int64_t kLinearRows = 32;  // rows that one piece sums into one partia
 struct MatmulKernels {
     int64_t (*workspace)(const Matmul&);
     void (*matmul)(const Matmul&);
+    void (*matmuls)(const Matmuls&);
     void (*linear_backward)(const LinearBackward&);
     void (*activate)(float* y, const float* z, int64_t n, Activation activation);  // y = act(z), with the bits of `matmul`
 };

@@ -306,6 +306,23 @@ void matmul(const Matmul& p) {
     });
 }
 
+template <class T> void together_of(const Matmuls& p) {
+    Product products[kTogether];
+    Columns<T> weights[kTogether];
+    for (int64_t i = 0; i < p.count; ++i) {
+        const Matmul& m = p.each[i];
+        products[i] = {m.a, m.M, m.N, m.K, false, false, make_target(m.c, nullptr, m.bias, nullptr, m.N, Activation::none)};
+        weights[i] = {static_cast<const T*>(m.b), m.N, m.K};
+    }
+    gemm_together(products, weights, p.count, p.workspace);
+}
+
+void matmuls(const Matmuls& p) {
+    if (p.each[0].b_type == Storage::float32) together_of<float>(p);
+    else if (p.each[0].b_type == Storage::bfloat16) together_of<Bfloat16>(p);
+    else together_of<Float16>(p);
+}
+
 template <Activation A> void backward_rows(const LinearBackward& p, int64_t begin, int64_t end, float* partial) {
     for (int64_t r = begin; r < end; ++r)
         each_vector(p.N, [&](int64_t c, auto v) FASTLM_LAMBDA {
@@ -348,7 +365,7 @@ void activate_all(float* y, const float* z, int64_t n, Activation activation) {
 
 }  // namespace
 
-extern const MatmulKernels matmul_kernels = {workspace, matmul, linear_backward, activate_all};
+extern const MatmulKernels matmul_kernels = {workspace, matmul, matmuls, linear_backward, activate_all};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -25,6 +25,13 @@ struct QuantizedMatmul {
     Activation activation;
 };
 
+// Products of one A with several weights of one kind: see Matmuls.
+struct QuantizedMatmuls {
+    QuantizedMatmul each[kTogether];  // no z, residual, activation
+    int64_t count;
+    float* workspace;  // that of any of them
+};
+
 struct QuantizedPack {
     uint8_t* packed;        // QuantizedMatmulKernels::packed_bytes
     const uint8_t* blocks;  // (N, bytes of a row), as a GGUF file stores them, any alignment
@@ -37,6 +44,7 @@ struct QuantizedMatmulKernels {
     void (*pack)(const QuantizedPack&);
     int64_t (*workspace)(const QuantizedMatmul&);
     void (*matmul)(const QuantizedMatmul&);
+    void (*matmuls)(const QuantizedMatmuls&);
 };
 
 }  // namespace fastlm

@@ -100,9 +100,24 @@ struct Multiply {
 };
 void matmul(const QuantizedMatmul& p) { dispatch(p.kind, Multiply{p}); }
 
+struct Together {
+    const QuantizedMatmuls& p;
+    template <Quant Q> void run() const {
+        Product products[kTogether];
+        Packed<Q> weights[kTogether];
+        for (int64_t i = 0; i < p.count; ++i) {
+            const QuantizedMatmul& m = p.each[i];
+            products[i] = {m.a, m.M, m.N, m.K, false, false, make_target(m.c, nullptr, m.bias, nullptr, m.N, Activation::none)};
+            weights[i] = {m.packed, m.K};
+        }
+        gemm_together(products, weights, p.count, p.workspace);
+    }
+};
+void matmuls(const QuantizedMatmuls& p) { dispatch(p.each[0].kind, Together{p}); }
+
 }  // namespace
 
-extern const QuantizedMatmulKernels quantized_matmul_kernels = {packed_bytes, pack, workspace, matmul};
+extern const QuantizedMatmulKernels quantized_matmul_kernels = {packed_bytes, pack, workspace, matmul, matmuls};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm
