@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eval-every", type=_positive, default=250, help="steps")
     p.add_argument("--save-every", type=_positive, default=500, help="steps")
     p.add_argument("--seed", type=int, default=1337, help="of the first weights and of the batches")
+    _device(p, "weights and activations; float32 ones are kept beside them")
 
     p = command("generate", "continue a text", "text:generate")
     _model(p)
@@ -195,6 +196,12 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)}")
     p.add_argument("--activations", choices=["float32", "int8"], default="float32", help="of quantised weights; int8 is faster")
     p.add_argument("--cache", choices=["float32", "bfloat16", "int8"], default="float32", help="how keys and values are kept")
+    _device(p, "weights (default: as they are stored)", None)
+
+
+def _device(p: argparse.ArgumentParser, what: str, default: str | None = "float32") -> None:
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is: cuda is the GPU")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default=default, help=f"of {what}")
 
 
 def _sampling(p: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:

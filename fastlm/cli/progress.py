@@ -41,9 +41,8 @@ class Progress:
         left = step.seconds_left * step.tokens_per_second / self.rate
         held = "" if self.validation is None else f"  held-out {self.validation:.4f}"
         text = f"step {step.step:>{len(str(self.steps))}}/{step.steps}  loss {step.loss:.4f}{held}  {self.rate:,.0f} tokens/s"
-        return f"{text}  {share:.0%} of the roof  {step.memory / 1e6:,.0f} MB  {clock(left)} left" + (
-            "  SKIPPED: not finite" if step.skipped else ""
-        )
+        roof = f"  {share:.0%} of the roof" if step.device == "cpu" else ""
+        return f"{text}{roof}  {step.memory / 1e6:,.0f} MB  {clock(left)} left" + ("  SKIPPED: not finite" if step.skipped else "")
 
     def show(self, step: Step) -> None:
         self.rate = step.tokens_per_second if not self.rate else 0.95 * self.rate + 0.05 * step.tokens_per_second

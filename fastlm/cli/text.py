@@ -15,7 +15,7 @@ from fastlm.lm import LM, load
 
 def loaded(arguments: argparse.Namespace) -> LM:
     """The model, in the storage that the command line asks for."""
-    lm = load(arguments.model)
+    lm = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     if arguments.quantize:
         lm.quantize(arguments.quantize)
     lm.activations = arguments.activations

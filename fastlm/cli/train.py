@@ -32,6 +32,7 @@ SETTINGS = """text objective whole_word copies tokenizer vocab_size model layers
 
 def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
+    backend.device(arguments.device)  # says at once that there is none
     if arguments.resume:
         if not (out / "run.json").exists():
             raise FileNotFoundError(f"{out} holds no run to go on with: {out / 'run.json'} is missing")
@@ -76,7 +77,7 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
         weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
         eval_every=arguments.eval_every if holds_out(corpus, objective, arguments) else 0, save_every=arguments.save_every,
-        eval_batches=20, resume=text is None, tokenizer=tokenizer,
+        eval_batches=20, resume=text is None, tokenizer=tokenizer, device=arguments.device, dtype=arguments.dtype,
     )  # fmt: skip
     started = time.perf_counter()
     done = 0
@@ -115,7 +116,9 @@ def describe(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Nam
         f"model      {arguments.model}, {arguments.objective}, {count_parameters(model):,} parameters: {arguments.layers} layers, "
         f"{arguments.heads} heads, width {arguments.width}, context {arguments.context}"
     )
-    print(f"machine    {backend.isa()}, {backend.num_threads()} threads, {roof['gflops']:.0f} GFLOP/s at most")
+    there = backend.device(arguments.device)
+    ours = f"{backend.isa()}, {backend.num_threads()} threads, {roof['gflops']:.0f} GFLOP/s at most"
+    print(f"machine    {ours if there is None else there.name + ', ' + arguments.dtype}")
     print(f"to beat    loss {math.log(corpus.vocab_size):.3f} guessing blindly, {guess:.3f} guessing by frequency\n", flush=True)
     return guess
 

@@ -135,15 +135,16 @@ class Emulated(Device):
 
 @contextlib.contextmanager
 def emulated(**options: Any) -> Iterator[Emulated]:
-    """Inside, the device is an emulated one; `twin` chooses the twin of all operations."""
+    """Inside, the device is an emulated one; `twin` chooses the twin of all operations, `kind` another class of device."""
     twin = options.pop("twin", None)
+    kind = options.pop("kind", Emulated)
     before = os.environ.get("FASTLM_KERNEL")
     from fastlm.cuda.table import chosen
 
     if twin is not None:
         os.environ["FASTLM_KERNEL"] = twin
     chosen.cache_clear()
-    on = Emulated(**options)
+    on: Emulated = kind(**options)
     runtime.use(on)
     try:
         yield on

@@ -42,6 +42,10 @@ class Device:
     def synchronize(self) -> None:
         raise NotImplementedError
 
+    def memory(self) -> int:
+        """Bytes that were in use at once, at most; 0 where that is not counted."""
+        return 0
+
     def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
         """What does all of these in one call: launches, copies and fills as they were recorded."""
         raise NotImplementedError
@@ -201,6 +205,9 @@ class Cuda(Device):
 
     def synchronize(self) -> None:
         self._cuda.synchronize(self.stream)
+
+    def memory(self) -> int:
+        return int(self._cuda.memory()[1])  # the pool gives nothing back
 
     def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
         self._cuda.begin_capture(self.stream)

@@ -53,6 +53,7 @@ class LanguageModel(Module):
 
     config: Any
     cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
+    host_only = ""  # why the model runs on the CPU alone, where it does
 
     def to(self: M, device: Any, dtype: str | None = None) -> M:
         """Every parameter on "cpu" or "cuda", in place; each is copied once, gradients are dropped. Returns the model.

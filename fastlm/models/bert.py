@@ -58,8 +58,9 @@ class Embeddings(Module):
 
     def __call__(self, ids: Array, positions: Array, segments: Array | None) -> Any:
         """ids (B, T), positions (T,) or (B, T) -> (B, T, d_model)."""
-        if positions.max() >= self.context:
-            raise ValueError(f"[model] ids must end within {self.context} positions, got position {positions.max()}.")
+        last = int(positions.max()) if isinstance(positions, np.ndarray) else positions.shape[-1] - 1
+        if last >= self.context:
+            raise ValueError(f"[model] ids must end within {self.context} positions, got position {last}.")
         where = self.positions(positions)
         if self.segments is not None:
             kinds = np.zeros(positions.shape, np.int32) if segments is None else segments

@@ -92,6 +92,8 @@ class XLNet(CausalLM):
     (B, T, T): not 0 where the query (axis 1) must not see the key. target_mapping (B, N, T): row n has a 1 at the position that is
     asked, or is all 0; no position twice. mask (B, T): 0 is padding. segments (B, T) integers; those of memories are 0."""
 
+    host_only = "its position scores and memories have no kernels for a GPU"
+
     def __init__(self, config: XLNetConfig) -> None:
         c = self.config = check_config(config)
         if c.d_model % c.n_head or c.d_model % 2:

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastlm import hub
+from fastlm import backend, hub
 from fastlm.checkpoint import read_json, read_safetensors, write_json, write_safetensors
 from fastlm.models.base import LanguageModel
 from fastlm.train.optimizer import AdamW
@@ -65,6 +63,6 @@ def restore(folder: Path, model: Any, optimizer: AdamW, settings: Mapping[str, A
             raise ValueError(f"[resume] {folder / place} is of another model: {saved.config}, not {part.config}.")
         ours = part.named_parameters()
         for name, p in saved.named_parameters().items():
-            np.copyto(ours[name].data, p.data)
+            backend.assign(ours[name].data, backend.put(p.data, backend.device_of(ours[name].data)))
     optimizer.restore(read_safetensors(folder / "optimizer.safetensors"), int(state["updates"]))
     return int(state["step"])

@@ -19,6 +19,7 @@ from fastlm.checkpoint import atomic_write
 from fastlm.data import Corpus, Labelled, Objective
 from fastlm.tensor import no_grad
 from fastlm.train import checkpoint
+from fastlm.train.ondevice import DeviceStep
 from fastlm.train.optimizer import AdamW
 from fastlm.train.schedule import default_lr, warmup_cosine
 from fastlm.train.sources import Cost, Data, asked, cost, source
@@ -40,10 +41,14 @@ class Step:
     validation_loss: float | None = None
     skipped: bool = False
     memory: int = 0
+    device: str = "cpu"
 
     @property
     def roof_share(self) -> float:
-        """Useful multiply-adds as a share of what this machine can do; the first use measures the machine (0.3 s)."""
+        """Useful multiply-adds as a share of what this machine can do; the first use measures the machine (0.3 s). nan on a GPU, whose
+        ceiling nothing here has measured."""
+        if self.device != "cpu":
+            return math.nan
         return self.flops_per_second / (backend.roof()["gflops"] * 1e9)
 
     def record(self) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def train(
     resume: bool = False,
     tokenizer: Any = None,
     recompute: bool = False,
+    device: Any = None,
+    dtype: str = "float32",
 ) -> Generator[Step, None, None]:
     """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine, clipping by norm.
 
@@ -89,7 +96,9 @@ def train(
     save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
     in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
     recompute: a block's activations are not kept but computed again in the backward pass: less memory, a quarter more time, the same
-    bits.
+    bits. device: "cuda" or "cpu", where the model is put first; None: where it is. dtype: "bfloat16", on a GPU, for weights and
+    activations; the optimiser's weights and all gradients of weights are float32, and so are the model's when the loop ends and in
+    checkpoints.
 
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
@@ -109,8 +118,10 @@ def train(
     batches = source(model, data, objective, batch, context, seed, eval_batches)
     if eval_every and batches.held_out is None:
         raise ValueError("[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context.")
+    half = _place(model, device, dtype)
     model.train()
     optimizer = AdamW(model, betas, eps, weight_decay)
+    there = None if model.device is None else DeviceStep(model, optimizer, accumulate, clip)
     settings: dict[str, Any] = {"seed": seed, "batch": batch, "context": context, "accumulate": accumulate}
     if objective is not None:
         settings["objective"] = repr(objective)
@@ -119,30 +130,35 @@ def train(
     def run() -> Generator[Step, None, None]:
         if recompute:
             nn.recompute(model)
+        if half:
+            optimizer.halve()
         try:
             yield from updates()
         finally:
             if recompute:
                 nn.recompute(model, False)
+            optimizer.finish()
             backend.release()
 
     def updates() -> Generator[Step, None, None]:
         first = 0
         if resume and folder is not None and (found := checkpoint.checkpoints(folder)):
-            first = checkpoint.restore(found[-1], model, optimizer, settings)
+            with optimizer.exact():
+                first = checkpoint.restore(found[-1], model, optimizer, settings)
+            optimizer.refresh()
         log = None if folder is None else Log(folder, first)
         for n in range(first, steps):
             start = time.perf_counter()
             backend.reset_peak()
             rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
-            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, costs, n, accumulate, rate, clip)
-            seconds, memory = time.perf_counter() - start, backend.memory()["peak"]
+            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, costs, n, accumulate, rate, clip, there)
+            seconds, memory = time.perf_counter() - start, backend.memory()["peak"] if there is None else there.device.memory()
             validation = None
             if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
                 validation = mean_loss(model, batches.held_out())
             step = Step(
                 n + 1, steps, loss, rate, norm, tokens / seconds, flops / seconds, seconds * (steps - n - 1),
-                validation, not math.isfinite(loss + norm), memory,
+                validation, not math.isfinite(loss + norm), memory, "cpu" if there is None else there.device.name,
             )  # fmt: skip
             if step.skipped:
                 warnings.warn(f"[train] step {n + 1} skipped: loss {loss}, gradient norm {norm}", RuntimeWarning, stacklevel=2)
@@ -150,24 +166,55 @@ def train(
                 log.write(step.record())
             saved = folder is None
             if folder is not None and ((save_every and (n + 1) % save_every == 0) or n + 1 == steps):
-                checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
+                with optimizer.exact():
+                    checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
                 saved = True
             try:
                 yield step
             except GeneratorExit:  # the loop was left early
                 if folder is not None and not saved:
-                    checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
+                    with optimizer.exact():
+                        checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
                 raise
 
     return run()
 
 
+def _place(model: Any, device: Any, dtype: str) -> bool:
+    """Puts the model where it is trained; whether it computes in bfloat16 there."""
+    if dtype not in backend.DTYPES:
+        raise ValueError(f"[train] dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+    where = model.device if device is None else backend.device(device)
+    if where is None and dtype != "float32":
+        raise ValueError(f"[train] dtype must be 'float32' on the CPU, got {dtype!r}: bfloat16 is trained on a GPU, device='cuda'.")
+    if where is not None and not hasattr(model, "to"):
+        raise NotImplementedError(f"[train] {type(model).__name__} is trained on the CPU alone.")
+    if where is not model.device or (where is not None and dtype == "bfloat16"):
+        model.to(where, "float32")
+    return dtype == "bfloat16"
+
+
 def _update(
-    model: Any, optimizer: AdamW, batches: Callable[[int], Any], costs: Cost, n: int, accumulate: int, lr: float, clip: float | None
+    model: Any,
+    optimizer: AdamW,
+    batches: Callable[[int], Any],
+    costs: Cost,
+    n: int,
+    accumulate: int,
+    lr: float,
+    clip: float | None,
+    there: DeviceStep | None,
 ) -> tuple[float, float, int, float]:
     """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
-    optimizer.zero_grad()
     total, tokens, flops = 0.0, 0, 0.0
+    if there is not None:
+        given = [batches(n * accumulate + i) for i in range(accumulate)]
+        total, norm = there(given, lr)
+        for batch in given:
+            used = costs(batch)
+            tokens, flops = tokens + used[0], flops + used[1]
+        return total / accumulate, norm, tokens, flops
+    optimizer.zero_grad()
     share = np.array(1.0 / accumulate, np.float32)
     for i in range(accumulate):
         batch = batches(n * accumulate + i)

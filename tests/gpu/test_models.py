@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,15 @@ import pytest
 import fastlm
 from fastlm import backend, models
 from fastlm.cuda import status
-from fastlm.cuda.emulated import emulated
+from fastlm.cuda.emulated import Emulated, emulated
+from fastlm.cuda.table import functions
+from fastlm.data.objectives.base import Batch
+from fastlm.generate import Settings, generate
+from fastlm.generate.ondevice import DeviceDecoder
+from fastlm.generate.recorded import why_not
 from fastlm.lm import LM
+from fastlm.train.ondevice import DeviceStep
+from tests.gpu.mirror import Mirror
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -29,8 +37,23 @@ CONFIGS = {
 
 @pytest.fixture
 def on():
+    """The emulated device with the Triton twins in their interpreter."""
+    before = Emulated.damaged
     with emulated(twin="triton") as device:
         yield device
+    assert Emulated.damaged == before, "memory outside of an array was written"
+
+
+@pytest.fixture
+def quick():
+    """The emulated device with the CPU's kernels for the heavy ones."""
+    missing = {"embedding_forward", "attention_forward", "cache_append", "sample", "argmax"} - functions().keys()
+    if missing:
+        pytest.skip(f"no twin yet: {', '.join(sorted(missing))}")
+    before = Emulated.damaged
+    with emulated(kind=Mirror, twin="triton") as device:
+        yield device
+    assert Emulated.damaged == before, "memory outside of an array was written"
 
 
 def file_of(model, folder):
@@ -95,3 +118,192 @@ def test_no_gpu(tmp_path):
         with pytest.raises(RuntimeError, match=r"\[cuda\] no GPU can be used: "):
             ask()
     assert model.device is None
+
+
+# --- decoding ---
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 3]]
+
+
+def ids_of(model, **settings):
+    seeds = [7, 8, 9, 2**63]
+    return [(o.ids, o.reason) for o in generate(model, PROMPTS, Settings(**settings), seeds)]
+
+
+@pytest.mark.parametrize("how", ["greedy", "sampled", "processed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding(name, how, quick, monkeypatch):
+    """The ids of the host, from a recorded step; of the same batch where sequences end early, and launched kernel by kernel."""
+    settings = {"greedy": {}, "sampled": {"temperature": 0.9, "top_k": 20, "top_p": 0.9}, "processed": {"no_repeat_ngram": 2}}[how]
+    host = models.create(CONFIGS[name], seed=3)
+    free = ids_of(host, max_tokens=15, **settings)
+    settings |= {"max_tokens": 15, "eos": (free[1][0][4], free[0][0][7])}
+    expected = ids_of(host, **settings)
+    assert len({len(ids) for ids, _ in expected}) > 1
+    runs = []
+    run = DeviceDecoder._one
+
+    def counted(self):
+        run(self)
+        runs.append(self.recording is not None)
+
+    monkeypatch.setattr(DeviceDecoder, "_one", counted)
+    model = models.create(CONFIGS[name], seed=3, device="cuda")
+    assert ids_of(model, **settings) == expected
+    assert why_not(model) == []
+    assert all(runs)
+    assert (len(runs) > 10) == (how != "processed")
+    monkeypatch.setenv("FASTLM_RECORD", "0")
+    runs.clear()
+    assert ids_of(model, **settings) == expected
+    assert not any(runs)
+
+
+def test_a_frozen_step_is_found_out(quick, caplog):
+    """A model whose step depends on Python is stepped kernel by kernel, with the right ids."""
+
+    class Counting(models.GPT):
+        calls = 0
+
+        def hidden(self, ids, context):
+            self.calls += 1
+            return fastlm.ops.scale(super().hidden(ids, context), 1.0 + 0.5 * (self.calls % 3))
+
+    def make():
+        made = Counting(CONFIGS["gpt2"])
+        fastlm.nn.initialise(made, 3)
+        return made
+
+    model = make().to("cuda")
+    ids_of(model, max_tokens=6)
+    assert why_not(model) == ["run again, the recorded step gives other logits"]
+    assert "steps on the device are launched kernel by kernel" in caplog.text
+
+    class Reading(models.GPT):
+        def hidden(self, ids, context):
+            x = super().hidden(ids, context)
+            x.numpy()
+            return x
+
+    model = Reading(CONFIGS["gpt2"])
+    fastlm.nn.initialise(model, 3)
+    assert ids_of(model.to("cuda"), max_tokens=6) == ids_of(models.create(CONFIGS["gpt2"], seed=3), max_tokens=6)
+    assert why_not(model) == ["the step reads what is on the device"]
+
+
+def test_cache(quick):
+    """Rows of a device's cache are taken and put in another order; beam search gives the host's ids."""
+    host, model = models.create(CONFIGS["llama"], seed=3), models.create(CONFIGS["llama"], seed=3, device="cuda")
+    caches = [m.new_cache(3, 9) for m in (host, model)]
+    ids = np.arange(12).reshape(3, 4)
+    for m, cache in zip((host, model), caches, strict=True):
+        m.logits(ids, cache)
+        cache.select([2, 0])
+        np.testing.assert_array_equal(cache.lengths, [4, 4])
+    a, b = (m.logits(ids[:2, :1], c) for m, c in zip((host, model), caches, strict=True))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"\[cache\] capacity must be at least 10 for 5 more positions after 5, got 9"):
+        model.logits(ids[:2].repeat(2, 1)[:, :5], caches[1])
+    beams = {"max_tokens": 6, "beams": 3}
+    assert LM(model).generate_ids([1, 2, 3], **beams) == LM(host).generate_ids([1, 2, 3], **beams)
+
+
+# --- training ---
+
+TOKENS = np.random.default_rng(5).integers(0, 61, 2000).astype(np.int32)
+
+
+def losses(model, steps=4, **options):
+    options = {"batch": 2, "context": 8, "lr": 1e-2, "warmup": 0} | options
+    return np.array([(s.loss, s.grad_norm) for s in fastlm.train(model, TOKENS, steps=steps, **options)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("gpt2", {}), ("llama", {}), ("gpt2", {"accumulate": 2, "clip": None}), ("llama", {"recompute": True})]
+)
+def test_training(name, options, quick, monkeypatch, tmp_path):
+    """The host's losses and weights; a recorded step gives the bits of the same launches one by one."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = models.create(CONFIGS[name], seed=3)
+        found.append((losses(model, device=device, **options), model))
+    (expected, host), (got, there) = found
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert there.device is quick
+    for k, p in there.named_parameters().items():
+        a, b = p.numpy(), host.named_parameters()[k].data
+        if k.endswith("qkv.bias"):  # that of the keys has no gradient but rounding errors, which AdamW makes as large as any
+            a, b = np.delete(a, np.s_[24:48]), np.delete(b, np.s_[24:48])
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=k)
+        assert p.grad is None
+    recorded = []
+    run = DeviceStep._run
+
+    def spied(self, batches):
+        result = run(self, batches)
+        recorded.append(self._recording is not None)
+        return result
+
+    monkeypatch.setattr(DeviceStep, "_run", spied)
+    again = models.create(CONFIGS[name], seed=3, device="cuda")
+    np.testing.assert_array_equal(losses(again, **options), got)
+    assert recorded == [False, True, True, True]
+    if options:
+        return
+    monkeypatch.setenv("FASTLM_RECORD", "0")
+    plain = models.create(CONFIGS[name], seed=3, device="cuda")
+    np.testing.assert_array_equal(losses(plain, **options), got)
+    assert not any(recorded[4:])
+    assert file_of(plain, tmp_path / "plain") == file_of(there, tmp_path / "there")
+
+
+def test_not_finite(quick):
+    """A step that is not finite changes nothing, recorded or not, and is not counted."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = models.create(CONFIGS["gpt2"], seed=3)
+        steps = []
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for s in fastlm.train(model, TOKENS, steps=6, batch=2, context=8, lr=1e-2, warmup=0, device=device):
+                p = model.named_parameters()["final_norm.bias"]
+                if s.step == 3:
+                    kept = backend.host(p.data).copy()
+                    backend.assign(p.data, backend.put(np.full(24, np.nan, np.float32), model.device))
+                if s.step == 4:
+                    backend.assign(p.data, backend.put(kept, model.device))
+                steps.append((s.loss, s.skipped))
+        assert any("step 4 skipped" in str(w.message) for w in warned)
+        assert [skipped for _, skipped in steps] == [False, False, False, True, False, False]
+        found.append([loss for loss, _ in steps])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_resume(quick, tmp_path):
+    """A run on the device that is stopped and goes on is the uninterrupted one, bit for bit, and can go on on the host."""
+    options = {"batch": 2, "context": 8, "lr": 1e-2, "warmup": 0}
+    whole = models.create(CONFIGS["gpt2"], seed=3, device="cuda")
+    expected = [s.loss for s in fastlm.train(whole, TOKENS, steps=6, **options)]
+    model, seen = models.create(CONFIGS["gpt2"], seed=3, device="cuda"), []
+    for s in fastlm.train(model, TOKENS, steps=6, out=tmp_path, **options):
+        seen.append(s.loss)
+        if s.step == 3:
+            break
+    steps = fastlm.train(models.create(CONFIGS["gpt2"], device="cuda"), TOKENS, steps=6, out=tmp_path, resume=True, **options)
+    seen += [s.loss for s in steps]
+    assert seen == expected
+    read = fastlm.load(tmp_path / "step-000006").model
+    assert {k: p.data.tobytes() for k, p in read.named_parameters().items()} == {
+        k: p.numpy().tobytes() for k, p in whole.named_parameters().items()
+    }
+
+
+def test_train_refusals(quick):
+    with pytest.raises(ValueError, match=r"\[train\] dtype must be 'float32' on the CPU, got 'bfloat16'"):
+        fastlm.train(models.create(CONFIGS["gpt2"]), TOKENS, steps=1, context=8, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"\[train\] dtype must be 'float32' or 'bfloat16', got 'float16'"):
+        fastlm.train(models.create(CONFIGS["gpt2"]), TOKENS, steps=1, context=8, device="cuda", dtype="float16")
+    good = np.arange(16, dtype=np.int32).reshape(2, 8)
+    for bad in (Batch(good + 50, good), Batch(good, good + 50)):
+        with pytest.raises(ValueError, match=r"\[train\] ids must be from 0 to 60 .* got 6[16] at"):
+            list(fastlm.train(models.create(CONFIGS["gpt2"], device="cuda"), lambda n, bad=bad: bad, steps=1, context=8))

@@ -87,6 +87,31 @@ except _cuda.CudaError as e: print(e)
     assert "out of memory: 4398046511104 bytes asked for" in python(driver, code)
 
 
+def test_recording(driver, tmp_path):
+    """A recorded step is captured after it has run: its memory is allocated before, and each run is one launch of the graph."""
+    code = """
+from fastlm import backend
+from fastlm.cuda import device
+on = device()
+x = on.zeros((3, 4))
+def step():
+    a = on.zeros((3, 4))
+    backend.assign(a[:, 1:3], x[:, :2])
+    backend.assign(x, a)
+    return a
+recording = backend.record(step, on)
+assert len(recording) == 3 and recording.nbytes == 48
+recording.run()
+recording.run()
+try: backend.record(lambda: x.numpy(), on)
+except backend.Unrecordable as e: print(e)
+del recording
+"""
+    out = python(driver, code, STANDIN_LOG=str(tmp_path / "log"))
+    assert out == "the step reads what is on the device\n"
+    assert (tmp_path / "log").read_text().splitlines() == ["begin capture", "end capture", "launch graph", "launch graph"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_launch(driver, tmp_path):
     """A compiled kernel is loaded, and the driver gets the grid and every argument as given."""
