@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from fastlm import backend, ops
+from fastlm import ops
 from fastlm.nn.module import Module, parameter
-from fastlm.ops import check
-from fastlm.tensor import data
 
 
 class Linear(Module):
@@ -29,14 +25,10 @@ def side_by_side(x: Any, *parts: Linear) -> list[Any]:
 
 
 class Embedding(Module):
-    """Rows of a table: ids (...) int32 -> (..., d_model) float32. ids of the host are put where the table is."""
+    """Rows of a table: ids (...) int32 -> (..., d_model) float32."""
 
     def __init__(self, count: int, d_model: int, std: float = 0.02) -> None:
         self.weight = parameter(count, d_model, std=std)
 
     def __call__(self, ids: Any) -> Any:
-        table = data(self.weight)
-        if isinstance(ids, np.ndarray) and (device := backend.device_of(table)) is not None:
-            check.ids("embedding", ids, table.shape)
-            ids = device.put(ids)
         return ops.embedding(ids, self.weight)
