@@ -15,6 +15,7 @@ from fastlm.cuda.emulated import emulated
 from fastlm.cuda.images import variant
 from fastlm.ops.activation import KINDS as ACTIVATIONS
 from fastlm.tensor import Tensor
+from fastlm.testing import oracle
 from tests.gpu.build import ROOT, gpu_build
 
 if importlib.util.find_spec("triton") is None:
@@ -205,3 +206,39 @@ def test_embedding_in_pieces(monkeypatch):
             ops.embedding(there, table)
         with pytest.raises(TypeError, match=r"dtype must be one of float32, got bfloat16"):
             ops.embedding(there, weight, BFLOAT16)
+
+
+@pytest.mark.parametrize("new", [np.float32, BFLOAT16])
+@pytest.mark.parametrize("held", [np.float32, BFLOAT16, np.int8])
+@pytest.mark.parametrize(("G", "D", "E"), [(2, 16, 32), (9, 7, 70)])
+def test_cache_kinds(G, D, E, held, new):
+    """Exactly the oracle's rounding, of views and into views; ties, endless and tiny numbers; positions outside are left out."""
+    ref = oracle("cache_append")
+    k, v = normal(2, 3, G, D) * 3, normal(2, 3, G, E)
+    k[0, 0, 0], k[0, 1, 1], k[1, 0, 0, 2], v[1, 1, 1, 0] = np.arange(D) / 2, 1e-39, np.inf, np.nan
+    k[0, 0, 0, 1] = 127
+    k, v = (x.astype(new).astype(np.float32) for x in (k, v))
+    keys, values = (ref.packed(normal(2, 8, G, n), held) for n in (D, E))
+    positions = np.array([[3, 0, 5], [6, 9, -1]], np.int32)
+    want = [a.copy() for a in (keys, values)]
+    for got, x in zip(want, (k, v), strict=True):
+        for b, t in ((0, 0), (0, 1), (0, 2), (1, 0)):
+            got[b, positions[b, t]] = ref.packed(x[b, t], held)
+    with emulated(twin="triton") as on:
+        both = on.put(np.concatenate([k.reshape(2, 3, -1), v.reshape(2, 3, -1)], -1).astype(new))
+        there = [on.put(np.stack([a, a], 2)) for a in (keys, values)]
+        views = [
+            DeviceArray(on, (2, 3, G, n), both.dtype, part.pointer, part.owner, (*both.strides[:2], n * size, size))
+            for n, part, size in ((D, both, both.dtype.itemsize), (E, both[..., G * D :], both.dtype.itemsize))
+        ]
+        ops.cache_append(there[0][:, :, 1], there[1][:, :, 1], *views, on.put(positions))
+        got = [a.numpy() for a in there]
+    for g, before, w in zip(got, (keys, values), want, strict=True):
+        np.testing.assert_array_equal(g[:, :, 0].view(np.uint8), before.view(np.uint8))
+        assert_same(ref.unpacked(np.ascontiguousarray(g[:, :, 1])), ref.unpacked(w))
+
+
+def assert_same(got, want):
+    """Every bit equal, save that any nan stands for any other."""
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    np.testing.assert_array_equal(got.view(np.uint32)[~np.isnan(want)], want.view(np.uint32)[~np.isnan(want)])

@@ -12,7 +12,7 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.in
 ref = oracle("cache_append")
 
 
-def appended(keys, values, k, v, positions):
+def call(keys, values, k, v, positions):
     keys, values = keys.copy(), values.copy()
     ops.cache_append(keys, values, k, v, positions)
     return keys, values
@@ -20,7 +20,7 @@ def appended(keys, values, k, v, positions):
 
 @CASES
 def test_forward(isa, case):
-    check_forward("cache_append", appended, case)
+    check_forward("cache_append", call, case)
 
 
 @DTYPES
@@ -32,7 +32,7 @@ def test_kinds(isa, threads, case, dtype):
     x["keys"], x["values"] = ref.packed(x["keys"], dtype), ref.packed(x["values"], dtype)
     for n in (1, 3):
         _C.set_num_threads(n)
-        for got, want in zip(appended(**x), ref.forward(**x), strict=True):
+        for got, want in zip(call(**x), ref.forward(**x), strict=True):
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
