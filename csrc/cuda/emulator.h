@@ -243,6 +243,15 @@ template <class... A> int enter(const char* name, void (*kernel)(A...)) {
     emulator::shuffle(v, emulator::lane() >= size_t(d) ? emulator::lane() - size_t(d) : emulator::lane())
 
 inline float __expf(float x) { return std::exp(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+// Threads change only at barriers: nothing comes between.
+template <class T> T atomicAdd(T* p, T v) {
+    const T before = *p;
+    *p = before + v;
+    return before;
+}
 
 // Runs one launch; null, or what went wrong. Called from Python by ctypes.
 extern "C" const char* emulate(const char* name, const int* grid, int block, int shared, int cluster, void** arguments, int count,

@@ -146,6 +146,18 @@ def _patch() -> None:
             return found
 
         interpreter._patch_lang_tensor = patch_lang_tensor
+    replaced: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function that a kernel calls. The stock one replaces the language's parts again in each call, which takes most of the time:
+        the launch did that for kernels, and for the language's own functions once is enough, since it is never undone."""
+        home = self.fn.__module__
+        if home.startswith("triton.") and home not in replaced:
+            interpreter._patch_lang(self.fn)
+            replaced.add(home)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 _patch()

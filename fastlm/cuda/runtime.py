@@ -22,6 +22,7 @@ class Device:
     name = "device"
     stream = 0
     dlpack = (2, 0)  # DLPack's type and number of the device
+    shared_memory = 227 << 10  # bytes that one block may have
 
     def block(self, bytes: int) -> Any:
         """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
@@ -179,6 +180,7 @@ class Cuda(Device):
         self.capability: tuple[int, int] = found["capability"]
         self.properties: dict[str, Any] = found
         self.name = str(found["name"])
+        self.shared_memory = int(found["shared_memory"])
         self.stream = _cuda.create_stream()
         from fastlm.cuda.images import Images
 

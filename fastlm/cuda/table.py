@@ -65,13 +65,14 @@ class Gpu:
         plain: tuple[str, ...] = (),
         warps: int = 4,
         stages: int = 3,
+        fused: bool = True,
         **constants: Any,
     ) -> None:
         """Launches a Triton kernel. arguments: by name, in its order; arrays, None, whole numbers (int32), floats (float32).
 
         A whole number that is a multiple of 16 gets a variant of its own, as in Triton's JIT, but for the `plain` ones, where
         that gains nothing; so does None. Every form that may come here must be listed by variants() in <op>_triton.py. Pointers
-        must be multiples of 16.
+        must be multiples of 16. fused: whether the compiler may make multiply-adds of products and sums.
         """
         types: dict[str, str | None] = {}
         values: list[Any] = []
@@ -79,7 +80,8 @@ class Gpu:
             types[name] = _type(name, value, name in plain)
             if value is not None:
                 values.append(value)
-        run = self.device.triton(self.op, kernel, types, constants, {"num_warps": warps, "num_stages": stages})
+        options = {"num_warps": warps, "num_stages": stages} | ({} if fused else {"enable_fp_fusion": False})
+        run = self.device.triton(self.op, kernel, types, constants, options)
         pointers = [v.pointer if isinstance(v, DeviceArray) else v for v in values]
         self.device.launch(run, _three(grid), pointers, kernel)
 

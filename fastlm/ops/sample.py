@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, kernels, on_device
 from fastlm.ops import check
 from fastlm.tensor import data
 
@@ -52,6 +52,10 @@ def sample(
     would, so that a sequence draws the same alone and in any batch; arrays of uint64 and int64 are read where they lie, by a recorded step
     anew in each run. out: (B,) int32, where the tokens go. Returns (B,) int32, (1,) where logits is (V,). The bits of a row
     depend neither on the instruction set, nor on the number of threads, nor on the other rows.
+
+    On a device: the same tokens. logits may be bfloat16; previous, uniform, seed and step may be arrays on the host or there, and so
+    may be the parts of a recorded step. Nothing is read back, so a row without a token is not refused: it gets the negative number
+    that `refuse_negative` explains.
     Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, +inf or all -inf.
     """
     xd = check.array("sample", "logits", data(logits), at_least=1)
@@ -66,10 +70,16 @@ def sample(
         raise ValueError(f"[sample] top_k must be at least 0 (0: off), got {top_k}.")
     if not 0 < repetition_penalty < np.inf:
         raise ValueError(f"[sample] repetition_penalty must be greater than 0 (1: off), got {repetition_penalty}.")
+    if on_device(xd):
+        ids, begin = _previous_there(previous, B, xd) if repetition_penalty != 1 and previous is not None else (None, None)
+        u = _uniform_there(uniform, seed, step, B, xd)
+        token = _tokens("sample", out, (B,), xd)
+        kernels(xd).sample(token, xd, u, ids, begin, int(top_k), top_p, temperature, min_p, repetition_penalty)
+        return token
     ids = begin = None
     if repetition_penalty != 1 and previous is not None:
         ids, begin = _previous(previous, B, xd.ndim == 1)
-    u: Array | None = None
+    u = None
     key = at = 0
     if uniform is not None:
         u = np.ascontiguousarray(data(uniform), np.float64)
@@ -94,11 +104,14 @@ def sample(
 def argmax(logits: Any, out: Array | None = None) -> Any:
     """The index of the greatest value over the last axis, ties to the lowest index: (..., V) float32 -> (...) int32, in `out` if given.
 
-    Raises ValueError where a row has nan or V is 0.
+    Raises ValueError where a row has nan or V is 0; on a device a row with nan gets -1.
     """
     xd = check.array("argmax", "logits", data(logits), at_least=1)
     _two_axes("argmax", "logits", xd)
-    index = _tokens("argmax", out, xd.shape[:-1])
+    index = _tokens("argmax", out, xd.shape[:-1], xd)
+    if on_device(xd):
+        kernels(xd).argmax(index, xd)
+        return index
     bad = _C.argmax(index, xd)
     if bad >= 0:
         _refuse("argmax", "logits", bad, -1)
@@ -131,6 +144,12 @@ def _two_axes(op: str, name: str, x: Array) -> tuple[int, int]:
     return x.size // V, V
 
 
+def refuse_negative(tokens: Array, op: str = "sample") -> None:
+    """Raises what is wrong with the logits where `sample` or `argmax` on a device gave no token. tokens: on the host."""
+    for row in np.flatnonzero(tokens.reshape(-1) < 0)[:1]:
+        _refuse(op, "logits", int(row), int(tokens.reshape(-1)[row]))
+
+
 def _refuse(op: str, name: str, row: int, status: int) -> None:
     raise ValueError(f"[{op}] {name} row {row} {_WHY[status]}.")
 
@@ -145,14 +164,57 @@ def _one_each(name: str, x: Any, B: int, dtype: type) -> Array:
     return np.array([int(v) & _WORD for v in values], np.uint64).view(dtype)
 
 
-def _tokens(op: str, out: Array | None, shape: tuple[int, ...]) -> Array:
+def _tokens(op: str, out: Array | None, shape: tuple[int, ...], like: Any = None) -> Array:
     """Where the indices go: `out` if it is given and fits."""
+    there = like is not None and on_device(like)
     if out is None:
-        return np.empty(shape, np.int32)
+        return backend.empty(shape, np.int32, like=like) if there else np.empty(shape, np.int32)
     check.shape(op, "out", out, "(B,)", shape)
+    if there:
+        if not on_device(out) or out.dtype != np.int32 or not out.contiguous:  # type: ignore[attr-defined]
+            raise TypeError(f"[{op}] out must be a contiguous array of int32 on the device, got {out!r:.80}.")
+        return out
     if out.dtype != np.int32 or not out.flags.c_contiguous or not out.flags.writeable:
         raise TypeError(f"[{op}] out must be a contiguous, writable array of int32, got {out.dtype}.")
     return out
+
+
+def _uniform_there(uniform: Any, seed: Any, step: Any, B: int, like: Any) -> Any:
+    """(B,) float64 on the device: given, or drawn as on the host."""
+    device = like.device
+    if uniform is not None:
+        u = data(uniform)
+        if not on_device(u):
+            u = device.put(np.ascontiguousarray(u, np.float64))
+        check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {like.shape}.")
+        if u.dtype != np.float64:
+            raise TypeError(f"[sample] uniform must be float64 on a device, got {u.dtype}.")
+        return u
+    if isinstance(seed, (int, np.integer)):
+        steps = [int(step)] * B if isinstance(step, (int, np.integer)) else _one_each("step", step, B, np.int64)
+        drawn = [_C.philox_uniform(int(seed) & _WORD, b, int(t) & _WORD) for b, t in enumerate(steps)]
+        return device.put(np.array(drawn, np.float64))
+    numbers = []
+    for name, x, dtype in (("seed", seed, np.uint64), ("step", step, np.int64)):
+        if on_device(x):
+            if x.dtype != dtype or x.shape != (B,):
+                raise TypeError(f"[sample] {name} must be (B,) = ({B},) of {np.dtype(dtype)} on a device, got {x!r:.80}.")
+            numbers.append(x)
+        else:
+            numbers.append(device.put(_one_each(name, x, B, dtype)))
+    u = backend.empty((B,), np.float64, like=like)
+    kernels(like).philox_uniforms(u, *numbers)
+    return u
+
+
+def _previous_there(previous: Any, B: int, like: Any) -> tuple[Array, Array]:
+    """All ids in one array on the device, and where each row's begin."""
+    if on_device(previous):
+        if previous.dtype != np.int32 or not previous.contiguous or previous.size != B * previous.shape[-1]:
+            raise TypeError(f"[sample] previous must be contiguous int32, (B, N), on a device, got {previous!r:.80}.")
+        return previous, like.device.constant(np.arange(B + 1, dtype=np.int64) * previous.shape[-1])
+    ids, begin = _previous(previous, B, like.ndim == 1)
+    return like.device.put(ids), like.device.put(np.asarray(begin, np.int64))
 
 
 def _previous(previous: Any, B: int, single: bool) -> tuple[Array, Array]:

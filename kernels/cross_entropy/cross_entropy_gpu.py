@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-KEPT = 200 << 10  # bytes of a row that a block of the CUDA C++ twin keeps in shared memory
+HELD = 2 << 10  # bytes of shared memory that the CUDA C++ twin uses beside what it keeps of a row
 
 
 def cross_entropy_narrow(gpu: Any, narrow: Any, targets: Any) -> None:
@@ -37,7 +37,7 @@ def cross_entropy_forward(
     if R == 0:
         return
     if gpu.twin == "cuda":
-        kept = _kept(logits, V)
+        kept = _kept(gpu, logits, V)
         arguments = [loss, stats, dlogits, logits, targets, scale, V, ignore_index, kept]
         gpu.cuda(f"cross_entropy_forward_{_suffix(logits)}", (R,), _threads(V), arguments, shared=kept)
         return
@@ -72,7 +72,7 @@ def log_softmax(gpu: Any, y: Any, logits: Any) -> None:
     if R == 0:
         return
     if gpu.twin == "cuda":
-        kept = _kept(logits, V)
+        kept = _kept(gpu, logits, V)
         gpu.cuda(f"log_softmax_{_suffix(logits)}", (R,), _threads(V), [y, logits, V, kept], shared=kept)
         return
     gpu.triton("log_softmax", (R,), {"y": y, "logits": logits, "V": V}, plain=("V",), warps=8, BLOCK=4096)
@@ -102,8 +102,10 @@ def _threads(V: int) -> int:
     return 256 if V <= 8192 else 512
 
 
-def _kept(logits: Any, V: int) -> int:
-    return min(-(-V * logits.dtype.itemsize // 16) * 16, KEPT)
+def _kept(gpu: Any, logits: Any, V: int) -> int:
+    """Bytes of a row that a block keeps."""
+    room: int = gpu.device.shared_memory - HELD
+    return min(-(-V * logits.dtype.itemsize // 16) * 16, room // 16 * 16)
 
 
 def _suffix(x: Any) -> str:

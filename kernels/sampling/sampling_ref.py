@@ -19,9 +19,10 @@ CASES: list[dict[str, Any]] = [
     {"shape": (2, 4099), "top_k": 1000, "min_p": 0.01, "penalty": 1.3},
     {"shape": (1, 4099), "temperature": 0.0, "penalty": 1.3, "ties": True},
     {"shape": (1, 3000), "top_p": 0.7, "spread": 0.0},
-    {"shape": (1, 50257), "top_p": 0.9, "spread": 1.0, "penalty": 1.1},
-    {"shape": (1, 50257), "top_p": 0.9, "spread": 0.002},  # all in one bucket
-    {"shape": (2, 50257), "masked": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8},
+    {"shape": (1, 4200), "top_p": 0.9, "spread": 0.002, "penalty": 1.1},  # all in one bucket
+    {"shape": (1, 50257), "top_p": 0.9, "spread": 1.0, "penalty": 1.1, "large": True},
+    {"shape": (1, 50257), "top_p": 0.9, "spread": 0.002, "large": True},
+    {"shape": (2, 50257), "masked": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8, "large": True},
     {"shape": (1, 50257), "bench": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8},
     {"shape": (1, 128256), "bench": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8},
     {"shape": (1, 50257), "bench": True, "top_p": 0.9, "spread": 1.0},

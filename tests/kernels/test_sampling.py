@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastlm import _C, backend, ops
-from fastlm.testing import case_id, cases, oracle, rng
+from fastlm.testing import case_id, cases, oracle, put_all, rng
 
 REF = oracle("sampling")
 CASES = pytest.mark.parametrize("case", cases("sampling"), ids=case_id)
@@ -31,6 +31,19 @@ def middles(row: np.ndarray, **settings) -> tuple[np.ndarray, np.ndarray]:
 def test_against_oracle(isa, case):
     inputs = REF.inputs(case, rng(case))
     np.testing.assert_array_equal(ops.sample(**inputs), REF.forward(**inputs))
+
+
+def check_on_device(case, put):
+    """The oracle's tokens, for the case's uniform numbers and for some that fall into the middle of a kept token's share."""
+    inputs = REF.inputs(case, rng(case))
+    np.testing.assert_array_equal(ops.sample(**put_all(inputs, put)).numpy(), REF.forward(**inputs))
+    if inputs["temperature"] == 0:
+        return
+    row, settings = inputs["logits"][0], {k: inputs[k] for k in SETTINGS}
+    ids, uniform = middles(row, **settings)
+    chosen = np.unique([0, ids.size // 2])
+    got = ops.sample(put(np.tile(row, (chosen.size, 1))), uniform=uniform[chosen], **settings)
+    np.testing.assert_array_equal(got.numpy(), ids[chosen])
 
 
 @CASES

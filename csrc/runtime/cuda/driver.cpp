@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 
 // Every function of the driver that is used; the names resolve to the versioned symbols that cuda.h maps them to.
@@ -286,8 +287,15 @@ CUfunction function(CUmodule module, const char* name, int shared) {
     enter();
     CUfunction f = nullptr;
     check(d.cuModuleGetFunction(&f, module, name), name);
-    if (shared > 48 * 1024)
+    // The limit belongs to the function, which launches of other sizes have too: it only grows.
+    static std::mutex guard;
+    static std::map<CUfunction, int> limits;
+    const std::lock_guard<std::mutex> hold(guard);
+    int& limit = limits.try_emplace(f, 48 * 1024).first->second;
+    if (shared > limit) {
         check(d.cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared), "opting into shared memory");
+        limit = shared;
+    }
     return f;
 }
 
