@@ -1,7 +1,7 @@
 """Decoding steps that are recorded once and then run in C++: see "A recorded step" in CONTRIBUTING.md.
 
 A `Decoder` advances all sequences of a cache by one id. Its first step runs in Python as usual and is recorded. The next runs both
-ways, once for each model, batch and kind of step (and again until every sequence has read another id than it was recorded with): where
+ways, once for each model, batch and kind of step, and where it reads the ids that it was recorded with, once more with others: where
 logits, ids, lengths or cache differ in one bit, the model is stepped in Python from then on, as it is where recording was refused.
 `why_not(model)` says why, and the logger "fastlm.generate" says it once. FASTLM_RECORD=0 turns recording off.
 """
@@ -100,6 +100,24 @@ class Decoder:
         return logits
 
     def _compare(self) -> Array:
+        logits = self._both_ways()
+        if not (self._python or self._unlike.all() or self.cache.full):
+            self._try_other_ids()
+        if not self._python and self._unlike.all():
+            self._verdicts[self._kind] = ""
+        return logits
+
+    def _try_other_ids(self) -> None:
+        """The next step with ids unlike those that were recorded: what depends on these alone would not show. It leaves no trace."""
+        before = [a.copy() for a in self._state]
+        self.ids[...] = (self._recorded_ids + 1) % self.model.config.vocab_size
+        try:
+            self._both_ways()
+        finally:
+            for a, b in zip(self._state, before, strict=True):
+                a[...] = b
+
+    def _both_ways(self) -> Array:
         """The same step both ways: first as recorded, so that nothing which the ordinary step leaves behind can help it."""
         assert self.recording is not None
         before = [a.copy() for a in self._state]
@@ -120,8 +138,6 @@ class Decoder:
         if differ:
             wrong = " and ".join(dict.fromkeys(differ))
             self._refuse(f"run again, the recorded step gives other {wrong}: it computes outside kernels")
-        elif self._unlike.all():  # with the ids that were recorded, what depends on them alone would not show
-            self._verdicts[self._kind] = ""
         return logits
 
     def _refuse(self, reason: str) -> None:

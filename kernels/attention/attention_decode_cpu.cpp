@@ -4,6 +4,9 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+constexpr int64_t kAloneKeys = 12000;  // numbers of keys and values below which waking a thread costs more than it gives
+constexpr int64_t kNear = 1 << 13;     // numbers that the first cache holds
+
 int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
 
 int64_t longest(const AttentionInputs& p) {
@@ -48,13 +51,14 @@ void forward(const AttentionForward& p) {
     const AttentionInputs& in = p.in;
     const int64_t R = in.T * (in.H / in.G), chunks = most(1, chunks_of(longest(in))), width = row_width(in);
     if (in.B * in.G * R == 0) return;
+    // Waking a thread costs some microseconds: a small call is one piece, and then neighbours stay together.
+    const bool small = in.B * in.G * longest(in) * (in.D + in.E) <= kAloneKeys;
     int64_t groups = least(in.G, most(1, kMaxRows / R));
-    while (groups > 1 && in.B * chunks * ((in.G + groups - 1) / groups) < 4 * num_threads()) groups = (groups + 1) / 2;
+    while (!small && groups > 1 && in.B * chunks * ((in.G + groups - 1) / groups) < 4 * num_threads()) groups = (groups + 1) / 2;
     const int64_t blocks = (in.G + groups - 1) / groups, pieces = in.B * chunks * blocks;
     const int64_t cost = least(longest(in), kChunk) * groups * (in.D + in.E);
-    // Waking a thread costs some microseconds: a piece is worth about two, and a small call is one piece.
-    const int64_t grain = pieces * cost <= 100000 ? pieces : most(1, 16000 / most(1, cost));
-    const bool far = in.B * in.G * longest(in) * (in.D + in.E) > (1 << 17);  // numbers; half a megabyte of float32
+    const int64_t grain = small ? pieces : most(1, 8000 / most(1, cost));
+    const bool far = in.B * in.G * longest(in) * (in.D + in.E) > kNear;
     parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t g = i % blocks * groups, n = least(groups, in.G - g), c = i / blocks % chunks, b = i / blocks / chunks;

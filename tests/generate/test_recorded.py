@@ -172,6 +172,24 @@ def test_rows_that_end_are_recorded_anew(watch: Watch, monkeypatch: pytest.Monke
     assert watch.recordings > 1, "the rows must end at different steps for this test to mean anything"
 
 
+def test_one_id_again_and_again(watch: Watch) -> None:
+    """A model that repeats itself is looked at once all the same, with other ids; the look leaves no trace."""
+    model = tiny("llama")
+    cache = model.new_cache(2, 40)
+    model.logits(np.array([[1, 2, 3], [3, 2, 1]]), cache, last=True)
+    decoder = recorded.Decoder(model, cache)
+    for n in range(20):
+        decoder.ids[:] = 5
+        logits = decoder.step()
+        assert cache.lengths.tolist() == [4 + n] * 2
+    assert watch.runs == 20  # the first step is recorded, the second run with its own ids and with others
+    other = model.new_cache(2, 40)
+    model.logits(np.array([[1, 2, 3], [3, 2, 1]]), other, last=True)
+    for _ in range(20):
+        expected = model.logits(np.full((2, 1), 5), other, last=True)
+    assert logits.tobytes() == expected.tobytes()
+
+
 def test_other_threads(watch: Watch, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     model = tiny("llama")
     cache = model.new_cache(1, 20)
