@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fastlm.kernels.matmul import matmul_tiles as tiles
 
 _ROWS = 32  # rows that one piece sums into one partial, as kLinearRows
@@ -79,6 +81,67 @@ def linear_activation(gpu: Any, y: Any, z: Any, activation: int) -> None:
     M = z.size // N if N else 0
     arguments = {"y": y, "z": z, "M": M, "N": N, "activation": activation}
     gpu.triton("linear_activation", (-(-z.size // 1024),), arguments, plain=("M", "N", "activation"), BLOCK=1024)
+
+
+def grouped_linear(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: Any, how: Any, types: Any, activation: int) -> None:
+    """y (P, N) = act(x_e W_e^T) by runs of rows; counts (E,) int64 on the device, weights E arrays (N, K). z as in `matmul`."""
+    if any(how):
+        raise TypeError("[grouped_linear] quantised experts have no product on a device yet.")
+    _rows(gpu, y, z, x, counts, weights, True, activation)
+
+
+def grouped_linear_dx(gpu: Any, dx: Any, dy: Any, counts: Any, weights: Any) -> None:
+    """dx (P, K) = dy_e W_e by runs of rows."""
+    _rows(gpu, dx, None, dy, counts, weights, False, 0)
+
+
+def grouped_linear_dweights(gpu: Any, dweights: Any, dy: Any, x: Any, counts: Any) -> None:
+    """dweights, E arrays (N, K) float32, += dy_e^T x_e over each expert's run of rows."""
+    E, P, M, N = len(dweights), x.shape[0], dy.shape[1], x.shape[1]
+    if not (E and P and M and N):
+        return
+    kinds, layout = (_type(dy), _type(x), tiles.WIDE), (True, False)
+    _known("grouped_linear", kinds, layout)
+    tile, plain = tiles.group_form(kinds, layout, {"M": M, "N": N, "K": P}, E)
+    arguments = {"c": dweights[0], "offsets": _offsets(gpu, dweights), "a": dy, "b": x, "counts": counts, "E": E, "M": M, "N": N}
+    grid = E * -(-M // tile[0]["BM"]) * -(-N // tile[0]["BN"])
+    gpu.triton("grouped_weights", (grid,), arguments, plain=("E", *plain), EXPERTS=tiles.EXPERTS, **tiles.launch(tile))
+
+
+def _rows(gpu: Any, c: Any, z: Any, a: Any, counts: Any, weights: Any, b_t: bool, activation: int) -> None:
+    E, (P, N), K = len(weights), c.shape, a.shape[1]
+    if not (E and P and N):
+        return
+    kinds, layout = (_type(a), _type(weights[0]), _type(c)), (False, b_t)
+    _known("grouped_linear", kinds, layout)
+    tile, plain = tiles.group_form(kinds, layout, {"M": P, "N": N, "K": K}, E)
+    arguments = {"c": c, "z": c if z is None else z, "a": a, "b": weights[0], "offsets": _offsets(gpu, weights), "counts": counts}
+    sizes = {"E": E, "N": N, "K": K, "flags": 0 if z is None else 2, "activation": activation}
+    most = -(-P // tile[0]["BM"]) + min(E, P)  # tiles of rows: every run may leave one that is not full
+    gpu.triton(
+        "grouped_rows", (most * -(-N // tile[0]["BN"]),), arguments | sizes, plain=("E", "flags", "activation", *plain),
+        B_T=b_t, EXPERTS=tiles.EXPERTS, **tiles.launch(tile),
+    )  # fmt: skip
+
+
+_tables: dict[Any, Any] = {}  # kept, so that a recorded step finds its table
+
+
+def _offsets(gpu: Any, arrays: Any) -> Any:
+    """How many elements each array begins after the first, (E,) int64 on the device."""
+    at = tuple((x.pointer - arrays[0].pointer) // x.dtype.itemsize for x in arrays)
+    key = id(gpu.device), at
+    if key not in _tables:
+        if len(_tables) >= 256:
+            _tables.clear()
+        _tables[key] = gpu.device, gpu.device.put(np.array(at, np.int64))
+    return _tables[key][1]
+
+
+def _known(op: str, types: tuple[str, str, str], layout: tuple[bool, bool]) -> None:
+    if not tiles.listed(types, layout):
+        names = [t.removeprefix("*") for t in types]
+        raise TypeError(f"[{op}] rows, weights and result must be float32 or bfloat16 that go together, got {', '.join(names)}.")
 
 
 def _type(x: Any) -> str:

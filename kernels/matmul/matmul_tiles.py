@@ -59,6 +59,36 @@ def products() -> list[tuple[tuple[str, str, str], tuple[bool, bool], Tile, tupl
     return found
 
 
+EXPERTS = 32  # counts of runs that are looked at together
+
+
+def group_form(
+    types: tuple[str, str, str], layout: tuple[bool, bool], sizes: dict[str, int], E: int
+) -> tuple[Tile, tuple[str, ...]]:
+    """As `form`, for runs of rows of E experts; the number of rows of a run is not known."""
+    a_t, half = layout[0], types[:2] == (HALF, HALF)
+    rows = sizes["K" if a_t else "M"]
+    (tile, options), plain = form(types, layout, sizes | {"K" if a_t else "M": max(rows, 32)}, 1)
+    if not a_t and rows <= 32 and layout[1] and sizes["K"] % 16 == 0:
+        return (FEW if half else FEW_WIDE), ("M", "N")
+    if (tile, options) == LARGE and not a_t and rows < 128 * E:
+        return EVEN, tuple(n for n in ALL if n not in ROWS[layout])
+    return (tile, options), plain
+
+
+def groups() -> list[tuple[tuple[str, str, str], tuple[bool, bool], Tile, tuple[str, ...]]]:
+    """As `products`, of what `group_form` gives."""
+    found = []
+    for types, layout, *_ in products():
+        if (types, layout) in (((HALF, HALF, HALF), (True, False)), ((HALF, HALF, WIDE), (False, True))):
+            continue
+        for M, N, K in ((33, 17, 17), (16, 16, 16), (33, 32, 32), (16 * MANY * 128, 128, 32), (128, 16 * MANY * 128, 32)):
+            one = types, layout, *group_form(types, layout, {"M": M, "N": N, "K": K}, 1)
+            if one not in found:
+                found.append(one)
+    return found
+
+
 def listed(types: tuple[str, str, str], layout: tuple[bool, bool]) -> bool:
     """Whether such a product is compiled."""
     return any(one[:2] == (types, layout) for one in products())

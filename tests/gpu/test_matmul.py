@@ -99,3 +99,50 @@ def test_refuses():
             ops.linear(half, half, wide[0])
         with pytest.raises(ValueError, match=r"must follow one another, 16 elements, got a step of 8"):
             on.table.matmul(wide, None, wide, wide, None, None, 2, 4, 4, 4, 8, 16, False, False, 0, False, 0)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("counts", "N", "K", "dtypes"),
+    [
+        ((3, 0, 70, 1, 5), 33, 17, "ff"),
+        ((3, 0, 70, 1, 5), 48, 32, "fb"),
+        ((70, 0, 0, 9), 33, 17, "bb"),
+        ((0, 65, 2), 80, 48, "bb"),
+        ((200, 130, 0), 144, 32, "bb"),
+        ((1, 0, 0, 1), 48, 160, "bb"),
+        ((1, 0, 0, 1), 48, 64, "ff"),
+        ((1,) * 34, 16, 16, "ff"),
+        ((0, 0), 5, 6, "ff"),
+    ],
+)
+def test_grouped(counts, N, K, dtypes, monkeypatch):
+    """Runs of rows times their own matrices, and both gradients; the weights' arrays lie anywhere."""
+    monkeypatch.setattr(tiles, "MANY", 4)
+    rng, E, P = np.random.default_rng(2), len(counts), sum(counts)
+    row, weight = (np.dtype(BFLOAT16 if d == "b" else np.float32) for d in dtypes)
+    x, dy, w = held(rng, (P, K), row), held(rng, (P, N), row), held(rng, (E, N, K), weight)
+    spans = [slice(sum(counts[:e]), sum(counts[: e + 1])) for e in range(E)]
+    with emulated(twin="triton") as on:
+        there, n = [on.put(w[e].astype(weight)) for e in reversed(range(E))][::-1], on.put(np.array(counts, np.int64))
+        xs, dys = on.put(x.astype(row)), on.put(dy.astype(row))
+        y, z, dx = on.empty((P, N), row), on.empty((P, N), row), on.empty((P, K), row)
+        dws = [on.put(np.ones((N, K), np.float32)) for _ in counts]
+        on.table.grouped_linear(y, z, xs, n, there, [0] * E, [0] * E, 4)
+        on.table.grouped_linear_dx(dx, dys, n, there)
+        if dtypes != "fb":
+            on.table.grouped_linear_dweights(dws, dys, xs, n)
+        got = y.numpy(), z.numpy(), dx.numpy()
+        for e, s in enumerate(spans):
+            exact = x[s].astype(np.float64) @ w[e].astype(np.float64).T
+            assert_within(got[1][s], exact, bound(x[s], w[e].T), row)
+            assert_within(got[0][s], np.maximum(exact, 0), bound(x[s], w[e].T), row)
+            assert_within(got[2][s], dy[s].astype(np.float64) @ w[e].astype(np.float64), bound(dy[s], w[e]), row)
+            if dtypes != "fb":
+                exact = dy[s].T.astype(np.float64) @ x[s].astype(np.float64) + 1
+                assert_within(dws[e].numpy(), exact, bound(dy[s].T, x[s]) + 2.0**-22, np.dtype(np.float32))
+    from fastlm.cuda.images import variant
+    from fastlm.kernels.matmul.matmul_triton import variants
+
+    listed = {variant(*v) for v in variants()}
+    assert on.launched.get("matmul", set()) <= listed
