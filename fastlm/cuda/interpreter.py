@@ -99,8 +99,11 @@ def _patch() -> None:
     def up(t: Any) -> Any:
         return handle(widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t
 
-    dot = builder.create_dot
-    builder.create_dot = lambda self, a, b, d, *rest: dot(self, up(a), up(b), d, *rest)
+    def plain(t: Any) -> Any:
+        return handle(np.ascontiguousarray(up(t).data), up(t).dtype)
+
+    dot = builder.create_dot  # of contiguous operands: then a b and the transposed b' a' are summed in one order, as on a GPU
+    builder.create_dot = lambda self, a, b, d, *rest: dot(self, plain(a), plain(b), d, *rest)
     cast = builder.cast_impl
 
     def cast_impl(self: Any, source: Any, type: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm import backend
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.ops.cache_append import CACHE_KINDS, SCALE, head_view
 from fastlm.ops.shape import gradients_like
@@ -40,6 +40,8 @@ def attention(
     lengths[b] - T + t. causal: a query sees the keys up to itself, else all valid ones; window: only the last `window` of these.
     A query that sees nothing gives zeros, and has zero gradient.
     Returns (B, T, H, E) float32, a Tensor where an input is one. Gradients for q, k, v and bias.
+    On a device q, k, v and the result may be bfloat16, bias in either, and a row's bits may depend on T and S, but not on the batch;
+    there the values of `lengths` are not checked, since they would have to be waited for.
     Raises TypeError for a dtype, ValueError for a shape or a value out of range.
     """
     qd = head_view("attention", "q", data(q))
@@ -56,24 +58,25 @@ def attention(
         )
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
-    ld = None if lengths is None else _lengths(lengths, B, S)
+    ld = None if lengths is None else _lengths(lengths, B, S, qd)
     reach = _window("attention", window)
 
-    y = backend.empty((B, T, H, E))
+    y = backend.empty((B, T, H, E), qd.dtype, like=qd)
     if not recording(q, k, v, bias):
-        _C.attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
+        kernels(qd).attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
         return wrap(y, q, k, v, bias)
-    if kd.dtype != _F32:
-        raise TypeError(f"[attention] k and v must be float32 where a gradient is wanted, got {kd.dtype}: a cache has none.")
-    stats = backend.empty((B, T, H, 2))
+    if kd.dtype != qd.dtype:
+        raise TypeError(f"[attention] k and v must be {qd.dtype} where a gradient is wanted, got {kd.dtype}: a cache has none.")
+    stats = backend.empty((B, T, H, 2), like=qd)
     ld = None if ld is None else ld.copy()  # a cache's own array, which moves on
-    _C.attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
+    kernels(qd).attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
 
     def backward(dy: Array) -> Sequence[Array | None]:
         dq, dk, dv = _gradients(qd, kd, vd)
         target = leaf(bias)
-        dbias = target.grad_buffer() if target is not None else backend.zeros(bias.shape) if needs_grad(bias) else None
-        _C.attention_backward(dq, dk, dv, dbias, np.ascontiguousarray(dy), y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
+        dbias = target.grad_buffer() if target is not None else backend.zeros(bias.shape, like=qd) if needs_grad(bias) else None
+        dy = contiguous(dy)
+        kernels(qd).attention_backward(dq, dk, dv, dbias, dy, y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
         return dq, dk, dv, None if target is not None else dbias
 
     return record(y, (q, k, v, bias), backward)
@@ -94,6 +97,8 @@ _EXTRA = {0: "", SCALE: f" + {SCALE}"}
 
 def _gradients(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
     """Memory for the gradients: pieces of one array where q, k and v are pieces of one projection, so that `split` copies nothing."""
+    if not isinstance(q, np.ndarray):
+        return tuple(backend.empty_like(x) for x in (q, k, v))
     parts = gradients_like(*(x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) for x in (q, k, v)))
     return tuple(part.reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
 
@@ -106,7 +111,8 @@ def attention_packed(
     q: (R, H, D), k: (R, G, D), v: (R, G, E) float32, any stride over rows. offsets: (N + 1,) int32 from 0 to R, growing: sequence n
     has the rows offsets[n] .. offsets[n + 1] and sees no other; one may be empty. scale, causal, window: as in `attention`.
     Returns (R, H, E) float32, a Tensor where an input is one, with the bits that `attention` gives each sequence alone. Gradients
-    for q, k and v. Raises TypeError for a dtype, ValueError for a shape or offsets that do not run from 0 to R.
+    for q, k and v. On a device all may be bfloat16, and offsets may be on the host or there, where they are waited for.
+    Raises TypeError for a dtype, ValueError for a shape or offsets that do not run from 0 to R.
     """
     op = "attention_packed"
     qd, kd, vd = (_packed_view(n, data(x)) for n, x in (("q", q), ("k", k), ("v", v)))
@@ -120,22 +126,24 @@ def attention_packed(
     scale = D**-0.5 if scale is None else check.number(op, "scale", scale)
     reach = _window(op, window)
     offsets = check.array(op, "offsets", offsets, dtype=np.int32, ndim=1)
-    lengths = np.diff(offsets)
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != R or (len(lengths) and lengths.min() < 0):
-        raise ValueError(f"[{op}] offsets must grow from 0 to R = {R}, got {_shortened(offsets)}. q is {qd.shape}.")
+    host = offsets if isinstance(offsets, np.ndarray) else offsets.numpy()
+    lengths = np.diff(host)
+    if len(host) == 0 or host[0] != 0 or host[-1] != R or (len(lengths) and lengths.min() < 0):
+        raise ValueError(f"[{op}] offsets must grow from 0 to R = {R}, got {_shortened(host)}. q is {qd.shape}.")
     longest = int(lengths.max(initial=0))
+    offsets = _beside(qd, offsets)
 
-    y = backend.empty((R, H, E))
+    y = backend.empty((R, H, E), qd.dtype, like=qd)
     if not recording(q, k, v):
-        _C.attention_packed_forward(y, None, qd, kd, vd, offsets, longest, reach, scale, causal)
+        kernels(qd).attention_packed_forward(y, None, qd, kd, vd, offsets, longest, reach, scale, causal)
         return wrap(y, q, k, v)
-    stats, offsets = backend.empty((R, H, 2)), offsets.copy()
-    _C.attention_packed_forward(y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
+    stats, offsets = backend.empty((R, H, 2), like=qd), offsets.copy()
+    kernels(qd).attention_packed_forward(y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dq, dk, dv = backend.empty(qd.shape), backend.empty(kd.shape), backend.empty(vd.shape)
-        dy = np.ascontiguousarray(dy)
-        _C.attention_packed_backward(dq, dk, dv, dy, y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
+        dq, dk, dv = (backend.empty_like(x) for x in (qd, kd, vd))
+        dy = contiguous(dy)
+        kernels(qd).attention_packed_backward(dq, dk, dv, dy, y, stats, qd, kd, vd, offsets, longest, reach, scale, causal)
         return dq, dk, dv
 
     return record(y, (q, k, v), backward)
@@ -143,8 +151,9 @@ def attention_packed(
 
 def _packed_view(name: str, x: Any) -> Array:
     """x (R, H, D) as it lies if the kernel can walk it, else a copy."""
-    if not isinstance(x, np.ndarray) or x.ndim != 3:
-        return check.array("attention_packed", name, x, ndim=3)
+    x = check.any_array("attention_packed", name, x)
+    if x.ndim != 3:
+        raise ValueError(f"[attention_packed] {name} must have 3 axes, got shape {x.shape}.")
     view: Array = head_view("attention_packed", name, x[None])[0]
     return view
 
@@ -163,24 +172,33 @@ def _window(op: str, window: int | None) -> int:
 
 def _bias(x: Any, B: int, T: int, S: int, H: int) -> Array:
     if not isinstance(x, np.ndarray) or x.dtype != _F32 or x.ndim != 4:
-        x = check.array("attention", "bias", x, ndim=4)
+        x = check.any_array("attention", "bias", x, _F32)
+        if x.ndim != 4:
+            raise ValueError(f"[attention] bias must have 4 axes, got shape {x.shape}.")
     b, h = x.shape[:2]
     if b not in (1, B) or h not in (1, H) or x.shape[2:] != (T, S):
         raise ValueError(
             f"[attention] bias must be (1 or B, 1 or H, T, S) with (B, H, T, S) = {(B, H, T, S)}, got {x.shape}. "
             "Give every axis; only batch and heads may be 1."
         )
-    fits = x.strides[3] == 4 or S == 1
-    result: Array = x if fits and all(s & 3 == 0 for s in x.strides) else np.ascontiguousarray(x)
+    size = x.dtype.itemsize
+    fits = x.strides[3] == size or S == 1
+    result: Array = x if fits and all(s & (size - 1) == 0 for s in x.strides) else contiguous(x)
     return result
 
 
-def _lengths(x: Any, B: int, S: int) -> Array:
+def _lengths(x: Any, B: int, S: int, q: Array) -> Array:
     if not isinstance(x, np.ndarray) or x.dtype != _I32 or x.shape != (B,) or not x.flags.c_contiguous:
         x = check.array("attention", "lengths", x, dtype=np.int32, ndim=1)
         check.shape("attention", "lengths", x, "(B,)", (B,))
-    values = x.tolist()
-    if values and (min(values) < 0 or max(values) > S):
-        raise ValueError(f"[attention] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
-    result: Array = x
-    return result
+    if isinstance(x, np.ndarray):
+        values = x.tolist()
+        if values and (min(values) < 0 or max(values) > S):
+            raise ValueError(f"[attention] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
+    return _beside(q, x)
+
+
+def _beside(q: Any, x: Any) -> Array:
+    """x where q is."""
+    there: Array = q.device.put(x) if isinstance(x, np.ndarray) and not isinstance(q, np.ndarray) else x
+    return there

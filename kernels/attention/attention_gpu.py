@@ -1,0 +1,292 @@
+"""Attention on the GPU, the host's side: the functions of csrc/bind/attention.cpp.
+
+The kernels want head dimensions and strides that are multiples of 16, so that rows are read by whole vectors. What is not so, the
+head dimensions 31 or 8, goes through copies that are padded with zeros; a cache in another type than q, read by many queries, is
+copied into q's once. A bfloat16 bias becomes float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+LOG2E = 1.4426950408889634
+
+HEADS = (64, 128, 256)  # head dimensions that kernels are compiled for
+# (rows, keys, warps, stages) by type and head dimension. They are held to 99 KB of shared memory, so that the portable form runs
+# on every card, and to no spilled register.
+FORWARD = {
+    ("bf16", 64): (128, 64, 4, 3),
+    ("bf16", 128): (128, 64, 8, 2),
+    ("bf16", 256): (64, 32, 8, 2),
+    ("fp32", 64): (64, 32, 8, 2),
+    ("fp32", 128): (32, 16, 4, 2),
+    ("fp32", 256): (16, 16, 4, 2),
+}
+BACKWARD = {
+    ("bf16", 64): (64, 64, 4, 2),
+    ("bf16", 128): (64, 64, 8, 2),
+    ("bf16", 256): (32, 32, 4, 1),
+    ("fp32", 64): (32, 32, 4, 1),
+    ("fp32", 128): (32, 32, 4, 1),
+    ("fp32", 256): (16, 16, 4, 1),
+}
+DECODE = {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
+COPIES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp32", "i8"), ("bf16", "i8"))  # to, from
+SPLITS = 64  # at most; a chunk has CHUNK keys or more
+CHUNK = 256
+DECODE_QUERIES = 16  # up to so many queries without a gradient, the keys are split
+
+
+def attention_forward(
+    gpu: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool
+) -> None:
+    (B, T, _, _), S = q.shape, k.shape[1]
+    bias = None if bias is None else _float32(gpu, bias)
+    if stats is None and 0 < T <= DECODE_QUERIES and S:
+        _decode(gpu, y, q, k, v, bias, lengths, window, scale, causal)
+        return
+    seen = {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}
+    _forward(gpu, y, stats, q, k, v, bias, seen, B, T, S, window, scale, causal)
+
+
+def attention_packed_forward(
+    gpu: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, offsets: Any, longest: int, window: int, scale: float, causal: bool
+) -> None:
+    seen = {"lengths": offsets, "form": 2}
+    y, q, k, v = (x[None] for x in (y, q, k, v))
+    _forward(gpu, y, stats, q, k, v, None, seen, offsets.shape[0] - 1, longest, longest, window, scale, causal)
+
+
+def attention_backward(
+    gpu: Any, dq: Any, dk: Any, dv: Any, dbias: Any, dy: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any,
+    lengths: Any, window: int, scale: float, causal: bool,
+) -> None:  # fmt: skip
+    (B, T, _, _), S = q.shape, k.shape[1]
+    seen = {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}
+    bias = None if bias is None else _float32(gpu, bias)
+    _backward(gpu, dq, dk, dv, dbias, dy, y, stats, q, k, v, bias, seen, B, T, S, window, scale, causal)
+
+
+def attention_packed_backward(
+    gpu: Any, dq: Any, dk: Any, dv: Any, dy: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, offsets: Any, longest: int,
+    window: int, scale: float, causal: bool,
+) -> None:  # fmt: skip
+    seen = {"lengths": offsets, "form": 2}
+    dq, dk, dv, dy, y, q, k, v = (x[None] for x in (dq, dk, dv, dy, y, q, k, v))
+    B = offsets.shape[0] - 1
+    _backward(gpu, dq, dk, dv, None, dy, y, stats, q, k, v, None, seen, B, longest, longest, window, scale, causal)
+
+
+_PLAIN = (
+    "form",
+    "biased",
+    "B",
+    "T",
+    "S",
+    "H",
+    "share",
+    "tiles",
+    "splits",
+    "chunk",
+    "bias_batch",
+    "bias_head",
+    "bias_time",
+    "causal",
+)
+_PLAIN += ("window", "batches", "heads", "row_tiles", "key_tiles", "rows", "width", "out_width")
+
+
+def _forward(
+    gpu: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any, seen: dict[str, Any], B: int, T: int, S: int, window: int,
+    scale: float, causal: bool,
+) -> None:  # fmt: skip
+    if not y.size:
+        return
+    E, whole, H = y.shape[3], _whole(gpu, y), q.shape[2]
+    q = _aligned(gpu, q)
+    k, v = (_aligned(gpu, x, q.dtype, seen) for x in (k, v))
+    stats = gpu.empty((*q.shape[:3], 2), np.float32) if stats is None else stats
+    head = _head(q.shape[3], E)
+    rows, keys, warps, stages = FORWARD[_name(q), head]
+    tiles = -(-T // rows)
+    shared = {"q": q, "k": k, "v": v, "bias": bias} | seen | _sizes(q, k, v, T, S) | {"tiles": tiles}
+    arguments = {"y": whole, "stats": stats} | shared | _strides(q=q, k=k, v=v) | _masks(bias, causal, window, scale)
+    gpu.triton(
+        "attention_forward", (tiles * B * H,), arguments, plain=_PLAIN, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys
+    )
+    _into(gpu, y, whole)
+
+
+def _backward(
+    gpu: Any, dq: Any, dk: Any, dv: Any, dbias: Any, dy: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any,
+    seen: dict[str, Any], B: int, T: int, S: int, window: int, scale: float, causal: bool,
+) -> None:  # fmt: skip
+    outs = [dq, dk, dv]
+    dq, dk, dv = (_whole(gpu, x) for x in outs)
+    q, k, v, dy, y = (_aligned(gpu, x) for x in (q, k, v, dy, y))
+    (H, G), head = (q.shape[2], k.shape[2]), _head(q.shape[3], v.shape[3])
+    rows, keys, warps, stages = BACKWARD[_name(q), head]
+    delta = gpu.empty(q.shape[:3], np.float32)
+    masks, sizes = _masks(bias, causal, window, scale), _sizes(q, k, v, T, S)
+
+    def launch(kernel: str, programs: int, arguments: dict[str, Any]) -> None:
+        gpu.triton(
+            kernel, (programs,), arguments | masks, plain=_PLAIN, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys
+        )
+
+    shared = {"q": q, "k": k, "v": v, "bias": bias} | seen
+    row_tiles, key_tiles = -(-T // rows), -(-S // keys)
+    given = {"dq": dq, "delta": delta, "dy": dy, "y": y, "stats": stats} | shared | sizes | {"tiles": row_tiles}
+    launch("attention_backward_q", row_tiles * B * H, given | _strides(dq=dq, q=q, k=k, v=v))
+    given = {"dk": dk, "dv": dv, "delta": delta, "dy": dy, "stats": stats} | shared | sizes | {"tiles": key_tiles}
+    launch("attention_backward_kv", key_tiles * B * G, given | _strides(dk=dk, dv=dv, q=q, k=k, v=v))
+    if dbias is not None:
+        batches, heads = dbias.shape[:2]
+        given = {"dbias": dbias, "delta": delta, "dy": dy, "stats": stats} | shared | {"B": B} | sizes
+        given |= {"batches": batches, "heads": heads, "row_tiles": row_tiles, "key_tiles": key_tiles}
+        launch("attention_backward_bias", batches * heads * row_tiles * key_tiles, given | _strides(q=q, k=k, v=v))
+    for out, whole in zip(outs, (dq, dk, dv), strict=True):
+        _into(gpu, out, whole)
+
+
+def _decode(gpu: Any, y: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool) -> None:
+    if not y.size:
+        return
+    E, whole = y.shape[3], _whole(gpu, y)
+    q, bytes_ = _aligned(gpu, q), _is_bytes(k)
+    seen = {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}
+    fits = bytes_ and q.shape[3] == k.shape[3] - 4 and E % 16 == 0 and all(_fits(x, 4) for x in (k, v))
+    if not fits:
+        k, v = (_aligned(gpu, x, q.dtype if bytes_ else x.dtype, seen) for x in (k, v))
+    (B, T, H, D), S, G, E = q.shape, k.shape[1], k.shape[2], whole.shape[3]
+    chunk = max(CHUNK, -(-S // (64 * SPLITS)) * 64)
+    splits, head = -(-S // chunk), _head(D, E)
+    rows, keys, warps, stages = DECODE[head]
+    partial, sums = gpu.empty((B * T * H, splits, E), np.float32), gpu.empty((B * T * H, splits, 2), np.float32)
+    unit = 4 if fits else 1
+    strides = _strides(q=q) | {
+        f"{n}_{axis}": s // unit
+        for n, x in (("k", k), ("v", v))
+        for axis, s in (("batch", _stride(x, 0)), ("time", _stride(x, 1)), ("head", x.shape[3]))
+    }
+    arguments = {"partial": partial, "sums": sums, "q": q, "k": k, "v": v, "bias": sums if bias is None else bias} | seen
+    arguments |= {"biased": int(bias is not None), "T": T, "S": S, "H": H, "share": H // G, "D": D, "E": E}
+    arguments |= {"splits": splits, "chunk": chunk} | strides | _masks(bias, causal, window, scale)
+    del arguments["unit"]
+    plain = _PLAIN + (tuple(n for n in strides if n[0] in "kv") if fits else ())
+    grid = (splits * G * B, -(-T * (H // G) // rows))
+    gpu.triton("attention_decode", grid, arguments, plain=plain, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys)
+    arguments = {"y": whole, "partial": partial, "sums": sums, "splits": splits, "E": E}
+    gpu.triton("attention_combine", (B * T * H, -(-E // 64)), arguments, plain=("splits",), SPLITS=SPLITS, BLOCK=64)
+    _into(gpu, y, whole)
+
+
+# --- arguments ---
+
+
+def _name(x: Any) -> str:
+    return "bf16" if x.dtype.itemsize == 2 else "fp32"
+
+
+def _is_bytes(x: Any) -> bool:
+    return bool(x.dtype.itemsize == 1)
+
+
+def _head(D: int, E: int) -> int:
+    """The head dimension that holds both."""
+    for head in HEADS:
+        if max(D, E) <= head:
+            return head
+    raise ValueError(f"[attention] on a GPU head dimensions must be at most {HEADS[-1]}, got {max(D, E)}.")
+
+
+def _stride(x: Any, axis: int) -> int:
+    """In elements; that of an axis of one is arbitrary."""
+    return 0 if x.shape[axis] <= 1 else int(x.strides[axis] // x.dtype.itemsize)
+
+
+def _strides(**arrays: Any) -> dict[str, int]:
+    return {f"{n}_{axis}": _stride(x, i) for n, x in arrays.items() for i, axis in enumerate(("batch", "time"))}
+
+
+def _sizes(q: Any, k: Any, v: Any, T: int, S: int) -> dict[str, int]:
+    return {"T": T, "S": S, "H": q.shape[2], "share": q.shape[2] // k.shape[2], "D": q.shape[3], "E": v.shape[3]}
+
+
+def _masks(bias: Any, causal: bool, window: int, scale: float) -> dict[str, Any]:
+    strides = (0, 0, 0) if bias is None else tuple(_stride(bias, i) for i in range(3))
+    names = ("bias_batch", "bias_head", "bias_time")
+    unit = abs(scale) * LOG2E if scale else LOG2E
+    masks = {"causal": int(causal), "window": window, "scale": float(scale), "unit": unit}
+    return dict(zip(names, strides, strict=True)) | masks
+
+
+def _numbers(gpu: Any, x: Any) -> Any:
+    """x, or for None some array that is not read."""
+    return gpu.empty((1,), np.int32) if x is None else x
+
+
+# --- copies ---
+
+
+def _fits(x: Any, unit: int) -> bool:
+    """Whether x (B, T, heads, width) begins at a multiple of 16 bytes, its strides being multiples of `unit` elements."""
+    return x.pointer % 16 == 0 and all(n % unit == 0 for n in (_stride(x, 0), _stride(x, 1), x.shape[3]))
+
+
+def _aligned(gpu: Any, x: Any, dtype: Any = None, seen: dict[str, Any] | None = None) -> Any:
+    """x (B, T, heads, width) as the kernels read it, or a copy: of this dtype, and no further than the lengths in `seen`."""
+    dtype = x.dtype if dtype is None else dtype
+    if x.dtype == dtype and _fits(x, 16):
+        return x
+    width = x.shape[3] - 4 * _is_bytes(x)
+    out = gpu.empty((*x.shape[:3], -(-width // 16) * 16), dtype)
+    _copy(gpu, out, x, width, seen)
+    return out
+
+
+def _whole(gpu: Any, y: Any) -> Any:
+    """Where an output is written: y, or a padded array that `_into` copies from."""
+    return y if _fits(y, 16) else gpu.empty((*y.shape[:3], -(-y.shape[3] // 16) * 16), y.dtype)
+
+
+def _into(gpu: Any, y: Any, whole: Any) -> None:
+    if whole is y:
+        return
+    if y.pointer % 16:
+        gpu.device.assign(y, whole[..., : y.shape[3]])
+    else:
+        _copy(gpu, y, whole, y.shape[3])
+
+
+def _float32(gpu: Any, bias: Any) -> Any:
+    """bias (., ., T, S) in float32 from a multiple of 16 bytes."""
+    if bias.dtype == np.float32:
+        return bias if bias.pointer % 16 == 0 else bias.copy()
+    out = gpu.empty(bias.shape, np.float32)
+    b, h, T, S = bias.shape
+    _copy(gpu, out.reshape(b * h, T, 1, S), bias.copy().reshape(b * h, T, 1, S), S)
+    return out
+
+
+def _copy(gpu: Any, out: Any, x: Any, width: int, seen: dict[str, Any] | None = None) -> None:
+    if not out.size:
+        return
+    x = x if x.pointer % 16 == 0 else x.copy()
+    seen = {"lengths": _numbers(gpu, None), "form": 0} if seen is None or seen["form"] != 1 else seen
+    B, T, heads, _ = x.shape
+    arguments = {"out": out, "x": x} | seen | {"T": T, "heads": heads, "rows": B * T * heads, "width": width}
+    arguments |= (
+        {"out_width": out.shape[3]} | _strides(x=x) | {"x_head": x.shape[3]} | _strides(out=out) | {"out_head": out.shape[3]}
+    )
+    rows = B * T * heads
+    gpu.triton(
+        "attention_copy",
+        (-(-rows // 32),),
+        arguments,
+        plain=tuple(n for n in arguments if n not in ("out", "x", "lengths")),
+        ROWS=32,
+        BLOCK=64,
+    )
