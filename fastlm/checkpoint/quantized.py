@@ -22,7 +22,7 @@ class QuantizedArray:
 
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K" or "Q6_K". shape: (out, in), or more axes before `in`; `in` is a
     multiple of the kind's block. blocks: (rows, bytes of a row) uint8 with rows = the product of all axes but the last, possibly
-    memory-mapped. cache: where an operation keeps a repacked copy; it takes no part in comparison.
+    memory-mapped, or an array on a device. cache: where an operation keeps a repacked copy; it takes no part in comparison.
     activations: what `linear` multiplies the weights with: "float32", the default (every bit as if they had been dequantised), or
     "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it.
 
@@ -50,7 +50,8 @@ class QuantizedArray:
         for n in shape[:-1]:
             rows *= n
         expected = (rows, shape[-1] // values * size)
-        if not isinstance(blocks, np.ndarray) or blocks.dtype != np.uint8:
+        there = hasattr(blocks, "device") and hasattr(blocks, "pointer")  # on a device (fastlm.cuda)
+        if not (isinstance(blocks, np.ndarray) or there) or blocks.dtype != np.uint8:
             got = blocks.dtype if isinstance(blocks, np.ndarray) else type(blocks).__name__
             raise TypeError(f"[QuantizedArray] blocks must be a uint8 array, got {got}.")
         if blocks.shape != expected:
@@ -60,7 +61,7 @@ class QuantizedArray:
         set_ = object.__setattr__
         set_(self, "kind", kind)
         set_(self, "shape", shape)
-        set_(self, "blocks", np.ascontiguousarray(blocks))
+        set_(self, "blocks", blocks if there else np.ascontiguousarray(blocks))
         set_(self, "cache", {})
         if activations not in ACTIVATIONS:
             raise ValueError(f"[QuantizedArray] activations must be 'float32' or 'int8', got {activations!r}.")
@@ -108,7 +109,11 @@ class QuantizedArray:
         return other
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weights as float32, (out, in): the bits of ggml's reference."""
+        """The weights as float32, (out, in), where the blocks are: the bits of ggml's reference."""
+        if not isinstance(self.blocks, np.ndarray):
+            there = self.blocks.device.empty(self.shape)
+            self.blocks.device.table.dequantize(there, self.blocks, None, FORMATS[self.kind][0])
+            return there
         w = _empty((self.blocks.shape[0], self.shape[-1]))
         _C.dequantize(w, self.blocks, None, FORMATS[self.kind][0])
         return w.reshape(self.shape)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastlm import ops
+from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.cuda.array import DeviceArray
 from fastlm.cuda.emulated import emulated
 from fastlm.cuda.images import variant
@@ -236,6 +237,31 @@ def test_cache_kinds(G, D, E, held, new):
     for g, before, w in zip(got, (keys, values), want, strict=True):
         np.testing.assert_array_equal(g[:, :, 0].view(np.uint8), before.view(np.uint8))
         assert_same(ref.unpacked(np.ascontiguousarray(g[:, :, 1])), ref.unpacked(w))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantised_rows(kind):
+    """Rows of a table that stays quantised: the bits of the CPU, as float32 or rounded; random bytes, scales of every sort."""
+    ref, C = oracle("dequantize"), 3 * FORMATS[kind][1]
+    blocks = ref.random_blocks(kind, (40, C), np.random.default_rng(5))
+    with np.errstate(all="ignore"):
+        want = ref.forward(kind, (40, C), blocks)
+    ids = rng.integers(0, 40, (2, 35))
+    with emulated(twin="triton") as on:
+        table = QuantizedArray(kind, (40, C), on.put(blocks))
+        assert_same(table.dequantize().numpy(), want)
+        got = ops.embedding(ids, table)
+        assert got.dtype == np.float32
+        assert_same(got.numpy(), want[ids])
+        assert_same(ops.embedding(on.put(ids), table).numpy(), want[ids])
+        rounded = ops.embedding(ids, table, BFLOAT16).numpy()
+        with np.errstate(all="ignore"):
+            assert_same(rounded.astype(np.float32), want[ids].astype(BFLOAT16).astype(np.float32))
+        ids[1, 3], ids[0, 0] = -1, 40
+        got = ops.embedding(on.put(ids), table).numpy()
+    assert np.isnan(got[1, 3]).all()
+    assert np.isnan(got[0, 0]).all()
+    assert_same(got[0, 1:], want[ids[0, 1:]])
 
 
 def assert_same(got, want):
