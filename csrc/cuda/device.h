@@ -9,7 +9,7 @@
 // An array in shared memory, poisoned before each block runs.
 #define FASTLM_SHARED(Type, name, count)                                             \
     static const size_t name##_at = emulator::reserve(sizeof(Type) * size_t(count)); \
-    Type* const name = reinterpret_cast<Type*>(emulator::shared_base() + name##_at)
+    Type* const name = reinterpret_cast<Type*>(emulator::static_shared() + name##_at)
 // The dynamic shared memory of the launch, aligned to 1024 bytes.
 #define FASTLM_DYNAMIC_SHARED(name) char* const name = emulator::dynamic_shared()
 // Makes a kernel known by its name. On the device the name is the entry point.

@@ -64,9 +64,9 @@ struct Fiber {
     std::vector<char> stack;
     dim3 thread;
     bool done = false;
-    uint64_t exchanged = 0;  // what a shuffle hands to the other lanes
-    void* handed = nullptr;  // the same for warp_together
-    Pending copies;          // cp.async
+    uint64_t exchanged = 0;            // what a shuffle hands to the other lanes
+    void* handed = nullptr;            // the same for warp_together
+    Pending copies, stores, products;  // cp.async, stores by TMA, wgmma
 };
 
 struct Barrier {
@@ -83,8 +83,10 @@ struct State {
     Barrier all, named[16];
     std::vector<Barrier> warps;
     std::vector<char> shared;
+    size_t dynamic = 0;  // bytes of it, whole kilobytes
     std::string error;
-    bool eager = false;       // asynchronous work is done at once, not where it is waited for
+    std::multimap<const void*, std::function<void()>> bulk;  // TMA's loads by the barrier that waits for them
+    bool eager = false;                                      // asynchronous work is done at once, not where it is waited for
     unsigned long steps = 0;  // counts what a scheduler round brought about: no step in a round is a deadlock
 };
 inline State state;
@@ -139,7 +141,7 @@ template <class T> T shuffle(T value, size_t from) {
     return result;
 }
 
-// Static shared arrays lie at the start of the block's shared memory, dynamic ones after them.
+// Static shared arrays lie after the dynamic memory, which descriptors of matrices can reach only at the start.
 constexpr size_t kStatic = 64 << 10;
 inline size_t& reserved() {
     static size_t bytes = 0;
@@ -154,10 +156,12 @@ inline size_t reserve(size_t bytes) {
 inline char* shared_base() {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(state.shared.data()) + 1023) & ~uintptr_t(1023));
 }
-inline char* dynamic_shared() { return shared_base() + kStatic; }
+inline char* dynamic_shared() { return shared_base(); }
+inline char* static_shared() { return shared_base() + state.dynamic; }
 
 inline void trampoline() {
     state.body();
+    self().stores.commit(), self().stores.wait(0);
     self().done = true;
     ++state.steps;
     swapcontext(&self().context, &state.scheduler);
@@ -167,13 +171,14 @@ inline void run_block(dim3 index, std::mt19937& random, bool shuffled) {
     const size_t n = state.fibers.size(), warps = (n + 31) / 32;
     state.block_index = index;
     state.all = Barrier();
+    state.bulk.clear();
     for (Barrier& b : state.named) b = Barrier();
     state.warps.assign(warps, Barrier());
     std::fill(state.shared.begin(), state.shared.end(), char(0xff));
     for (size_t i = 0; i < n; ++i) {
         Fiber& f = state.fibers[i];
         f.done = false;
-        f.copies.clear();
+        f.copies.clear(), f.stores.clear(), f.products.clear();
         f.thread = dim3(unsigned(i % state.block.x), unsigned(i / state.block.x % state.block.y),
                         unsigned(i / (state.block.x * state.block.y)));
         getcontext(&f.context);
@@ -271,7 +276,8 @@ extern "C" const char* emulate(const char* name, const int* grid, int block, int
     state.grid = dim3(unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2]));
     state.block = dim3(unsigned(block));
     state.eager = seed % 3 == 1;
-    state.shared.assign(size_t(shared) + 1024 + kStatic, 0);
+    state.dynamic = (size_t(shared) + 1023) / 1024 * 1024;
+    state.shared.assign(state.dynamic + 1024 + kStatic, 0);
     state.body = [&] { found->second.run(arguments); };
     state.fibers.assign(size_t(block), Fiber());
     for (Fiber& f : state.fibers) f.stack.resize(128 << 10);

@@ -5,6 +5,11 @@
 
 #include "csrc/cuda/device.h"
 
+// Where the instructions of sm_90a are to be had.
+#if defined(FASTLM_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTLM_HOPPER
+#endif
+
 #ifdef FASTLM_EMULATE
 #include "csrc/cuda/ptx_model.h"
 #else
@@ -89,4 +94,6 @@ __device__ __forceinline__ float exp2(float x) {
 }
 
 }  // namespace ptx
+
+#include "csrc/cuda/ptx_hopper.h"
 #endif

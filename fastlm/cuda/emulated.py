@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class Emulated(Device):
     name = "emulated"
     dlpack = (1, 0)
     capability = (9, 0)
+    multiprocessors = 3
     damaged = 0  # blocks whose guards were found overwritten, in all
 
     def __init__(self, libraries: Path | None = None, seed: int = 0) -> None:
@@ -82,6 +84,12 @@ class Emulated(Device):
 
     def synchronize(self) -> None:
         pass
+
+    def tensor_map(self, pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> bytes:
+        """As csrc/cuda/ptx_model.h reads it; what the driver would refuse is refused."""
+        if pointer % 16 or row_bytes % 16 or not (0 < box_rows <= 256 and 0 < box_columns <= 64):
+            raise ValueError("[cuda] a matrix for TMA begins and has rows at multiples of 16 bytes, and boxes of at most 256 rows.")
+        return struct.pack("<QQQQII88x", pointer, rows, columns, row_bytes, box_rows, box_columns)
 
     def graph(self, steps: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[[], None]:
         def replay() -> None:

@@ -59,6 +59,10 @@ class Device:
         """An entry point of a CUDA C++ file."""
         raise NotImplementedError
 
+    def tensor_map(self, pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> bytes:
+        """A matrix of bfloat16 for TMA, and the box that one copy takes: an argument of a kernel."""
+        raise NotImplementedError
+
     # --- what follows from these ---
 
     def launch(self, run: Run, grid: tuple[int, int, int], arguments: Sequence[Any], name: str) -> None:
@@ -186,6 +190,14 @@ class Cuda(Device):
 
         self.images = Images(self.capability)
         self._runs: dict[Any, Run] = {}
+
+    @property
+    def multiprocessors(self) -> int:
+        return int(self.properties["multiprocessors"])
+
+    def tensor_map(self, pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> bytes:
+        made: bytes = self._cuda.tensor_map(pointer, rows, columns, row_bytes, box_rows, box_columns)
+        return made
 
     def block(self, bytes: int) -> Any:
         return self._cuda.Block(bytes, self.stream)
