@@ -31,11 +31,11 @@ def load(case):
         with engine.making(where) as new:
             fastlm.LM(models.create(SHAPES.get(case["model"], lambda: case["model"])())).save(new)
     lm = fastlm.load(where, "bfloat16" if kind == "bf16" else "float32")
-    return lm if kind in ("f32", "bf16") else lm.quantize("Q8_0" if kind == "int8" else kind.upper(), activations="int8")
+    return lm if kind in ("f32", "bf16") else lm.quantize("Q8_ROW" if kind == "int8" else kind.upper(), activations="int8")
 
 
 def label(case):
-    how = {"f32": "f32", "bf16": "bf16", "int8": "q8_0 x int8"}.get(case["kind"], f"{case['kind']} x int8")
+    how = {"f32": "f32", "bf16": "bf16", "int8": "q8_row x int8"}.get(case["kind"], f"{case['kind']} x int8")
     return f"{how}, {engine.threads()} threads"
 
 

@@ -17,11 +17,14 @@ FASTLM_INLINE vi set_bytes(const uint8_t* p) {
 }
 
 // acc + the dot products of the lanes' bytes, u0 with s0 and u1 with s1. u is unsigned and below 2^Bits, s signed and above -128.
+// dot8: of one pair, u of all 8 bits.
 #if defined(FASTLM_VNNI) && defined(FASTLM_ISA_AVX512)
+FASTLM_INLINE vi dot8(vi acc, vi u, vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, u0, s0), u1, s1);
 }
 #elif defined(FASTLM_VNNI)
+FASTLM_INLINE vi dot8(vi acc, vi u, vi s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, u0, s0), u1, s1);
 }
@@ -31,32 +34,41 @@ template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
 #else
 #define FASTLM_I(name) _mm256_##name
 #endif
+// Even and odd bytes as 16 bits each.
+FASTLM_INLINE vi dot8(vi acc, vi u, vi s) {
+    const vi even = FASTLM_I(madd_epi16)(andi(u, FASTLM_I(set1_epi16)(255)), FASTLM_I(srai_epi16)(FASTLM_I(slli_epi16)(s, 8), 8));
+    const vi odd = FASTLM_I(madd_epi16)(FASTLM_I(srli_epi16)(u, 8), FASTLM_I(srai_epi16)(s, 8));
+    return addi(acc, addi(even, odd));
+}
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     if constexpr (Bits <= 6) {  // pairs in 16 bits do not saturate: 4 * 63 * 127 < 2^15
         const vi pairs = FASTLM_I(add_epi16)(FASTLM_I(maddubs_epi16)(u0, s0), FASTLM_I(maddubs_epi16)(u1, s1));
         return addi(acc, FASTLM_I(madd_epi16)(pairs, FASTLM_I(set1_epi16)(1)));
-    } else {  // even and odd bytes as 16 bits each
-        const vi low = FASTLM_I(set1_epi16)(255);
-        auto even = [](vi s) { return FASTLM_I(srai_epi16)(FASTLM_I(slli_epi16)(s, 8), 8); };
-        auto odd = [](vi s) { return FASTLM_I(srai_epi16)(s, 8); };
-        const vi a = FASTLM_I(madd_epi16)(andi(u0, low), even(s0)), b = FASTLM_I(madd_epi16)(FASTLM_I(srli_epi16)(u0, 8), odd(s0));
-        const vi c = FASTLM_I(madd_epi16)(andi(u1, low), even(s1)), d = FASTLM_I(madd_epi16)(FASTLM_I(srli_epi16)(u1, 8), odd(s1));
-        return addi(acc, addi(addi(a, b), addi(c, d)));
+    } else {
+        return dot8(dot8(acc, u0, s0), u1, s1);
     }
 }
 #undef FASTLM_I
 #else
-template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
-    auto one = [](vi a, vi u, vi s) {
-        const vi low = seti(255);
-        a = a + (u & low) * ((s << 24) >> 24);
-        a = a + ((u >> 8) & low) * ((s << 16) >> 24);
-        a = a + ((u >> 16) & low) * ((s << 8) >> 24);
-        return a + ((u >> 24) & low) * (s >> 24);
-    };
-    return one(one(acc, u0, s0), u1, s1);
+FASTLM_INLINE vi dot8(vi acc, vi u, vi s) {
+    const vi low = seti(255);
+    acc = acc + (u & low) * ((s << 24) >> 24);
+    acc = acc + ((u >> 8) & low) * ((s << 16) >> 24);
+    acc = acc + ((u >> 16) & low) * ((s << 8) >> 24);
+    return acc + ((u >> 24) & low) * (s >> 24);
 }
+template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) { return dot8(dot8(acc, u0, s0), u1, s1); }
 #endif
+
+// Holds a value in a register from here on: an array of sums that a loop adds to is else kept on the stack as well.
+FASTLM_INLINE vi in_register(vi x) {
+#if defined(FASTLM_ISA_AVX512)
+    asm("" : "+v"(x));
+#elif defined(FASTLM_ISA_AVX2)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
 
 // The low byte of each lane, W values.
 FASTLM_INLINE void store_i8(uint8_t* p, vi v) {

@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_ROW")
 
 
 def _model(p: argparse.ArgumentParser) -> None:

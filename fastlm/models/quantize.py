@@ -1,4 +1,5 @@
-"""A model's matrices in another storage: ggml's blocks, bfloat16, float32; and the activations that quantised ones are multiplied with."""
+"""A model's matrices in another storage: ggml's blocks, 8 bits with a scale a row, bfloat16, float32; and the activations that quantised
+ones are multiplied with."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, WRITTEN, QuantizedArray
+from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, MADE, ROW, QuantizedArray
 from fastlm.checkpoint.quantized import quantize as quantized
 from fastlm.models.base import LanguageModel
 from fastlm.models.convert import BFLOAT16
@@ -38,21 +39,32 @@ def rounds(name: str) -> bool:
     return name != "head.weight" and name.split(".")[-2] not in _TABLES
 
 
-def quantize(model: LanguageModel, kind: str, activations: str = "float32") -> None:
+def _by_row(name: str) -> bool:
+    """Whether this matrix may be Q8_ROW: one that is rounded for, and no expert's."""
+    return rounds(name) and "experts" not in name.split(".")
+
+
+def quantize(model: LanguageModel, kind: str, activations: str | None = None) -> None:
     """Puts the matrices into blocks of `kind`, in place. Those whose rows are no multiple of 32 long stay as they are.
 
-    A matrix that is quantised already is dequantised first. They want no gradient afterwards. Raises ValueError for a kind, for a
-    model without a matrix that can be quantised, and, with the parameter's name, for weights that are not finite.
+    A matrix that is quantised already is dequantised first. They want no gradient afterwards. activations: None keeps what is set.
+    Q8_ROW, which knows int8 activations alone, is for the matrices that these are for, of any length; the others become Q8_0. Raises
+    ValueError for a kind, for Q8_ROW with float32 activations, for a model without a matrix that can be quantised, and, with the
+    parameter's name, for weights that are not finite.
     """
-    if kind not in WRITTEN:
-        raise ValueError(f"[quantize] kind must be one of {', '.join(WRITTEN)}, got {kind!r}.")
+    if kind not in MADE:
+        raise ValueError(f"[quantize] kind must be one of {', '.join(MADE)}, got {kind!r}.")
+    if kind == ROW and activations == "float32":
+        raise ValueError(f"[quantize] {ROW} weights are multiplied with int8 activations alone, got 'float32'.")
+    activations = activations or ("int8" if kind == ROW else activations_of(model))
     _check(activations)
-    found = [(name, p) for name, p in matrices(model) if p.shape[-1] % FORMATS[kind][1] == 0]
+    chosen = ((name, p, "Q8_0" if kind == ROW and not _by_row(name) else kind) for name, p in matrices(model))
+    found = [(name, p, k) for name, p, k in chosen if k == ROW or p.shape[-1] % FORMATS[k][1] == 0]
     if not found:
         raise ValueError("[quantize] the model has no matrix whose rows are a multiple of 32 long.")
-    for name, p in found:
+    for name, p, k in found:
         try:
-            p.data = quantized(_float(name, p.data), kind).with_activations(activations if rounds(name) else "float32")
+            p.data = quantized(_float(name, p.data), k).with_activations(activations if rounds(name) else "float32")
         except ValueError as error:
             raise ValueError(f"[quantize] {name}: {str(error).removeprefix('[quantize] ')}") from None
         p.requires_grad, p.grad = False, None
@@ -75,6 +87,8 @@ def set_activations(model: LanguageModel, activations: str) -> None:
     found = [(name, p) for name, p in model.named_parameters().items() if isinstance(p.data, QuantizedArray)]
     if not found and activations != "float32":
         raise ValueError(f"[activations] {activations} activations need quantised weights: call lm.quantize('Q8_0') first.")
+    if activations == "float32" and (rows := [name for name, p in found if p.data.kind == ROW]):
+        raise ValueError(f"[activations] {ROW} weights are multiplied with int8 activations alone, {rows[0]} is one.")
     for name, p in found:
         p.data = p.data.with_activations(activations if rounds(name) else "float32")
 

@@ -61,6 +61,8 @@ def embedding(ids: Any, weight: Any, dtype: Any = None) -> Any:
     if quantised:
         if recording(weight):
             raise TypeError("[embedding] weight is quantised and has no gradient. Train a dequantised copy: weight.dequantize().")
+        if wd.kind not in FORMATS:
+            return wrap(wd.dequantize_rows(ids), weight)
         kernels(rows).dequantize(y, rows, ids, FORMATS[wd.kind][0])
         return wrap(y, weight)
     kernels(rows).embedding_forward(y, ids, wd)

@@ -11,7 +11,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
 from fastlm.checkpoint.mapping import release
-from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, ROW, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import Spare, accumulator, data, keep, leaf, needs_grad, record, recording, remade, wrap
@@ -52,8 +52,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     recorded = recording(x, weight, bias, residual)
     z = backend.empty_like(y) if recorded and kind else None
     if isinstance(wd, QuantizedArray):
-        multiply = _C.int8_matmul if wd.activations == "int8" else _C.quantized_matmul
-        multiply(y, z, xd, packed(wd), bd, rd, M, N, K, FORMATS[wd.kind][0], kind)
+        multiply(y, z, xd, wd, bd, rd, M, kind)
     else:
         kernels(xd).matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
     if not recorded:
@@ -95,13 +94,28 @@ def _activated(z: Array, kind: int) -> Array:
     return y
 
 
+def multiply(y: Array, z: Array | None, x: Array, weight: QuantizedArray, bias: Any, residual: Any, M: int, kind: int) -> None:
+    """y (M, N) = act(x W^T + b) + residual by the kernel for the weight's kind and activations; all is checked."""
+    N, K = weight.shape
+    if weight.kind == ROW:
+        _C.int8_rows(y, z, x, packed(weight), weight.columns, bias, residual, M, N, K, kind)
+        return
+    kernel = _C.int8_matmul if weight.activations == "int8" else _C.quantized_matmul
+    kernel(y, z, x, packed(weight), bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
+
+
 def packed(weight: QuantizedArray) -> Array:
     """The weight as the kernel reads it, sixteen rows side by side; made once and kept on the weight. Its blocks are not read again."""
     kept: Array | None = weight.cache.get("packed")
     if kept is None:
-        (N, K), kind = weight.shape, FORMATS[weight.kind][0]
-        kept = backend.lasting(_C.quantized_packed_bytes(N, K, kind))
-        _C.quantized_pack(kept, weight.blocks, N, K, kind)
+        N, K = weight.shape
+        if weight.kind == ROW:
+            kept = backend.lasting(_C.int8_rows_packed_bytes(N, K))
+            _C.int8_rows_pack(kept, weight.blocks, N, K)
+        else:
+            kind = FORMATS[weight.kind][0]
+            kept = backend.lasting(_C.quantized_packed_bytes(N, K, kind))
+            _C.quantized_pack(kept, weight.blocks, N, K, kind)
         weight.cache["packed"] = kept
         release(weight.blocks)  # those of a mapped file need not stay in memory
     return kept
@@ -109,6 +123,8 @@ def packed(weight: QuantizedArray) -> Array:
 
 def _weight(w: Any) -> Any:
     if isinstance(w, QuantizedArray):
+        if w.kind == ROW and w.shape[-1] > _C.int8_rows_depth:
+            raise ValueError(f"[linear] rows of a {ROW} weight must be at most {_C.int8_rows_depth} long, got {w.shape[-1]}.")
         return w
     if on_device(w):
         if w.dtype not in (np.float32, BFLOAT16):

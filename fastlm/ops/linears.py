@@ -46,7 +46,9 @@ def _fits(w: Any, b: Any, first: Any, K: int) -> bool:
     if b is not None and not (type(b) is np.ndarray and b.dtype == _F32 and b.shape == (w.shape[0],) and b.flags.c_contiguous):
         return False
     if isinstance(w, QuantizedArray):
-        alike = isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations
+        alike = (
+            isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations and w.kind in FORMATS
+        )
     else:
         alike = type(w) is np.ndarray and w.dtype == first.dtype and w.dtype in STORAGE and w.flags.c_contiguous
     return alike and len(w.shape) == 2 and w.shape[1] == K

@@ -230,6 +230,8 @@ def _experts(weights: Any, E: int, K: int) -> list[Any]:
         each = [data(w) for w in weights]
         for e, w in enumerate(each):
             if isinstance(w, QuantizedArray):
+                if w.kind not in FORMATS:
+                    raise ValueError(f"[grouped_linear] weights[{e}] must be float or of ggml's kinds, got {w.kind}.")
                 continue
             if not isinstance(w, np.ndarray) or w.dtype not in STORAGE:
                 got = w.dtype if isinstance(w, np.ndarray) else type(w).__name__

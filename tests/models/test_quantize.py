@@ -11,7 +11,7 @@ import pytest
 import fastlm
 from fastlm import _C, LM, models
 from fastlm.checkpoint import QuantizedArray
-from fastlm.checkpoint.quantized import WRITTEN
+from fastlm.checkpoint.quantized import MADE
 from fastlm.cli import main
 from fastlm.models import ARCHITECTURES, PRESETS
 from fastlm.models.encoder import Encoder
@@ -73,9 +73,11 @@ def test_every_model(name):
     np.testing.assert_array_equal(outputs(lm), quantised)
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_generation_alone_and_in_a_list(kind, activations, threads):
+    if kind == "Q8_ROW" and activations == "float32":
+        pytest.skip("it has no such form")
     lm = small("gpt2").quantize(kind, activations)
     prompts = [[5, 6, 7, 8, 9, 10, 11], [20], [100, 3, 50, 7]]
     together = lm.generate_ids(prompts, max_tokens=12)
@@ -121,7 +123,7 @@ def test_refuses(tmp_path):
         lm.activations = "int8"
     with pytest.raises(ValueError, match="must be 'float32' or 'int8', got 'int4'"):
         lm.activations = "int4"
-    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, got 'q8'"):
+    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, got 'q8'"):
         lm.quantize("q8")
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'bfloat16', got 'Q8_0'"):
         lm.to("Q8_0")

@@ -1,0 +1,50 @@
+// C = A W^T with W in 8 bits and one scale for each of its rows, A rounded to 8 bits with one scale for each of its rows; and what
+// a linear layer adds. Of a row of A the kInt8Exact largest magnitudes are not rounded. With w[n, k] = d[n] q[n, k] columns[k]
+//
+//     x = a * columns;   e = the kInt8Exact largest of |x|, one after the other, at the lowest k where equal; x = 0 there
+//     s = max |x| / 127, codes round(x * (127 / max |x|)), ties to even
+//     c = float(sum of q * code) * (d * s) + d * (e[0] q[k of e[0]] + e[1] q[k of e[1]])
+//
+// The sum is an integer and exact for K up to kInt8RowsDepth, and nothing is fused, so every row has one result, at any number of
+// rows and threads and on every instruction set. Where max |x| is below 2^-100 the codes are zeros; a row with a product that is
+// not finite gives not-a-number.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/matmul/matmul.h"
+
+namespace fastlm {
+
+constexpr int64_t kInt8RowsDepth = 131072;  // 127 * 127 * K < 2^31
+constexpr int kInt8Exact = 2;
+
+struct Int8Rows {
+    float* c;               // (M, N)
+    float* z;               // (M, N) or null: keeps A W^T + bias
+    uint8_t* workspace;     // Int8RowsKernels::workspace bytes, 64-byte aligned
+    const float* a;         // (M, K)
+    const uint8_t* packed;  // of Int8RowsPack, 64-byte aligned
+    const float* columns;   // (K,) or null: ones
+    const float* bias;      // (N,) or null
+    const float* residual;  // (M, N) or null
+    int64_t M, N, K;
+    Activation activation;
+};
+
+// Packed: for each 16 rows their scales, then for each 8 of K two words of 16 lanes: byte b of lane n is q + 128 of row n, k = 4
+// word + b.
+struct Int8RowsPack {
+    uint8_t* packed;        // Int8RowsKernels::packed_bytes
+    const uint8_t* blocks;  // (N, 4 + K): of each row the float32 scale and the codes, any alignment
+    int64_t N, K;
+};
+
+struct Int8RowsKernels {
+    int64_t (*packed_bytes)(int64_t N, int64_t K);
+    void (*pack)(const Int8RowsPack&);
+    int64_t (*workspace)(int64_t M, int64_t K);
+    void (*matmul)(const Int8Rows&);
+};
+
+}  // namespace fastlm

@@ -1,0 +1,247 @@
+// The kernel behind int8_rows.h, compiled for every instruction set and, where a CPU has it, with VNNI.
+#pragma once
+
+#include "int8_rows.h"
+
+#include "csrc/runtime/parallel.h"
+#include "csrc/simd/dot.h"
+#include "kernels/matmul/gemm.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+
+// The register block: up to kTall rows of A times kWide vectors of rows of W. Without VNNI a vector of bytes is spread over two.
+#if defined(FASTLM_ISA_AVX512) && defined(FASTLM_VNNI)
+constexpr int kTall = 12, kWide = 2;
+#elif defined(FASTLM_ISA_AVX512)
+constexpr int kTall = 6, kWide = 2;
+#elif defined(FASTLM_ISA_AVX2) && defined(FASTLM_VNNI)
+constexpr int kTall = 4, kWide = 2;
+#else
+constexpr int kTall = 4, kWide = 1;
+#endif
+constexpr int64_t kSide = 16;                // rows of W side by side
+constexpr int64_t kGroup = 8;                // of K that lie together: two words
+constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
+constexpr int64_t kRowsBlock = 384 << 10;    // bytes of quantised A that stay in L2 while the columns of a piece go by
+constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
+constexpr int64_t kAloneRounding = 1 << 15;  // numbers
+constexpr int64_t kRowsAhead = 2048;         // bytes from what is read to what is fetched
+
+// Few rows are bound by memory, which wants several streams.
+constexpr int rows_vectors(int rows) { return rows == 1 && kWide == 2 ? 4 : kWide; }
+
+FASTLM_INLINE int64_t groups_of(int64_t K) { return ceil_div(K, kGroup); }
+FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kWord + groups_of(K) * 2 * kWord; }
+// A row of A: its codes, group by group among the rows of its panel; then, row by row, its ends.
+struct Ends {
+    float scale;
+    int32_t start;              // of the sum, for codes that are raised by 128
+    float exact[kInt8Exact];    // what is not rounded
+    int32_t place[kInt8Exact];  // of its column in a panel of W
+};
+FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
+
+// Takes the largest magnitude out of x (K,), which is padded with zeros to whole vectors.
+float take_largest(float* x, int64_t K, int64_t* k) {
+    vf most = zero();
+    for (int64_t i = 0; i < K; i += W) most = max(most, abs(load(x + i)));
+    const vf largest = set(reduce_max(most));
+    int64_t i = 0;
+    uint32_t found = 0;
+    while ((found = bits(eq(abs(load(x + i)), largest)) & ((1u << W) - 1)) == 0) i += W;
+    *k = i + __builtin_ctz(found);
+    const float value = x[*k];
+    x[*k] = 0.0f;
+    return value;
+}
+
+// Row i of a panel of R rows. x: room for K numbers and a vector.
+void round_row(const float* a, const float* columns, int64_t K, float* x, uint8_t* out, int64_t R, int64_t i) {
+    Ends ends = {};
+    uint32_t finite = ~0u;
+    for (int64_t k = 0; k < K; k += W) {
+        vf v = k + W <= K ? load(a + k) : load_n(a + k, K - k);
+        if (columns) v = v * (k + W <= K ? load(columns + k) : load_n(columns + k, K - k));
+        finite &= bits(le(abs(v), set(3.4028234e38f)));
+        store(x + k, v);
+    }
+    const bool sane = (finite & ((1u << W) - 1)) == (1u << W) - 1;
+    float inverse = 0.0f;
+    if (sane) {
+        for (int e = 0; e < kInt8Exact; ++e) {
+            int64_t k = 0;
+            ends.exact[e] = take_largest(x, K, &k);
+            ends.place[e] = int32_t(kWord + k / 4 * kWord + k % 4);
+        }
+        vf most = zero();
+        for (int64_t k = 0; k < K; k += W) most = max(most, abs(load(x + k)));
+        const float largest = reduce_max(most);
+        if (largest >= 0x1p-100f) ends.scale = largest * (1.0f / 127.0f), inverse = 127.0f / largest;
+    } else {
+        ends.scale = __builtin_nanf("");
+        for (int e = 0; e < kInt8Exact; ++e) ends.place[e] = int32_t(kWord);
+    }
+    uint8_t* to = out + i * kGroup;
+    vf sum = zero();
+    const auto put = [&](vf v, int64_t at) FASTLM_LAMBDA {
+        const vf r = sane ? round(v * set(inverse)) : zero();
+        sum = sum + r;
+        uint8_t codes[W < kGroup ? kGroup : W] = {};
+        store_i8(codes, to_int(r));
+        if constexpr (W < kGroup) {
+            std::memcpy(to + at / kGroup * kGroup * R + at % kGroup, codes, W);
+        } else {
+            std::memcpy(to + at * R, codes, kGroup);
+            if (W > kGroup && at + kGroup < K) std::memcpy(to + (at + kGroup) * R, codes + W - kGroup, kGroup);
+        }
+    };
+    int64_t k = 0;
+    for (; k < K; k += W) put(load(x + k), k);
+    if (W < kGroup && k < groups_of(K) * kGroup) put(zero(), k);
+    ends.start = -128 * int32_t(reduce_add(sum));
+    std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
+}
+
+FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
+
+// sum (M, columns) = A panel times S vectors of rows of the weight.
+template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns, const uint8_t* a,
+                                        float* sum, int64_t ld, const float* bias) {
+    const int64_t groups = groups_of(K), size = panel_bytes(K), last = (column + columns - 1) / kSide;
+    const uint8_t *at[S], *panels[S];
+    vf d[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {  // what is beyond the last panel repeats it
+        const int64_t n = column + s * W, panel = least(n / kSide, last);
+        panels[s] = packed + panel * size + n % kSide * 4;
+        d[s] = load(reinterpret_cast<const float*>(panels[s]));
+        at[s] = panels[s] + kWord;
+    }
+    const Ends* ends = reinterpret_cast<const Ends*>(a + M * groups * kGroup);
+    vi dots[M][S];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) dots[i][s] = seti(ends[i].start);
+    for (int64_t t = 0; t < 2 * groups; ++t) {  // a word at a time: two would not fit the registers
+        const uint8_t* from = a + t / 2 * M * kGroup + t % 2 * (kGroup / 2);
+        vi q[S];
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+            q[s] = load_bytes(at[s] + t * kWord);
+            __builtin_prefetch(at[s] + t * kWord + kRowsAhead, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const vi codes = set_bytes(from + i * kGroup);
+#pragma GCC unroll 4
+            for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], q[s], codes));
+        }
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {  // without a way out of the loop: gcc would keep the sums on the stack
+        const int64_t left = columns - s * W;
+        const vf extra = bias && left > 0 ? load_n(bias + s * W, left) : zero();
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            vf y = to_float(dots[i][s]) * (d[s] * set(ends[i].scale));
+            vf exact = zero();
+#pragma GCC unroll 4
+            for (int e = 0; e < kInt8Exact; ++e) {  // three bytes before, so that the code is the highest byte of its lane
+                const vi code = subi(shr<24>(load_bytes(panels[s] + ends[i].place[e] - 3)), seti(128));
+                exact = e ? exact + set(ends[i].exact[e]) * to_float(code) : set(ends[i].exact[e]) * to_float(code);
+            }
+            y = y + d[s] * exact;
+            if (bias) y = y + extra;
+            if (left > 0) store_n(sum + i * ld + s * W, y, left);
+        }
+    }
+}
+
+using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*);
+struct RowsChoice {
+    RowsBlock block;
+    int64_t columns;
+};
+template <int M = kTall> RowsChoice rows_choice(int64_t rows) {
+    if constexpr (M > 1)
+        if (rows < M) return rows_choice<M - 1>(rows);
+    constexpr int S = rows_vectors(M);
+    return {rows_block<M, S>, S * W};
+}
+
+void int8_rows(const Int8Rows& p) {
+    if (p.M == 0 || p.N == 0) return;
+    const bool threads = num_threads() > 1;
+    const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
+    // Panels as equal as they can be.
+    const int64_t count = ceil_div(p.M, kTall), size = p.M / count, longer = p.M % count, row_bytes = rounded_bytes(p.K);
+    auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
+    for_pieces(threads && p.M * p.K >= kAloneRounding, count, ceil_div(1 << 13, (size + 1) * (p.K + 1)),
+               [&](int64_t begin, int64_t end) {
+                   float* x = static_cast<float*>(scratch(size_t(p.K + W) * sizeof(float)));
+                   for (int64_t i = begin; i < end; ++i) {
+                       const int64_t first = begin_of(i), rows = begin_of(i + 1) - first;
+                       for (int64_t r = 0; r < rows; ++r)
+                           round_row(p.a + (first + r) * p.K, p.columns, p.K, x, p.workspace + first * row_bytes, rows, r);
+                   }
+               });
+    auto multiply = [&](const RowsChoice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns) {
+        target.fetch(row, n, rows, columns);
+        choice.block(p.packed, p.K, n, columns, p.workspace + row * row_bytes, target.sum + row * p.N + n, p.N,
+                     p.bias ? p.bias + n : nullptr);
+        target.finish(row, n, rows, columns);
+    };
+    const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
+    const int64_t step = choice.columns;
+    const bool parallel = threads && p.M * p.N * p.K >= kAloneRows;
+    if (count == 1) {
+        for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n));
+        });
+        return;
+    }
+    // A piece is one step of columns for a block of panels.
+    const int64_t steps = ceil_div(p.N, step);
+    int64_t blocks = ceil_div(p.M * row_bytes, kRowsBlock);
+    if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
+    blocks = least(blocks < 1 ? 1 : blocks, count);
+    for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t block = piece / steps, n = piece % steps * step;
+            for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
+                const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
+                multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n));
+            }
+        }
+    });
+}
+
+int64_t rows_packed_bytes(int64_t N, int64_t K) { return ceil_div(N, kSide) * panel_bytes(K); }
+
+void rows_pack(const Int8RowsPack& p) {
+    const int64_t size = panel_bytes(p.K), groups = groups_of(p.K);
+    parallel_for(ceil_div(p.N, kSide), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+            uint8_t* to = p.packed + panel * size;
+            std::memset(to, 0, kWord);
+            std::memset(to + kWord, 128, 2 * kWord * groups);
+            for (int64_t n = 0; n < least(kSide, p.N - panel * kSide); ++n) {
+                const uint8_t* from = p.blocks + (panel * kSide + n) * (p.K + 4);
+                std::memcpy(to + 4 * n, from, 4);
+                for (int64_t k = 0; k < p.K; ++k) to[kWord + k / 4 * kWord + 4 * n + k % 4] = uint8_t(from[4 + k] + 128);
+            }
+        }
+    });
+}
+
+int64_t rows_workspace(int64_t M, int64_t K) { return M * rounded_bytes(K); }
+
+}  // namespace
+
+extern const Int8RowsKernels int8_rows_kernels = {rows_packed_bytes, rows_pack, rows_workspace, int8_rows};
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
