@@ -125,7 +125,7 @@ def test_refuses(tmp_path):
         lm.activations = "int4"
     with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, got 'q8'"):
         lm.quantize("q8")
-    with pytest.raises(ValueError, match="dtype must be 'float32' or 'bfloat16', got 'Q8_0'"):
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'Q8_0'"):
         lm.to("Q8_0")
     lm.model.blocks[0].mlp.up.weight.data[5, 3] = np.nan
     with pytest.raises(ValueError, match=r"blocks.0.mlp.up.weight: every number must be finite .* row 5"):
