@@ -25,7 +25,8 @@ class QuantizedArray:
 
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K" or "Q8_ROW". shape: (out, in), or more axes before `in`; `in`
     is a multiple of the kind's block (Q8_ROW: any). blocks: (rows, bytes of a row) uint8 with rows = the product of all axes but the
-    last, possibly memory-mapped, or an array on a device (not Q8_ROW). cache: where an operation keeps a repacked copy; it takes no part in comparison.
+    last, possibly memory-mapped, or an array on a device (not Q8_ROW). cache: where an operation keeps a repacked copy; it takes no part
+    in comparison.
     activations: what `linear` multiplies the weights with: "float32", the default (every bit as if they had been dequantised), or
     "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it. Q8_ROW has
     "int8" alone, and rounds whole rows of x, of which two numbers stay exact.
