@@ -264,6 +264,33 @@ def test_quantised_rows(kind):
     assert_same(got[0, 1:], want[ids[0, 1:]])
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_rel_shift(segments):
+    """In bfloat16, with segments of the host or of the device; a mask in bfloat16 is refused."""
+    ref = oracle("rel_shift")
+    named = ref.inputs({"shape": (2, 37, 2, 72), "keys": 70, "segments": segments, "mask": True}, np.random.default_rng(3))
+    names = [n for n in ref.GRADIENTS if n in named]
+    for n in names:
+        named[n] = named[n].astype(BFLOAT16).astype(np.float32)
+    rest = {n: v for n, v in named.items() if n not in names}
+    dy = normal(2, 2, 37, 70)
+    want = outputs(lambda *xs: ops.rel_shift(**dict(zip(names, xs, strict=True)), **rest), [named[n] for n in names], dy)
+    with emulated(twin="triton") as on:
+        there = rest | {"mask": on.put(rest["mask"])}
+        if segments:
+            there["key_segments"] = on.put(rest["key_segments"].astype(np.int32))
+        arrays = [on.put(named[n].astype(BFLOAT16)) for n in names]
+        call = lambda *xs: ops.rel_shift(**dict(zip(names, xs, strict=True)), **there)  # noqa: E731
+        got = outputs(call, arrays, on.put(dy.astype(BFLOAT16)))
+        there["mask"] = on.put(rest["mask"].astype(BFLOAT16))
+        with pytest.raises(TypeError, match=r"\[rel_shift\] mask must be float32, got bfloat16"):
+            call(*arrays)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=2.0**-6, atol=2.0**-7 * float(np.abs(w).max()))
+    module = importlib.import_module("fastlm.kernels.rel_shift.rel_shift_triton")
+    assert on.launched["rel_shift"] <= {variant(*v) for v in module.variants()}
+
+
 def assert_same(got, want):
     """Every bit equal, save that any nan stands for any other."""
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
