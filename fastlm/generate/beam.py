@@ -14,7 +14,7 @@ import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
-from fastlm.generate.engine import Output, check_eos, check_prompt, prefill
+from fastlm.generate.engine import Output, check_eos, check_prompt, prefill, stepper
 from fastlm.generate.processors import active, process
 from fastlm.generate.settings import Continues, ids_of, number, whole
 
@@ -69,6 +69,7 @@ def beam_search(
     cache = model.new_cache(1, len(ids) + limit)
     logits = np.repeat(prefill(model, [ids], cache), s.beams, axis=0)
     cache = cache.select([0] * s.beams)
+    decoder = stepper(model, cache)
     running = [_Beam([], np.float32(0) if b == 0 else _NEVER) for b in range(s.beams)]
     finished = [_Beam([], _NEVER) for _ in range(s.beams)]
     improvable = True
@@ -85,8 +86,9 @@ def beam_search(
         full = all(f.finished for f in finished) and s.early_stopping is True
         if not improvable or full or ends.all():
             break
-        cache = cache.select(parents[order])
-        logits = model.logits(np.array([[r.ids[-1]] for r in running], np.int32), cache, last=True)
+        cache.select(parents[order])  # in place: the recorded step goes on
+        decoder.ids[:, 0] = [r.ids[-1] for r in running]
+        logits = decoder.step()
     winner = finished[0]
     reason = "length"
     if winner.ids and winner.ids[-1] in s.eos:

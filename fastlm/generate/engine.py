@@ -138,11 +138,10 @@ def alike(cache: Cache | None, lengths: Sequence[int]) -> Iterator[tuple[int, in
 def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Any:
     """Steps of these rows. The next ids are chosen within the step where kernels alone can choose."""
     s, device = settings, getattr(cache, "device", None)
-    kind: Any = Decoder if device is None else DeviceDecoder
     if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
-        return kind(model, cache)
+        return stepper(model, cache)
     if s.temperature == 0.0:
-        return kind(model, cache, lambda logits, out: ops.argmax(logits, out=out))
+        return stepper(model, cache, lambda logits, out: ops.argmax(logits, out=out))
     seeds = backend.put(np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64), device)
     steps = backend.put(np.array([len(row.output.ids) for row in rows], np.int64), device)
 
@@ -150,7 +149,12 @@ def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Set
         ops.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed=seeds, step=steps, out=out)
         ops.advance(steps, out=steps)
 
-    return kind(model, cache, draw, [steps])
+    return stepper(model, cache, draw, [steps])
+
+
+def stepper(model: Continues, cache: Cache, *how: Any) -> Any:
+    """What steps the sequences of a cache, where that is: a Decoder or a DeviceDecoder."""
+    return (Decoder if getattr(cache, "device", None) is None else DeviceDecoder)(model, cache, *how)
 
 
 def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]:

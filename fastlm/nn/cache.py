@@ -108,16 +108,19 @@ class Cache:
         if same and np.array_equal(index, np.arange(self.batch)):
             return self
         if self.memory is not None:
-            self.memory = self.memory.select(index)
+            sources = self.memory.sources
+            if not same or not np.array_equal(sources[index], sources):  # the beams of one source all read the same
+                self.memory = self.memory.select(index)
+        into = np.flatnonzero(index != np.arange(len(index))) if same else np.arange(len(index))
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 if self.device is not None:
                     arrays[layer] = _taken(array, index.tolist(), used)
                     continue
-                kept = array[index, :used]  # a copy
+                kept = array[index[into], :used]  # a copy
                 if not same:
                     arrays[layer] = backend.empty((len(index), *array.shape[1:]), array.dtype)
-                arrays[layer][:, :used] = kept
+                arrays[layer][into, :used] = kept
         lengths = self.lengths[index]
         if same:
             self.lengths[:] = lengths

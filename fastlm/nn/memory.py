@@ -69,10 +69,14 @@ class Padding:
 
 
 class Memory:
-    """The encoder's states (B, S, C), their padding, and each decoder layer's keys and values of them, computed once."""
+    """The encoder's states (B, S, C), their padding, and each decoder layer's keys and values of them, computed once.
 
-    def __init__(self, states: Any, padding: Padding | None = None) -> None:
+    `sources` (B,): which rows are one and the same, those of one number.
+    """
+
+    def __init__(self, states: Any, padding: Padding | None = None, sources: Array | None = None) -> None:
         self.states = states
+        self.sources: Array = np.arange(states.shape[0]) if sources is None else sources
         self.padding = padding or Padding()
         self._kept: dict[int, tuple[Any, Any]] = {}
 
@@ -95,6 +99,6 @@ class Memory:
         return self._taken(np.asarray(rows, np.intp))
 
     def _taken(self, rows: Any) -> Memory:
-        out = Memory(data(self.states)[rows], self.padding.select(rows))
+        out = Memory(data(self.states)[rows], self.padding.select(rows), self.sources[rows])
         out._kept = {layer: (data(k)[rows], data(v)[rows]) for layer, (k, v) in self._kept.items()}
         return out

@@ -165,6 +165,24 @@ def test_counts_in_memory() -> None:
         assert np.isnan(y[rows:]).all()
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "t5", "switch"])
+def test_beams(name: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beams change places in the cache that the recording reads, and all read one source."""
+    model = tiny(name)
+    encodes = hasattr(model, "encode")
+    settings = generate.BeamSettings(beams=3, max_tokens=14, length_penalty=0.7)
+    found = []
+    for on in ("1", "0"):
+        monkeypatch.setenv("FASTLM_RECORD", on)
+        watch.logits.clear()
+        reading = generate.Reading(model, PROMPTS[1:2]) if encodes else model
+        prompt = [model.config.start] if encodes else PROMPTS[1]
+        found.append((generate.beam_search(reading, prompt, settings), list(watch.logits), watch.runs))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == found[1][2] > 5
+    assert recorded.why_not(model) == []
+
+
 def test_rows_that_end_are_recorded_anew(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     settings = Settings(max_tokens=30, temperature=1.5, eos=tuple(range(0, 97, 8)))
