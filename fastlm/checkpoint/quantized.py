@@ -168,25 +168,36 @@ def quantize(w: Any, kind: str) -> QuantizedArray:
 
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0" or "Q8_ROW". `in` is a multiple of 32 (Q8_ROW: any). Raises TypeError for a dtype;
     ValueError for another kind, a size, a number that is not finite, and numbers so large that float16 does not hold their scale.
+    On a device w is float32 or bfloat16 and kind one of ggml's; the blocks are there.
     """
     if kind not in MADE:
         raise ValueError(f"[quantize] kind must be one of {', '.join(MADE)}, got {kind!r}.")
-    if not isinstance(w, np.ndarray) or w.dtype.name not in ("float32", "float16", "bfloat16"):
+    there = hasattr(w, "device") and hasattr(w, "pointer")
+    if not (isinstance(w, np.ndarray) or there) or w.dtype.name not in ("float32", "bfloat16", *(() if there else ("float16",))):
         got = w.dtype if isinstance(w, np.ndarray) else type(w).__name__
         raise TypeError(f"[quantize] w must be a float32, bfloat16 or float16 array, got {got}.")
     type_id, values, size = FORMATS.get(kind, (0, 1, 1))
     if not w.ndim or w.shape[-1] % values:
         raise ValueError(f"[quantize] the last axis must be a multiple of {values} for {kind}, got shape {w.shape}.")
     K = w.shape[-1]
+    if there:
+        if kind == ROW:
+            raise ValueError(f"[quantize] {ROW} is made on the host alone.")
+        rows = w.reshape(math.prod(w.shape[:-1]), K)
+        blocks = w.device.empty((rows.shape[0], K // values * size), np.uint8)
+        return _written(kind, w.shape, blocks, w.device.table.quantize(blocks, rows, type_id))
     x = np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), K), np.float32)
     if kind == ROW:
         columns = _columns(x)
         return QuantizedArray(kind, w.shape, _row_blocks(x / columns), columns=columns)
     blocks = np.empty((x.shape[0], K // values * size), np.uint8)
-    bad = _C.quantize(blocks, x, type_id)
+    return _written(kind, w.shape, blocks, _C.quantize(blocks, x, type_id))
+
+
+def _written(kind: str, shape: tuple[int, ...], blocks: Any, bad: int) -> QuantizedArray:
     if bad >= 0:
         raise ValueError(f"[quantize] every number must be finite and its block's scale at most 65504, row {bad} has others.")
-    return QuantizedArray(kind, w.shape, blocks)
+    return QuantizedArray(kind, shape, blocks)
 
 
 def _row_blocks(x: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastlm import ops
-from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, WRITTEN, QuantizedArray, quantize
 from fastlm.cuda.array import DeviceArray
 from fastlm.cuda.emulated import emulated
 from fastlm.cuda.images import variant
@@ -18,6 +18,7 @@ from fastlm.ops.activation import KINDS as ACTIVATIONS
 from fastlm.tensor import Tensor
 from fastlm.testing import oracle
 from tests.gpu.build import ROOT, gpu_build
+from tests.kernels.test_quantize import awkward
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton layer needs triton", allow_module_level=True)
@@ -289,6 +290,23 @@ def test_rel_shift(segments):
         np.testing.assert_allclose(g, w, rtol=2.0**-6, atol=2.0**-7 * float(np.abs(w).max()))
     module = importlib.import_module("fastlm.kernels.rel_shift.rel_shift_triton")
     assert on.launched["rel_shift"] <= {variant(*v) for v in module.variants()}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_quantise(kind):
+    """The bytes of the CPU, for awkward numbers too, from float32 and bfloat16; what cannot be written is refused with its row."""
+    for x in (awkward(kind)[::3], normal(3, 7, 64)):
+        with emulated(twin="triton") as on:
+            there = quantize(on.put(x), kind)
+            assert there.shape == x.shape
+            np.testing.assert_array_equal(there.blocks.numpy(), quantize(x, kind).blocks)
+            half = quantize(on.put(x.astype(BFLOAT16)), kind)
+            np.testing.assert_array_equal(half.blocks.numpy(), quantize(x.astype(BFLOAT16), kind).blocks)
+    for bad in (np.nan, np.inf, 3e38):
+        x = normal(70, 96)
+        x[31, 40], x[69, 3] = bad, bad
+        with emulated(twin="triton") as on, pytest.raises(ValueError, match=r"row 31 has others"):
+            quantize(on.put(x), kind)
 
 
 def assert_same(got, want):
