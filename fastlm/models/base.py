@@ -17,6 +17,7 @@ from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.models.place import place_model
 from fastlm.nn import Cache, Context, Embedding, Linear, Module
+from fastlm.ops.matmul import product
 from fastlm.tensor import Tensor, data, no_grad
 
 C = TypeVar("C")
@@ -105,8 +106,18 @@ class CausalLM(LanguageModel):
             x = self._run(ids, cache)
             if last:
                 x = data(x)[:, -1]
-            out: Array = data(self._project(backend.contiguous(data(x))))
-            return out
+            return self._scores(backend.contiguous(data(x)))
+
+    def _scores(self, x: Any) -> Array:
+        """The logits of hidden states, float32 where these are bfloat16 too: logits are compared, and rounding makes many equal."""
+        weight = data(self._head_weight())
+        if x.dtype == backend.BFLOAT16 and backend.on_device(weight):
+            V, C = weight.shape
+            scores = backend.empty((*x.shape[:-1], V), like=x)
+            product(scores, x, weight, x.size // C, V, C, b_transposed=True)
+            return scores
+        out: Array = data(self._project(x))
+        return out
 
     def _run(self, ids: Any, cache: Cache | None) -> Any:
         ids = as_ids("ids", ids)

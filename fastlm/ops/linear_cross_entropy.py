@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
 from fastlm.checkpoint.quantized import QuantizedArray
 from fastlm.ops import check
-from fastlm.ops.cross_entropy import check_reduction, check_targets
+from fastlm.ops.cross_entropy import check_reduction, check_targets, loss_scale, multiplied, reduced
 from fastlm.ops.linear import linear
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
@@ -27,6 +27,7 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     int32 or int64. reduction: "mean" over the rows that are not ignored (0 where all are), or "sum". Returns a float32 of shape ().
     Both gradients are computed here, from each chunk of logits while it is at hand, as in Liger-Kernel (Hsu et al. 2024,
     arXiv:2410.10989); the backward pass hands them on. Raises TypeError for a dtype, ValueError for a shape or a target out of range.
+    On a device x and weight are both float32 or both bfloat16, and so are the logits; all rows are computed, and nothing is read back.
     """
     op = "linear_cross_entropy"
     xd = check.array(op, "x", data(x), at_least=1)
@@ -36,8 +37,11 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
         raise ValueError(f"[{op}] weight must be (V, C) with C = {C}, got {tuple(wd.shape)}. x is {xd.shape}.")
     V = int(wd.shape[0])
     quantised = isinstance(wd, QuantizedArray)
-    td, count = check_targets(op, targets, xd.shape[:-1], V, ignore_index, f"x is {xd.shape}.")
     check_reduction(op, reduction, ("mean", "sum"))
+    if on_device(xd):
+        td, _ = check_targets(op, targets, xd.shape[:-1], V, ignore_index, f"x is {xd.shape}.", like=xd)
+        return _there(x, weight, xd, wd, td, ignore_index, reduction)
+    td, count = check_targets(op, targets, xd.shape[:-1], V, ignore_index, f"x is {xd.shape}.")
     scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
 
     rows, ids = xd.reshape(-1, C), td.reshape(-1)
@@ -79,6 +83,55 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     return record(y, (x, weight), backward)
 
 
+_THERE = 1 << 26  # logits that are held at once on a device
+
+
+def _there(x: Any, weight: Any, xd: Any, wd: Any, td: Any, ignore_index: int, reduction: str) -> Any:
+    """The same on a device. A row that is ignored has a zero gradient: which ones are is not known to the host."""
+    V, C = wd.shape
+    rows, ids = xd.reshape(-1, C), td.reshape(-1)
+    R = len(rows)
+    recorded = recording(x, weight)
+    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight)
+    scale = loss_scale(td, -1, ignore_index, reduction)
+    loss, stats = backend.empty((R,), like=xd), backend.empty((R, 2), like=xd)
+    dx = backend.empty_like(rows) if want_x else None
+    dw = (backend.empty if R else backend.zeros)((V, C), like=xd) if want_w else None
+    chunk = max(_THERE // max(V, 1) // 128 * 128, 128)
+    workspace = backend.empty_like(xd, (min(chunk, R), V))
+    for begin in range(0, R, chunk):
+        at = slice(begin, min(begin + chunk, R))
+        piece = rows[at]
+        n = len(piece)
+        logits = workspace[:n]
+        product(logits, piece, wd, n, V, C, b_transposed=True)
+        in_place = logits if recorded else None
+        kernels(xd).cross_entropy_forward(loss[at], stats[at], in_place, logits, ids[at], ignore_index, scale)
+        if dx is not None:
+            product(dx[at], logits, wd, n, C, V)
+        if dw is not None:
+            product(dw, logits, piece, V, C, n, a_transposed=True, accumulate=begin > 0)
+    y = reduced(loss, scale)
+    if not recorded:
+        return wrap(y, x, weight)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        given = None if dx is None else multiplied(dx, dy).reshape(xd.shape)
+        target = leaf(weight)
+        if dw is None:
+            return given, None
+        if target is not None and target.grad is not None:
+            kernels(dw).scale_by(target.grad, dw, dy, True)
+            return given, None
+        total = multiplied(dw, dy)
+        if target is None:
+            return given, total
+        target.grad = total
+        return given, None
+
+    return record(y, (x, weight), backward)
+
+
 def chunk_rows(n: int, V: int) -> int:
     """Rows whose logits are held at once: a fifth of all, from 64 to 256. More would cost memory, fewer reads of the weight."""
     return max(min(_MOST_ROWS, max(_LEAST_ROWS, -(-n // 40) * 8)), _FREE // max(V, 1))
@@ -113,7 +166,13 @@ def _dweight(weight: Any, dw: Array | None, dy: float) -> Array | None:
 
 
 def _weight(op: str, w: Any) -> Any:
+    if on_device(w):
+        if w.dtype not in (np.float32, BFLOAT16):
+            raise TypeError(f"[{op}] weight must be float32 or bfloat16 on a device, got {w.dtype}.")
+        return contiguous(w)
     if isinstance(w, QuantizedArray):
+        if on_device(w.blocks):
+            raise NotImplementedError(f"[{op}] weight is quantised, on a device: load it with dtype='bfloat16' to train.")
         return w
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[{op}] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")

@@ -13,8 +13,8 @@ CASES: list[dict[str, Any]] = [
     {"x": (0, 8), "V": 5},
     {"x": (7, 31), "V": 33, "reduction": "sum", "ignored": 3},
     {"x": (6, 17), "V": 9, "ignored": 6},
-    {"x": (150, 33), "V": 4099},  # three chunks, the last one short
-    {"x": (3, 200, 24), "V": 2049, "ignored": 371},
+    {"x": (150, 33), "V": 4099, "large": True},  # three chunks, the last one short
+    {"x": (3, 200, 24), "V": 2049, "ignored": 371, "large": True},
     {"x": (9, 64), "V": 65, "weight": "bfloat16"},
     {"x": (1024, 768), "V": 50257, "bench": True},
     {"x": (768, 128), "V": 65, "bench": True},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
 import warnings
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +16,7 @@ import fastlm
 from fastlm import backend, models
 from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
+from fastlm.cuda.images import variant
 from fastlm.cuda.table import functions
 from fastlm.data.objectives.base import Batch
 from fastlm.generate import Settings, generate
@@ -118,6 +122,89 @@ def test_no_gpu(tmp_path):
         with pytest.raises(RuntimeError, match=r"\[cuda\] no GPU can be used: "):
             ask()
     assert model.device is None
+
+
+# --- the twins themselves ---
+
+DATA = Path(__file__).parents[1] / "data/models"
+GOLDEN = np.load(DATA / "logits.npz")
+SMALL = {"vocab_size": 61, "d_model": 16, "n_layer": 1, "n_head": 2, "context": 16}
+TINY = {
+    "gpt2": models.GPTConfig(**SMALL),
+    "llama": models.LlamaConfig(**SMALL | {"n_head": 4}, d_ff=24, n_kv_head=2, head_dim=8),
+}
+
+
+def close(got, want):
+    """The bar for float32 against the reference: 1e-5 x max(1, |logit|)."""
+    error = np.abs(got - want) / np.maximum(1, np.abs(want))
+    assert error.max() <= 1e-5, error.max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-tied", "llama-bias"])
+def test_checkpoints(name, quick):
+    """Files written by transformers, and its logits."""
+    lm = fastlm.load(DATA / name, device="cuda")
+    close(lm.logits(GOLDEN[f"{name}.ids"]), GOLDEN[f"{name}.logits"])
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_checkpoints_on_twins(name, on):
+    lm = fastlm.load(DATA / name, device="cuda")
+    ids, want = GOLDEN[f"{name}.ids"][:, :9], GOLDEN[f"{name}.logits"][:, :9]
+    close(lm.logits(ids), want)
+    assert {"matmul", "attention", "embedding"} <= on.launched.keys()
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TINY)
+def test_float32(name, on):
+    """Losses, gradients' norms and greedy ids of the host."""
+    expected = losses(models.create(TINY[name], seed=3), steps=3, context=6)
+    model = models.create(TINY[name], seed=3, device="cuda")
+    np.testing.assert_allclose(losses(model, steps=3, context=6), expected, rtol=1e-5)
+    host = models.create(TINY[name], seed=3)
+    fresh = models.create(TINY[name], seed=3, device="cuda")
+    settings = Settings(max_tokens=5)
+    assert [o.ids for o in generate(fresh, [[1, 2, 3], [9]], settings)] == [
+        o.ids for o in generate(host, [[1, 2, 3], [9]], settings)
+    ]
+    assert why_not(fresh) == []
+    for op, launched in on.launched.items():
+        listed = {variant(*v) for v in importlib.import_module(f"fastlm.kernels.{op}.{op}_triton").variants()}
+        assert launched <= listed, f"{launched - listed} would not be compiled ahead of time"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16(name, on, monkeypatch):
+    """Weights and activations in bfloat16, near the float32 ones; the optimiser's weights are float32 and get what bfloat16 would lose."""
+    host = models.create(TINY[name], seed=3)
+    ids = TOKENS[:12].reshape(2, 6)
+    model = models.create(TINY[name], seed=3, device="cuda", dtype="bfloat16")
+    np.testing.assert_allclose(model.logits(ids), host.logits(ids), atol=0.02)
+    assert model.logits(ids).dtype == np.float32
+    assert model.scores(ids).dtype == np.float32, "logits are not rounded"
+    assert all(len(o.ids) == 4 for o in generate(model, [[1, 2, 3], [9]], Settings(max_tokens=4)))
+    assert why_not(model) == []
+
+    small = {"lr": 1e-6, "min_lr": 1e-6, "weight_decay": 0.0}
+    expected = losses(host, steps=3, context=6, **small)
+    model = models.create(TINY[name], seed=3)
+    before = {k: p.data.copy() for k, p in model.named_parameters().items()}
+    found = []
+    for s in fastlm.train(model, TOKENS, steps=3, batch=2, context=6, warmup=0, device="cuda", dtype="bfloat16", **small):
+        found.append(s.loss)
+        assert {p.dtype for p in model.named_parameters().values()} == {backend.BFLOAT16}
+    np.testing.assert_allclose(found, expected[:, 0], rtol=5e-3)
+    for k, p in model.named_parameters().items():
+        assert p.dtype == np.float32
+        moved = np.abs(p.numpy() - before[k])
+        assert 0 < moved.max() < 1e-5, k  # three steps of a millionth each: less than bfloat16 can hold beside most weights
+    for op, launched in on.launched.items():
+        listed = {variant(*v) for v in importlib.import_module(f"fastlm.kernels.{op}.{op}_triton").variants()}
+        assert launched <= listed, f"{launched - listed} would not be compiled ahead of time"
 
 
 # --- decoding ---
@@ -307,3 +394,64 @@ def test_train_refusals(quick):
     for bad in (Batch(good + 50, good), Batch(good, good + 50)):
         with pytest.raises(ValueError, match=r"\[train\] ids must be from 0 to 60 .* got 6[16] at"):
             list(fastlm.train(models.create(CONFIGS["gpt2"], device="cuda"), lambda n, bad=bad: bad, steps=1, context=8))
+
+
+# --- the other families ---
+
+SIZED = {"vocab_size": 61, "d_model": 24, "n_layer": 2, "n_head": 2, "context": 32, "d_ff": 40, "n_kv_head": 1, "head_dim": 12}
+SIZED |= {"d_embedding": 24, "n_encoder_layer": 2, "n_expert": 4, "head": "masked_lm"}
+FAMILIES = {
+    **dict.fromkeys(("gpt1", "gpt2", "gpt3-small", "llama-7b", "mistral-7b", "gemma-2b", "phi-3-mini", "qwen2.5-0.5b"), ""),
+    **dict.fromkeys(("qwen3-0.6b", "palm-8b", "megatron-turing-530b", "t5-small", "t5-v1.1-small"), ""),
+    **dict.fromkeys(("bert-base-uncased", "roberta-base", "distilbert-base-uncased", "albert-base-v2", "electra-small"), ""),
+    **dict.fromkeys(("mixtral-8x7b", "glam-0.1b-64e", "switch-base-8"), ""),
+    "xlnet-base-cased": r"\[to\] XLNet runs on the CPU alone: its position scores and memories have no kernels for a GPU\.",
+}
+
+
+def family(name):
+    fields = {f.name for f in dataclasses.fields(models.PRESETS[name])}
+    changes = {k: v for k, v in SIZED.items() if k in fields}
+    changes |= {"head": "replaced_token"} if name == "electra-small" else {}
+    changes |= {"n_kv_head": 2} if name == "megatron-turing-530b" else {}
+    return models.preset(name, **changes)
+
+
+def test_every_family_is_here():
+    assert {type(models.PRESETS[name]) for name in FAMILIES} == {type(c) for c in models.PRESETS.values()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, quick):
+    """The host's logits and gradients, or a reason. Nothing is computed on the host by the way: a NumPy array among a kernel's arguments
+    is refused, and a device's array is never copied by itself."""
+    config = family(name)
+    host = models.create(config, seed=1)
+    if FAMILIES[name]:
+        with pytest.raises(NotImplementedError, match=FAMILIES[name]):
+            models.create(config, seed=1, device="cuda")
+        return
+    model = models.create(config, seed=1, device="cuda")
+    ids = np.random.default_rng(0).integers(2, 61, (2, 7)).astype(np.int32)
+    targets = np.roll(ids, 1, 1)
+    targets[1, 5:] = -100
+    padding = {"mask": np.array([[1] * 7, [1] * 5 + [0] * 2])}
+    given, more = (ids,), {}
+    if hasattr(host, "encode"):
+        given, more = (ids, ids[:, :7]), padding
+    elif isinstance(host, models.Encoder):
+        more = padding
+        targets = (ids % 2).astype(np.int32) if name == "electra-small" else targets
+    np.testing.assert_allclose(model.logits(*given, **more), host.logits(*given, **more), rtol=1e-5, atol=1e-6)
+    found = []
+    for m in (host, model):
+        m.train()
+        loss = m.loss(*given, targets, **more)
+        loss.backward()
+        found.append((loss.item(), {k: p.grad for k, p in m.named_parameters().items()}))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    for k, g in found[0][1].items():
+        there = found[1][1][k]
+        assert (g is None) == (there is None), k
+        if g is not None:
+            np.testing.assert_allclose(there.numpy(), g, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(g).max())), err_msg=k)

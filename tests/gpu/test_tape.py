@@ -103,6 +103,24 @@ def test_reuse(on, monkeypatch):
     assert gradient() == found
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_in_chunks(reduction, on, monkeypatch):
+    """linear_cross_entropy of more logits than are held at once; a weight that has a gradient already; targets that lie there."""
+    monkeypatch.setattr(importlib.import_module("fastlm.ops.linear_cross_entropy"), "_THERE", 128 * 9)
+    x, w = normal(150, 8), normal(9, 8)
+    targets = np.random.default_rng(0).integers(0, 9, 150)
+    targets[::7] = -100
+    found = []
+    for put in (lambda a: a.copy(), on.put):
+        xs = [Tensor(put(a), requires_grad=True) for a in (x, w)]
+        for kind in (np.int32, np.int64):
+            y = ops.linear_cross_entropy(*xs, put(targets.astype(kind)), reduction=reduction)
+            y.backward(put(np.array(0.5, np.float32)))
+        found.append([backend.host(y.data), *(backend.host(t.grad) for t in xs)])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_advance(dtype, on):
     x = on.put(np.array([3, 0, 1 << 30], dtype))

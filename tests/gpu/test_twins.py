@@ -27,7 +27,8 @@ USERS = {"matmul": ("linear",)}  # operations whose kernels are in another's fol
 def ops(pattern):
     folders = sorted(p.parent for p in KERNELS.glob(pattern))
     found = [f.name for f in folders if (f / f"{f.name}_ref.py").exists()]
-    return found + [user for op in found for user in USERS.get(op, ())]
+    users = USERS | ({"cross_entropy": ("linear_cross_entropy",)} if "triton" in pattern else {})  # of more than one folder
+    return found + [user for op in found for user in users.get(op, ())]
 
 
 def each(pattern):
