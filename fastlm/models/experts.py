@@ -17,6 +17,7 @@ from fastlm.tensor import Tensor
 class WithExperts(LanguageModel):
     """A model with MoE parts: its `loss` calls `count_experts`."""
 
+    host_only = "the routing of tokens to experts has no kernels for a GPU yet"
     expert_counts: Array | None = None  # (layers with experts, E) int64: tokens that each expert took in the last loss
     dropped: int = 0  # choices that found their expert full in the last loss
 

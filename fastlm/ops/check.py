@@ -64,6 +64,12 @@ def together(op: str, x_name: str, x: Any, **others: Any) -> None:
             )
 
 
+def on_host(op: str, name: str, x: Any) -> None:
+    """NotImplementedError for an operation that has no kernels for a device yet: nothing is computed on the host by the way."""
+    if on_device(x):
+        raise NotImplementedError(f"[{op}] {name} is on {_place(x.device)}: this operation has no kernel for a GPU yet.")
+
+
 def _place(device: Any) -> str:
     return "the host" if device is None else str(device.name)
 

@@ -46,6 +46,7 @@ def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | Non
     before second ones, and each in the order of rows (GShard, algorithm 1); the others are dropped and their weights have no
     gradient. Raises TypeError for a dtype, ValueError for a shape or a number.
     """
+    check.on_host("route", "logits", data(logits))
     ld = check.array("route", "logits", data(logits), ndim=2)
     R, E = ld.shape
     if not (isinstance(k, int) and 1 <= k <= E):
@@ -89,6 +90,7 @@ def _row_sums(x: Array) -> Array:
 def dispatch(x: Any, routing: Routing) -> Any:
     """x (R, C) float32 -> (P, C): every row as often as it is kept, by expert. The gradient of a row sums its places in the order of
     choices. Raises TypeError for a dtype, ValueError for a shape."""
+    check.on_host("dispatch", "x", data(x))
     xd = check.array("dispatch", "x", data(x), ndim=2)
     R, C = len(routing.slots), xd.shape[1]
     check.shape("dispatch", "x", xd, "(R, C)", (R, C), f"The routing has {R} rows.")
@@ -110,6 +112,7 @@ def combine(y: Any, routing: Routing, residual: Any = None) -> Any:
 
     A row whose choices are all dropped is zero. Raises TypeError for a dtype, ValueError for a shape.
     """
+    check.on_host("combine", "y", data(y))
     yd = check.array("combine", "y", data(y), ndim=2)
     R, P, C = len(routing.slots), len(routing.rows), yd.shape[1]
     check.shape("combine", "y", yd, "(P, C)", (P, C), f"The routing has {P} places.")

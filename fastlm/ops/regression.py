@@ -12,6 +12,7 @@ from fastlm.tensor import data, record, recording, wrap
 
 def mean_squared_error(x: Any, targets: Any) -> Any:
     """mean((x - targets)^2), a float32 of shape (). x: any shape, float32; targets: the same shape, numbers. Summed in float64."""
+    check.on_host("mean_squared_error", "x", data(x))
     xd = check.any_array("mean_squared_error", "x", data(x), np.float32)
     td = np.asarray(targets, np.float64)
     check.shape("mean_squared_error", "targets", td, "the shape of x", xd.shape)
@@ -27,6 +28,7 @@ def binary_cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) ->
 
     logits: any shape, float32; targets: the same shape, from 0 to 1. Returns a float32 of shape (). Computed in float64.
     """
+    check.on_host("binary_cross_entropy", "logits", data(logits))
     xd = check.any_array("binary_cross_entropy", "logits", data(logits), np.float32)
     td = np.asarray(targets, np.float64)
     check.shape("binary_cross_entropy", "targets", td, "the shape of logits", xd.shape)

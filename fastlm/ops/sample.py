@@ -123,6 +123,7 @@ def top_k(values: Any, k: int) -> tuple[Array, Array]:
 
     values: (..., N) float32, 1 <= k <= N. Returns (..., k) float32 and (..., k) int32. Raises ValueError for k, and where a row has nan.
     """
+    check.on_host("top_k", "values", data(values))
     xd = check.array("top_k", "values", data(values), at_least=1)
     _, N = _two_axes("top_k", "values", xd)
     if not 1 <= k <= N:

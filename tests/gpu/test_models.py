@@ -400,20 +400,18 @@ def test_train_refusals(quick):
 
 SIZED = {"vocab_size": 61, "d_model": 24, "n_layer": 2, "n_head": 2, "context": 32, "d_ff": 40, "n_kv_head": 1, "head_dim": 12}
 SIZED |= {"d_embedding": 24, "n_encoder_layer": 2, "n_expert": 4, "head": "masked_lm"}
-FAMILIES = {
-    **dict.fromkeys(("gpt1", "gpt2", "gpt3-small", "llama-7b", "mistral-7b", "gemma-2b", "phi-3-mini", "qwen2.5-0.5b"), ""),
-    **dict.fromkeys(("qwen3-0.6b", "palm-8b", "megatron-turing-530b", "t5-small", "t5-v1.1-small"), ""),
-    **dict.fromkeys(("bert-base-uncased", "roberta-base", "distilbert-base-uncased", "albert-base-v2", "electra-small"), ""),
-    **dict.fromkeys(("mixtral-8x7b", "glam-0.1b-64e", "switch-base-8"), ""),
-    "xlnet-base-cased": r"\[to\] XLNet runs on the CPU alone: its position scores and memories have no kernels for a GPU\.",
-}
+EXPERTS = "the routing of tokens to experts has no kernels for a GPU yet"
+WORK = """gpt1 gpt2 gpt3-small llama-7b mistral-7b gemma-2b phi-3-mini qwen2.5-0.5b qwen3-0.6b palm-8b megatron-turing-530b t5-small
+    t5-v1.1-small bert-base-uncased roberta-base distilbert-base-uncased albert-base-v2 electra-small""".split()
+FAMILIES = dict.fromkeys(WORK, "")
+FAMILIES |= dict.fromkeys(("mixtral-8x7b", "glam-0.1b-64e", "switch-base-8"), rf"\[to\] \w+ runs on the CPU alone: {EXPERTS}\.")
+FAMILIES["xlnet-base-cased"] = r"\[to\] XLNet runs on the CPU alone: its position scores and memories have no kernels for a GPU\."
 
 
 def family(name):
     fields = {f.name for f in dataclasses.fields(models.PRESETS[name])}
     changes = {k: v for k, v in SIZED.items() if k in fields}
     changes |= {"head": "replaced_token"} if name == "electra-small" else {}
-    changes |= {"n_kv_head": 2} if name == "megatron-turing-530b" else {}
     return models.preset(name, **changes)
 
 
@@ -443,6 +441,12 @@ def test_family(name, quick):
         more = padding
         targets = (ids % 2).astype(np.int32) if name == "electra-small" else targets
     np.testing.assert_allclose(model.logits(*given, **more), host.logits(*given, **more), rtol=1e-5, atol=1e-6)
+    if name == "electra-small":
+        with pytest.raises(
+            NotImplementedError, match=r"\[binary_cross_entropy\] logits is on mirror: this operation has no kernel"
+        ):
+            model.loss(*given, targets, **more)
+        return
     found = []
     for m in (host, model):
         m.train()
