@@ -17,7 +17,6 @@ from fastlm import backend, models
 from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
-from fastlm.cuda.table import functions
 from fastlm.data.objectives.base import Batch
 from fastlm.generate import Settings, generate
 from fastlm.generate.ondevice import DeviceDecoder
@@ -51,9 +50,8 @@ def on():
 @pytest.fixture
 def quick():
     """The emulated device with the CPU's kernels for the heavy ones."""
-    missing = {"embedding_forward", "attention_forward", "cache_append", "sample", "argmax"} - functions().keys()
-    if missing:
-        pytest.skip(f"no twin yet: {', '.join(sorted(missing))}")
+    if not HAS_TRITON:
+        pytest.skip("the Triton layer needs triton")
     before = Emulated.damaged
     with emulated(kind=Mirror, twin="triton") as device:
         yield device
@@ -217,14 +215,13 @@ def ids_of(model, **settings):
     return [(o.ids, o.reason) for o in generate(model, PROMPTS, Settings(**settings), seeds)]
 
 
-@pytest.mark.parametrize("how", ["greedy", "sampled", "processed"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "how"), [("gpt2", "greedy"), ("llama", "greedy"), ("gpt2", "sampled"), ("llama", "processed")])
 def test_decoding(name, how, quick, monkeypatch):
     """The ids of the host, from a recorded step; of the same batch where sequences end early, and launched kernel by kernel."""
     settings = {"greedy": {}, "sampled": {"temperature": 0.9, "top_k": 20, "top_p": 0.9}, "processed": {"no_repeat_ngram": 2}}[how]
-    host = models.create(CONFIGS[name], seed=3)
-    free = ids_of(host, max_tokens=15, **settings)
-    settings |= {"max_tokens": 15, "eos": (free[1][0][4], free[0][0][7])}
+    host, most = models.create(CONFIGS[name], seed=3), 6 if how == "sampled" else 15  # its kernels are Triton's
+    free = ids_of(host, max_tokens=most, **settings)
+    settings |= {"max_tokens": most, "eos": (free[1][0][3], free[0][0][most // 2])}
     expected = ids_of(host, **settings)
     assert len({len(ids) for ids, _ in expected}) > 1
     runs = []
@@ -239,7 +236,7 @@ def test_decoding(name, how, quick, monkeypatch):
     assert ids_of(model, **settings) == expected
     assert why_not(model) == []
     assert all(runs)
-    assert (len(runs) > 10) == (how != "processed")
+    assert (len(runs) >= most - 1) == (how != "processed")
     monkeypatch.setenv("FASTLM_RECORD", "0")
     runs.clear()
     assert ids_of(model, **settings) == expected
