@@ -4,29 +4,38 @@
     python tools/gpu_build.py --ops layer_norm --archs 90 --check
     python tools/gpu_build.py --emulate build/emulated    the CUDA C++ kernels as libraries for the host
 
---check refuses kernels over their budget: a stack, or spilled registers.
+--check refuses kernels over their budget: a stack, spilled registers, or an instruction missing that EXPECTS in <op>_gpu.py names for
+the kernel on that architecture (`{"matmul*": {"90": "HGMMA"}}`). What was compiled is kept in build/gpu, by a hash of what it is made of.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import importlib
+import importlib.metadata
+import inspect
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 IMAGES = ROOT / "fastlm/cuda/images"
+CACHE = ROOT / "build/gpu"
+INSTRUCTIONS = {n: n for n in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")} | {"UTCMMA": r"UTC\w*MMA"}
 ARCHS = ("80", "90", "100")  # 90 and 100 are compiled as 90a and 100a, which run nowhere else; "ptx" is for the rest
 sys.path.insert(0, str(ROOT))
 
@@ -103,8 +112,8 @@ def target(arch: str) -> tuple[str, str]:
     return f"compute_{arch}{suffix}", f"sm_{arch}{suffix}"
 
 
-def compile_cuda(op: str, arch: str) -> tuple[bytes, list[dict[str, Any]]]:
-    """The image of <op>_cuda.cu, and for each entry point what the compiler says that it uses."""
+def compile_cuda(op: str, arch: str, source: Path | None = None) -> tuple[bytes, list[dict[str, Any]]]:
+    """The image of <op>_cuda.cu, or of another source, and for each entry point what the compiler says that it uses."""
     compiler = nvcc()
     assert compiler is not None
     virtual, real = target(arch)
@@ -112,10 +121,10 @@ def compile_cuda(op: str, arch: str) -> tuple[bytes, list[dict[str, Any]]]:
         image = Path(folder) / "image"
         kind = "-ptx" if arch == "ptx" else "-cubin"
         flags = ["-std=c++17", "-O3", kind, f"-gencode=arch={virtual},code={real}", f"-I{ROOT}", "-Xptxas", "-v"]
-        said = run([compiler, *flags, "--expt-relaxed-constexpr", str(KERNELS / op / f"{op}_cuda.cu"), "-o", str(image)])
+        said = run([compiler, *flags, "--expt-relaxed-constexpr", str(source or KERNELS / op / f"{op}_cuda.cu"), "-o", str(image)])
         data = image.read_bytes()
     if arch == "ptx":
-        return data, [{"kernel": n} for n in re.findall(rb"\.entry\s+(\w+)", data)]
+        return data, [{"kernel": n.decode()} for n in re.findall(rb"\.entry\s+(\w+)", data)]
     entries = []
     for part in said.split("Compiling entry function ")[1:]:
         name = re.match(r"'(\w+)'", part)
@@ -124,11 +133,34 @@ def compile_cuda(op: str, arch: str) -> tuple[bytes, list[dict[str, Any]]]:
         if name and numbers and registers:
             stack, stores, loads = map(int, numbers.groups())
             entries.append({"kernel": name[1], "registers": int(registers[1]), "stack": stack, "spills": stores + loads})
+    if any(fnmatch.fnmatch(e["kernel"], pattern) for e in entries for pattern in expects(op)):
+        count_instructions(data, entries)
     return data, entries
 
 
-def compile_triton(op: str, arch: str) -> list[tuple[dict[str, Any], bytes]]:
-    """Every variant of <op>_triton.py: its manifest entry and its image."""
+def count_instructions(cubin: bytes, entries: list[dict[str, Any]]) -> None:
+    """Adds to each entry point how many of INSTRUCTIONS it has. The disassembler is that of triton."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = run([str(Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"), "-c", file.name])
+    parts = re.split(r"\.section\s+\.text\.(\w+)", code)
+    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for e in entries:
+        e |= {n: len(re.findall(rf"\b{pattern}", bodies.get(e["kernel"], ""))) for n, pattern in INSTRUCTIONS.items()}
+
+
+def expects(op: str) -> dict[str, dict[str, str]]:
+    """EXPECTS of <op>_gpu.py: pattern of kernels' names -> architecture -> an instruction that must be there."""
+    module = importlib.import_module(f"fastlm.kernels.{op}.{op}_gpu") if (KERNELS / op / f"{op}_gpu.py").exists() else None
+    found: dict[str, dict[str, str]] = getattr(module, "EXPECTS", {})
+    return found
+
+
+def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dict[str, Any], bytes]]:
+    """Every variant of <op>_triton.py, or the first of each kernel: its manifest entry and its image."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     import triton
     from triton.backends.compiler import GPUTarget
@@ -139,7 +171,11 @@ def compile_triton(op: str, arch: str) -> list[tuple[dict[str, Any], bytes]]:
     made = []
     module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
     letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    seen: set[str] = set()
     for kernel, types, constants, options in module.variants():
+        if one_each and kernel in seen:
+            continue
+        seen.add(kernel)
         function = getattr(module, kernel)
         names = function.arg_names
         signature = {n: "constexpr" if n in constants or types[n] is None else types[n].split(":")[0] for n in names}
@@ -178,23 +214,56 @@ def resources(cubin: bytes, triton: Any) -> dict[str, int]:
         code = run([str(tools / "nvdisasm"), "-c", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
     assert found, used
-    counts = {
-        name: len(re.findall(rf"\b{name}", code)) for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "UTC\\w*MMA", "LDL", "STL")
-    }
-    return {"registers": int(found[1]), "stack": int(found[2])} | {k.replace("\\w*", ""): v for k, v in counts.items()}
+    counts = {name: len(re.findall(rf"\b{pattern}", code)) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": int(found[1]), "stack": int(found[2])} | counts
 
 
-def job(arguments: tuple[str, str, str]) -> tuple[str, str, str, list[tuple[dict[str, Any], bytes]]]:
-    twin, op, arch = arguments
+def job(arguments: tuple[str, str, str, bool]) -> tuple[str, str, str, list[tuple[dict[str, Any], bytes]]]:
+    twin, op, arch, one_each = arguments
+    kept = CACHE / f"{twin}-{op}-{arch}-{key(*arguments)}"
+    if kept.exists():
+        return twin, op, arch, pickle.loads(kept.read_bytes())
     if twin == "triton":
-        return twin, op, arch, compile_triton(op, arch)
-    image, entries = compile_cuda(op, arch)
-    return twin, op, arch, [({"key": f"cuda {e['kernel']}", "entry": e["kernel"]} | e, image) for e in entries]
+        made = compile_triton(op, arch, one_each)
+    else:
+        image, entries = compile_cuda(op, arch)
+        made = [({"key": f"cuda {e['kernel']}", "entry": e["kernel"]} | e, image) for e in entries]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{twin}-{op}-{arch}-*"):
+        if time.time() - old.stat().st_mtime > 86400:
+            old.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=CACHE, delete=False) as file:
+        file.write(pickle.dumps(made))
+    Path(file.name).replace(kept)
+    return twin, op, arch, made
 
 
-def over_budget(op: str, entry: dict[str, Any]) -> list[str]:
+@cache
+def tools_used(twin: str) -> bytes:
+    """What names the compiler's version."""
+    if twin == "cuda":
+        return run([nvcc() or "nvcc", "--version"]).encode()
+    return importlib.metadata.version("triton").encode()
+
+
+def key(twin: str, op: str, arch: str, one_each: bool) -> str:
+    """A hash of all that a job's result depends on: sources, how they are compiled, the compiler. A kernel may import others' helpers."""
+    mine = [KERNELS / op / f"{op}_cuda.cu", *sorted(KERNELS.glob(f"{op}/*.h")), *sorted((ROOT / "csrc/cuda").glob("*.h"))]
+    files = sorted(KERNELS.glob("*/*_triton.py")) if twin == "triton" else mine
+    files = [*files, KERNELS / op / f"{op}_gpu.py", ROOT / "fastlm/cuda/images.py"]
+    how = "".join(inspect.getsource(f) for f in (compile_triton, compile_cuda, resources, count_instructions, target))
+    parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files if f.exists())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def over_budget(op: str, entry: dict[str, Any], arch: str = "") -> list[str]:
     """What is wrong with a compiled kernel."""
     problems = []
+    name = entry["key"].split()[1]
+    for pattern, wanted in expects(op).items():
+        needed = wanted.get(arch)
+        if needed and fnmatch.fnmatch(name, pattern) and not entry.get(needed):
+            problems.append(f"no {needed} on sm_{arch}")
     if entry.get("stack", 0) > 0:
         problems.append(f"{entry['stack']} bytes of stack")
     if entry.get("spills", 0) + entry.get("LDL", 0) + entry.get("STL", 0) > 0:
@@ -202,11 +271,11 @@ def over_budget(op: str, entry: dict[str, Any]) -> list[str]:
     return [f"{op}: {entry['key']}: {p}" for p in problems]
 
 
-def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int) -> list[str]:
+def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, one_each: bool = False) -> list[str]:
     """Compiles, and returns what is over budget."""
-    work = [("triton", op, arch) for op in triton_ops() if op in ops for arch in archs]
+    work = [("triton", op, arch, one_each) for op in triton_ops() if op in ops for arch in archs]
     if nvcc():
-        work += [("cuda", op, arch) for op in cuda_ops() if op in ops for arch in archs]
+        work += [("cuda", op, arch, False) for op in cuda_ops() if op in ops for arch in archs]
     else:
         print("no nvcc: the CUDA C++ kernels are left out", file=sys.stderr)
     problems: list[str] = []
@@ -218,7 +287,7 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int) 
                 name = hashlib.sha256(image).hexdigest()[:16]
                 images[arch][name] = image
                 archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | {"file": name}
-                problems += over_budget(op, entry) if check else []
+                problems += over_budget(op, entry, arch) if check else []
             print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels", file=sys.stderr)
     if pack:
         IMAGES.mkdir(exist_ok=True)
@@ -237,6 +306,7 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", default=sorted({*cuda_ops(), *triton_ops()}))
     parser.add_argument("--archs", nargs="+", default=[*ARCHS, "ptx"])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--one-each", action="store_true", help="only the first variant of each Triton kernel")
     parser.add_argument("--no-pack", dest="pack", action="store_false")
     parser.add_argument("--emulate", type=Path, metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -246,7 +316,7 @@ def main() -> int:
             if op in cuda_ops():
                 print(emulate(op, arguments.emulate))
         return 0
-    problems = build(arguments.ops, arguments.archs, arguments.check, arguments.pack, arguments.jobs)
+    problems = build(arguments.ops, arguments.archs, arguments.check, arguments.pack, arguments.jobs, arguments.one_each)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

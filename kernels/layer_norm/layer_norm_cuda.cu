@@ -164,7 +164,7 @@ __device__ void backward_partial(float* partial, const T* dy, const T* x, const 
 }  // namespace
 
 #define FASTLM_FORWARD(T, suffix, G, V)                                                                                         \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) layer_norm_forward_##suffix(                                                  \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS, 1) layer_norm_forward_##suffix(                                               \
         T* y, T* total, float* stats, const T* x, const T* residual, const T* weight, const T* bias, int R, int C, float eps) { \
         forward<T, G, V>(y, total, stats, x, residual, weight, bias, R, C, eps);                                                \
     }                                                                                                                           \

@@ -126,7 +126,7 @@ __device__ void backward_partial(float* partial, const T* dy, const T* x, const 
 }  // namespace
 
 #define FASTLM_FORWARD(T, suffix, G, V)                                                                         \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) rms_norm_forward_##suffix(                                    \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS, 1) rms_norm_forward_##suffix(                                 \
         T* y, T* total, float* rstd, const T* x, const T* residual, const T* weight, int R, int C, float eps) { \
         forward<T, G, V>(y, total, rstd, x, residual, weight, R, C, eps);                                       \
     }                                                                                                           \
