@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
+from fastlm.backend import Array, kernels
 from fastlm.ops import check
+from fastlm.ops.cross_entropy import multiplied
 from fastlm.tensor import data, record, recording, wrap
 
 _ROWS = 1 << 20  # floats of logits at a time: what is in between stays in cache
@@ -20,7 +22,8 @@ def kl_divergence(logits: Any, teacher: Any, temperature: float = 1.0) -> Any:
     """temperature^2 * mean over rows of KL(softmax(teacher / temperature) || softmax(logits / temperature)), a float32 of shape ().
 
     logits, teacher: (..., V) float32; the teacher has no gradient. The factor keeps the gradient's size whatever the temperature. A
-    token that the teacher rules out (-inf) adds nothing. Summed in float64, in row order. Raises TypeError for a dtype, ValueError for
+    token that the teacher rules out (-inf) adds nothing. Summed in float64, in row order; on a device in float32, and both may be
+    bfloat16. Raises TypeError for a dtype, ValueError for
     a shape, no rows, or a temperature that is not positive.
     """
     check.on_host("kl_divergence", "logits", data(logits))
@@ -31,8 +34,10 @@ def kl_divergence(logits: Any, teacher: Any, temperature: float = 1.0) -> Any:
     V = xd.shape[-1]
     if xd.size == 0:
         raise ValueError(f"[kl_divergence] logits must have a row and a token, got {xd.shape}.")
-    x, y, rows = xd.reshape(-1, V), td.reshape(-1, V), xd.size // V
     recorded = recording(logits)
+    if not isinstance(xd, np.ndarray):
+        return _there("kl_divergence", logits, xd, td, recorded, t)
+    x, y, rows = xd.reshape(-1, V), td.reshape(-1, V), xd.size // V
     dx = backend.empty(x.shape) if recorded else None
     losses = np.empty(rows, np.float64)
     step = max(1, _ROWS // V)
@@ -62,6 +67,8 @@ def cosine_distance(x: Any, target: Any) -> Any:
     check.shape("cosine_distance", "target", td, "the shape of x", xd.shape)
     if xd.size == 0:
         raise ValueError(f"[cosine_distance] x must have a row and a column, got {xd.shape}.")
+    if not isinstance(xd, np.ndarray):
+        return _there("cosine_distance", x, xd, td, recording(x))
     a, b = (z.reshape(-1, z.shape[-1]).astype(np.float64) for z in (xd, td))
     aa, bb = np.square(a).sum(1, keepdims=True) + 1e-12, np.square(b).sum(1, keepdims=True) + 1e-12
     length = np.sqrt(aa * bb)
@@ -72,3 +79,15 @@ def cosine_distance(x: Any, target: Any) -> Any:
     return record(
         y, (x,), lambda dy: (((cosine / aa * a - b / length) * (float(dy) / len(a))).astype(np.float32).reshape(xd.shape),)
     )
+
+
+def _there(op: str, x: Any, xd: Array, td: Array, recorded: bool, *more: float) -> Any:
+    """A loss on a device: its kernel writes the gradient for dy = 1."""
+    check.together(op, "x", xd, target=td)
+    if xd.dtype != td.dtype:
+        raise TypeError(f"[{op}] the teacher's must be {xd.dtype} as ours, got {td.dtype}.")
+    dx = backend.empty_like(xd) if recorded else None
+    y = getattr(kernels(xd), op)(dx, xd, td, *more)
+    if dx is None:
+        return wrap(y, x)
+    return record(y, (x,), lambda dy: (multiplied(dx, dy),))

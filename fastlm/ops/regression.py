@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from fastlm import backend
+from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
 from fastlm.tensor import data, record, recording, wrap
 
@@ -14,6 +17,8 @@ def mean_squared_error(x: Any, targets: Any) -> Any:
     """mean((x - targets)^2), a float32 of shape (). x: any shape, float32; targets: the same shape, numbers. Summed in float64."""
     check.on_host("mean_squared_error", "x", data(x))
     xd = check.any_array("mean_squared_error", "x", data(x), np.float32)
+    if not isinstance(xd, np.ndarray):
+        return _there("mean_squared_error", x, xd, targets, False)
     td = np.asarray(targets, np.float64)
     check.shape("mean_squared_error", "targets", td, "the shape of x", xd.shape)
     error = xd - td
@@ -30,6 +35,8 @@ def binary_cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) ->
     """
     check.on_host("binary_cross_entropy", "logits", data(logits))
     xd = check.any_array("binary_cross_entropy", "logits", data(logits), np.float32)
+    if not isinstance(xd, np.ndarray):
+        return _there("binary_cross_entropy", logits, xd, targets, True, ignore_index)
     td = np.asarray(targets, np.float64)
     check.shape("binary_cross_entropy", "targets", td, "the shape of logits", xd.shape)
     counted = td != ignore_index
@@ -46,3 +53,27 @@ def binary_cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) ->
         return (np.where(counted, (sigmoid - td) * (float(dy) / count), 0).astype(np.float32),)
 
     return record(y, (logits,), backward)
+
+
+def _there(op: str, x: Any, xd: Array, targets: Any, binary: bool, ignore_index: int = 0) -> Any:
+    """A loss on a device, in float32; targets of the host are checked and put there."""
+    td = data(targets)
+    if not backend.on_device(td):
+        td = np.asarray(td, np.float32)
+        if binary and ((td < 0) | (td > 1))[td != ignore_index].any():
+            raise ValueError(f"[{op}] targets must be from 0 to 1, or {ignore_index} where they do not count.")
+        td = backend.put(td, backend.device_of(xd))
+    if td.dtype != np.float32:
+        raise TypeError(f"[{op}] targets must be float32 on a device, got {td.dtype}.")
+    check.shape(op, "targets", td, f"the shape of {'logits' if binary else 'x'}", xd.shape)
+    xd, td, count = contiguous(xd), contiguous(td), backend.empty((1,), like=xd)
+    y = kernels(xd).regression_forward(count, xd, td, binary, ignore_index)
+    if not recording(x):
+        return wrap(y, x)
+
+    def backward(dy: Array) -> Sequence[Array]:
+        dx = backend.empty_like(xd)
+        kernels(xd).regression_backward(dx, dy, xd, td, count, binary, ignore_index)
+        return (dx,)
+
+    return record(y, (x,), backward)
