@@ -113,9 +113,11 @@ class Decoder:
         self.ids[...] = (self._recorded_ids + 1) % self.model.config.vocab_size
         try:
             self._both_ways()
-        finally:
-            for a, b in zip(self._state, before, strict=True):
-                a[...] = b
+        except Exception as e:  # nobody asked for this step: where something is wrong the next one says so
+            log.debug("%s: other ids: %s", self._name, e)
+            self._unlike[...] = False
+        for a, b in zip(self._state, before, strict=True):
+            a[...] = b
 
     def _both_ways(self) -> Array:
         """The same step both ways: first as recorded, so that nothing which the ordinary step leaves behind can help it."""

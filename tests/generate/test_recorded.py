@@ -127,7 +127,7 @@ def test_small_caches(name: str, cache: str, watch: Watch, monkeypatch: pytest.M
     both_ways(model, PROMPTS, SETTINGS["drawn"], watch, monkeypatch)
 
 
-@pytest.mark.parametrize(("kind", "activations"), [("Q4_1", "float32"), ("Q8_0", "int8"), ("bfloat16", "")])
+@pytest.mark.parametrize(("kind", "activations"), [("Q4_1", "float32"), ("Q8_0", "int8"), ("Q8_ROW", "int8"), ("bfloat16", "")])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "glam", "t5", "switch"])
 def test_small_weights(name: str, kind: str, activations: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of experts that no prompt has used, and that are packed while a step is recorded."""
