@@ -26,7 +26,6 @@ def kl_divergence(logits: Any, teacher: Any, temperature: float = 1.0) -> Any:
     bfloat16. Raises TypeError for a dtype, ValueError for
     a shape, no rows, or a temperature that is not positive.
     """
-    check.on_host("kl_divergence", "logits", data(logits))
     xd = check.array("kl_divergence", "logits", data(logits), at_least=1)
     td = check.array("kl_divergence", "teacher", data(teacher), at_least=1)
     check.shape("kl_divergence", "teacher", td, "the shape of logits", xd.shape)
@@ -61,7 +60,6 @@ def cosine_distance(x: Any, target: Any) -> Any:
 
     Squared lengths get 1e-12 added, as torch's cosine_embedding_loss does, so that a row of zeros has distance 1. Computed in float64.
     """
-    check.on_host("cosine_distance", "x", data(x))
     xd = check.array("cosine_distance", "x", data(x), at_least=1)
     td = check.array("cosine_distance", "target", data(target), at_least=1)
     check.shape("cosine_distance", "target", td, "the shape of x", xd.shape)

@@ -15,7 +15,6 @@ from fastlm.tensor import data, record, recording, wrap
 
 def mean_squared_error(x: Any, targets: Any) -> Any:
     """mean((x - targets)^2), a float32 of shape (). x: any shape, float32; targets: the same shape, numbers. Summed in float64."""
-    check.on_host("mean_squared_error", "x", data(x))
     xd = check.any_array("mean_squared_error", "x", data(x), np.float32)
     if not isinstance(xd, np.ndarray):
         return _there("mean_squared_error", x, xd, targets, False)
@@ -33,7 +32,6 @@ def binary_cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) ->
 
     logits: any shape, float32; targets: the same shape, from 0 to 1. Returns a float32 of shape (). Computed in float64.
     """
-    check.on_host("binary_cross_entropy", "logits", data(logits))
     xd = check.any_array("binary_cross_entropy", "logits", data(logits), np.float32)
     if not isinstance(xd, np.ndarray):
         return _there("binary_cross_entropy", logits, xd, targets, True, ignore_index)
