@@ -171,6 +171,17 @@ def assign(to: Any, source: Any) -> None:
         to.device.assign(to, source)
 
 
+def rows_of(x: Any, rows: Any, used: int | None = None) -> Any:
+    """x[rows] where x is; rows is a slice, then a view, or an array of numbers, then new memory. used: how much of axis 1 is copied on a
+    device, all of it where None."""
+    if isinstance(x, np.ndarray) or isinstance(rows, slice):
+        return x[rows]
+    new = empty_like(x, (len(rows), *x.shape[1:]))
+    for i, row in enumerate(rows):
+        assign(new[i, :used] if used is not None else new[i], x[int(row), :used] if used is not None else x[int(row)])
+    return new
+
+
 def repeated(x: Any, shape: tuple[int, ...]) -> Array:
     """A device's x repeated to `shape`, as NumPy broadcasts, in memory of its own."""
     out: Any = empty_like(x, shape)

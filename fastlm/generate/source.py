@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastlm import backend
 from fastlm.backend import Array
 from fastlm.generate.engine import alike, check_prompt
 from fastlm.nn import Memory, Padding
@@ -36,10 +37,10 @@ class Reading:
         longest = int(lengths.max())
         padded = states[0]
         if len(runs) > 1:
-            padded = np.zeros((len(ids), longest, padded.shape[-1]), np.float32)
+            padded = backend.zeros((len(ids), longest, padded.shape[-1]), padded.dtype, like=padded)
             for (a, b), part in zip(runs, states, strict=True):
-                padded[a:b, : part.shape[1]] = part
-        self.memory = Memory(padded, Padding(np.arange(longest) < lengths[:, None]))
+                backend.assign(padded[a:b, : part.shape[1]], part)
+        self.memory = Memory(padded, Padding(np.arange(longest) < lengths[:, None]).to(model.device))
         self.prompts = [[model.config.start] for _ in ids]
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -51,3 +52,7 @@ class Reading:
     def logits(self, ids: Any, cache: Cache, last: bool = False) -> Array:
         """float32 (B, T, V) of the decoder's next positions, or (B, V) of the last."""
         return self.model.decode(ids, cache, last)
+
+    def scores(self, ids: Any, cache: Cache, last: bool = False) -> Array:
+        """The same, where the model is."""
+        return self.model.scores(ids, cache, last)

@@ -106,18 +106,7 @@ class CausalLM(LanguageModel):
             x = self._run(ids, cache)
             if last:
                 x = data(x)[:, -1]
-            return self._scores(backend.contiguous(data(x)))
-
-    def _scores(self, x: Any) -> Array:
-        """The logits of hidden states, float32 where these are bfloat16 too: logits are compared, and rounding makes many equal."""
-        weight = data(self._head_weight())
-        if x.dtype == backend.BFLOAT16 and backend.on_device(weight):
-            V, C = weight.shape
-            scores = backend.empty((*x.shape[:-1], V), like=x)
-            product(scores, x, weight, x.size // C, V, C, b_transposed=True)
-            return scores
-        out: Array = data(self._project(x))
-        return out
+            return scores_of(backend.contiguous(data(x)), self._head_weight())
 
     def _run(self, ids: Any, cache: Cache | None) -> Any:
         ids = as_ids("ids", ids)
@@ -146,6 +135,18 @@ def as_ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
     if array.dtype != np.int32 and not isinstance(array, np.ndarray):
         raise TypeError(f"[model] {name} on a device must be int32, got {array.dtype}.")
     return array if array.dtype == np.int32 else array.astype(np.int32)
+
+
+def scores_of(x: Any, head: Any) -> Array:
+    """The logits of hidden states, float32 where these are bfloat16 too: logits are compared, and rounding makes many equal."""
+    weight = data(head)
+    if x.dtype == backend.BFLOAT16 and backend.on_device(weight):
+        V, C = weight.shape
+        scores = backend.empty((*x.shape[:-1], V), like=x)
+        product(scores, x, weight, x.size // C, V, C, b_transposed=True)
+        return scores
+    out: Array = data(ops.linear(x, head))
+    return out
 
 
 def host_float(x: Any) -> Array:

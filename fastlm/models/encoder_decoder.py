@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlm import backend, ops
 from fastlm.backend import Array
-from fastlm.models.base import LanguageModel, as_ids, host_float
+from fastlm.models.base import LanguageModel, as_ids, host_float, scores_of
 from fastlm.nn import Cache, Context, Memory, Padding
 from fastlm.tensor import Tensor, data, no_grad
 
@@ -78,11 +78,14 @@ class EncoderDecoder(LanguageModel):
 
     def decode(self, ids: Any, cache: Cache, last: bool = False) -> Array:
         """float32 (B, T, V) of T more positions of the decoder, or (B, V) of the last alone; they are appended to the cache."""
+        return host_float(self.scores(ids, cache, last))
+
+    def scores(self, ids: Any, cache: Cache, last: bool = False) -> Array:
+        """`decode` as it is, where the model is; float32 there too."""
         with no_grad():
             x, _ = self._run(ids, None, cache)
-            if last:
-                x = backend.contiguous(data(x)[:, -1])
-            return host_float(data(self._project(x)))
+            x = data(x)[:, -1] if last else data(x)
+            return scores_of(data(self._scaled(backend.contiguous(x))), self.head_weight())
 
     def _read(self, source_ids: Any, mask: Any) -> tuple[Memory, Context]:
         ids = as_ids("source_ids", source_ids)

@@ -115,7 +115,7 @@ class Cache:
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 if self.device is not None:
-                    arrays[layer] = _taken(array, index.tolist(), used)
+                    arrays[layer] = backend.rows_of(array, index, used)
                     continue
                 kept = array[index[into], :used]  # a copy
                 if not same:
@@ -127,14 +127,6 @@ class Cache:
         else:
             self.lengths = lengths
         return self
-
-
-def _taken(array: Any, rows: Sequence[int], used: int) -> Any:
-    """A device's array[rows] in new memory, of whose positions `used` are copied."""
-    new = backend.empty_like(array, (len(rows), *array.shape[1:]))
-    for i, row in enumerate(rows):
-        backend.assign(new[i, :used], array[row, :used])
-    return new
 
 
 class Context:

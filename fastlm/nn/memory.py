@@ -63,8 +63,8 @@ class Padding:
     def select(self, rows: Any) -> Padding:
         """That of sequences `rows`, an index."""
         out = Padding()
-        out.lengths = None if self.lengths is None else self.lengths[rows]
-        out._hidden = None if self._hidden is None else self._hidden[rows]
+        out.lengths = None if self.lengths is None else backend.rows_of(self.lengths, rows)
+        out._hidden = None if self._hidden is None else backend.rows_of(self._hidden, rows)
         return out
 
 
@@ -99,6 +99,6 @@ class Memory:
         return self._taken(np.asarray(rows, np.intp))
 
     def _taken(self, rows: Any) -> Memory:
-        out = Memory(data(self.states)[rows], self.padding.select(rows), self.sources[rows])
-        out._kept = {layer: (data(k)[rows], data(v)[rows]) for layer, (k, v) in self._kept.items()}
+        out = Memory(backend.rows_of(data(self.states), rows), self.padding.select(rows), self.sources[rows])
+        out._kept = {n: (backend.rows_of(data(k), rows), backend.rows_of(data(v), rows)) for n, (k, v) in self._kept.items()}
         return out

@@ -18,7 +18,7 @@ from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
 from fastlm.data.objectives.base import Batch
-from fastlm.generate import Settings, generate
+from fastlm.generate import Reading, Settings, generate
 from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.recorded import why_not
 from fastlm.lm import LM
@@ -290,6 +290,28 @@ def test_cache(quick):
         model.logits(ids[:2].repeat(2, 1)[:, :5], caches[1])
     beams = {"max_tokens": 6, "beams": 3}
     assert LM(model).generate_ids([1, 2, 3], **beams) == LM(host).generate_ids([1, 2, 3], **beams)
+
+
+def test_encoder_decoder(quick):
+    """T5 reads its sources, which have different lengths, and writes the host's ids by recorded steps; with beams too."""
+    config = family("t5-small")
+    sources = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14]]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = models.create(config, seed=2, device=device)
+        reading = Reading(model, sources)
+        ids = [o.ids for o in generate(reading, reading.prompts, Settings(max_tokens=6))]
+        found.append((ids, LM(model).generate_ids(sources[0], max_tokens=5, beams=3)))
+        assert why_not(model) == []
+    assert found[0] == found[1]
+
+
+def test_embeddings(quick):
+    """Texts of different lengths one behind the other."""
+    rows, found = [[5, 6, 7], [8], [9, 10, 11, 12]], []
+    for device in ("cpu", "cuda"):
+        found.append(LM(models.create(family("bert-base-uncased"), seed=2, device=device)).embed(rows))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
 
 
 # --- training ---
