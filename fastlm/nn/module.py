@@ -67,8 +67,16 @@ class Module:
 
     @property
     def device(self) -> Any:
-        """Where the parameters are: None for the host."""
-        return next((backend.device_of(p.data) for p in self.named_parameters().values()), None)
+        """Where the parameters are: None for the host. Asked in every step, so only the first is looked for."""
+        first = self._first_parameter()
+        return None if first is None else backend.device_of(first.data)
+
+    def _first_parameter(self) -> Tensor | None:
+        for _, part in self.parts():
+            found = part if isinstance(part, Tensor) else part._first_parameter()
+            if found is not None:
+                return found
+        return None
 
     def arrays(self) -> Iterator[tuple[Module, str]]:
         """The arrays beside the parameters, constants of the parts: (part, attribute)."""
