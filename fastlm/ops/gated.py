@@ -39,7 +39,7 @@ def gated(gate: Any, up: Any, kind: str) -> Any:
         return y
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dgate, dup = gradients_like(gd, ud) if isinstance(gd, np.ndarray) else (backend.empty_like(gd), backend.empty_like(ud))
+        dgate, dup = gradients_like(gd, ud)
         kernels(gd).gated_backward(dgate, dup, contiguous(dy), gd, ud, number)
         return dgate if want_gate else None, dup if want_up else None
 

@@ -157,6 +157,19 @@ def test_gated_views(F, order):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("F", [33, 48])
+def test_gated_of_split(F):
+    """Both halves of one array: their gradients are written into one array, which is the gradient of x."""
+    x, dy = normal(2, 3, 2 * F), normal(2, 3, F)
+    call = lambda x: ops.gated(*ops.split(x, (F, F)), "silu")  # noqa: E731
+    want = outputs(call, [x], dy)
+    with emulated(twin="triton") as on:
+        got = outputs(call, [on.put(x)], on.put(dy))
+        assert "add" not in on.launched
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("D", "extra"), [(32, 0), (32, 1), (31, 3)])
 def test_rope_views(D, extra):
     """Heads out of a fused projection, at whole vectors or not, positions on the device; one out of range gives nan."""
