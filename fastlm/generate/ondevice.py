@@ -124,7 +124,12 @@ class DeviceDecoder:
         self.recording.run()
         found = [a.numpy() for a in (self.recording.result, *self._state)]
         self._restore(before)
-        again = backend.record(self._step, self.device)
+        try:
+            again = backend.record(self._step, self.device)
+        except backend.Unrecordable as e:
+            self._restore(before)
+            self._refuse(str(e))
+            return self._one()
         expected = [a.numpy() for a in (again.result, *self._state)]
         self.cache.lengths += 1
         names = ["logits", "ids", "lengths", *["counters"] * len(self._counters)]
@@ -133,6 +138,7 @@ class DeviceDecoder:
             self._refuse(f"run again, the recorded step gives other {' and '.join(dict.fromkeys(differ))}")
         else:
             self._verdicts[self._kind] = ""
+        return None
 
     def _refuse(self, reason: str) -> None:
         self.recording, self._plain, self.cache.counter = None, True, None

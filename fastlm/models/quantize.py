@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import backend
 from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, MADE, ROW, QuantizedArray
 from fastlm.checkpoint.quantized import quantize as quantized
 from fastlm.models.base import LanguageModel
@@ -105,6 +106,8 @@ def _check(activations: str) -> None:
 
 
 def _float(name: str, w: Any) -> Any:
+    if backend.on_device(w):
+        raise ValueError(f"[quantize] it is on {w.device.name}, and weights are quantised on the CPU: call lm.to('cpu') first.")
     if isinstance(w, Declared):
         raise ValueError(f"[quantize] {name} has no value yet: load or initialise the model first.")
     return w.dequantize() if isinstance(w, QuantizedArray) else np.asarray(w, np.float32)

@@ -14,6 +14,7 @@ import pytest
 
 import fastlm
 from fastlm import backend, models
+from fastlm.cli import main
 from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
@@ -104,10 +105,15 @@ def test_refusals(on):
         model.to("cuda", "float16")
     with pytest.raises(ValueError, match=r"\[to\] token_embedding.weight has no value yet"):
         models.declare(CONFIGS["gpt2"]).to("cuda")
+    wide = LM(models.create(models.GPTConfig(**SIZES | {"d_model": 32})))
+    with pytest.raises(ValueError, match=r"\[quantize\] token_embedding.weight: it is on emulated, .* call lm\.to\('cpu'\) first"):
+        LM(models.create(wide.model.config, device="cuda")).quantize("Q8_0")
+    with pytest.raises(NotImplementedError, match=r"\[to\] token_embedding.weight is quantised, which the GPU does not read yet"):
+        wide.quantize("Q8_0").to("cuda")
 
 
 @pytest.mark.skipif(status()[0], reason="there is a GPU")
-def test_no_gpu(tmp_path):
+def test_no_gpu(tmp_path, capsys):
     """Every way in says why there is none, before anything is done."""
     model = models.create(CONFIGS["gpt2"])
     LM(model).save(tmp_path / "model")
@@ -119,6 +125,9 @@ def test_no_gpu(tmp_path):
     ):
         with pytest.raises(RuntimeError, match=r"\[cuda\] no GPU can be used: "):
             ask()
+    for command in (["generate", str(tmp_path / "model"), "a"], ["train", "none.txt", "--out", str(tmp_path / "run")]):
+        assert main([*command, "--device", "cuda"]) == 2
+        assert "[cuda] no GPU can be used: " in capsys.readouterr().err
     assert model.device is None
 
 
@@ -312,6 +321,19 @@ def test_embeddings(quick):
     for device in ("cpu", "cuda"):
         found.append(LM(models.create(family("bert-base-uncased"), seed=2, device=device)).embed(rows))
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_caches(dtype, quick):
+    """Keys and values in fewer bits, and a text's perplexity."""
+    found = []
+    for device in ("cpu", "cuda"):
+        lm = LM(models.create(CONFIGS["llama"], seed=3, device=device))
+        lm.cache = dtype
+        found.append((lm.generate_ids(PROMPTS, max_tokens=8), lm.perplexity(list(range(40)), context=12)))
+        assert why_not(lm.model) == []
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5)
 
 
 # --- training ---
