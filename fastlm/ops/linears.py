@@ -22,13 +22,15 @@ _F32 = np.dtype(np.float32)
 def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None) -> list[Any]:
     """[linear(x, weight, bias) for each], with the same bits.
 
-    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once, and what is rounded to 8
-    bits is rounded once. Else, and where a gradient is wanted, they are what `linear` makes of them, which also says what is wrong.
+    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So they are for any rows
+    where x is rounded to 8 bits, which then happens once. Else, and where a gradient is wanted, they are what `linear` makes of them,
+    which also says what is wrong.
     """
     biases = [None] * len(weights) if biases is None else biases
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
-    ready = type(xd) is np.ndarray and xd.dtype == _F32 and xd.ndim > 0 and xd.flags.c_contiguous
-    ready = ready and 1 < len(ws) <= _C.together and 0 < math.prod(xd.shape[:-1]) <= _FEW and not recording(x, *weights, *biases)
+    rounded = [w.activations == "int8" for w in ws if isinstance(w, QuantizedArray)]
+    ready = type(xd) is np.ndarray and xd.dtype == _F32 and xd.ndim > 0 and xd.flags.c_contiguous and 1 < len(ws) <= _C.together
+    ready = ready and 0 < math.prod(xd.shape[:-1]) <= (1 << 62 if any(rounded) else _FEW) and not recording(x, *weights, *biases)
     if not ready or not all(_fits(w, b, ws[0], xd.shape[-1]) for w, b in zip(ws, bs, strict=True)):
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]

@@ -42,7 +42,7 @@ def test_bits(isa: Any, threads: Any, kind: str, K: int) -> None:
     for number in (2, 3, 4):
         weights = [weight(rng, N, K, kind) for N in SIZES[:number]]
         biases = [None if i == 1 else rng.standard_normal(N).astype(np.float32) for i, N in enumerate(SIZES[:number])]
-        for shape in ((1,), (3,), (12,), (13,), (2, 20), (0,)):
+        for shape in ((1,), (3,), (12,), (13,), (2, 20), (150,), (0,)):
             x = rng.standard_normal((*shape, K)).astype(np.float32)
             _C.set_num_threads(1)
             want = [ops.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
