@@ -14,7 +14,7 @@ RUN := PYTHONPATH=. $(BIN)/python
 READY := $(VENV)/.ready-$(shell $(PYTHON) tools/requirements.py --hash)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: dev test learn lint format demo bench wheel sanitize stubs kernel-table clean
+.PHONY: dev test learn lint format demo bench wheel sanitize stubs kernel-table gpu-images wheel-gpu gpu-check clean
 .DEFAULT_GOAL := dev
 
 dev: $(READY)
@@ -78,6 +78,20 @@ wheel: $(READY)
 	@rm -rf dist
 	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
 	@$(BIN)/python tools/check_wheel.py dist/*.whl
+
+# The GPU's kernels, compiled ahead of time, in the wheel: where nvcc and triton are. GPU_ARCHS=90 builds a part.
+GPU_ARCHS := 80 90 100 ptx
+gpu-images: dev
+	@$(RUN) tools/gpu_build.py --check --archs $(GPU_ARCHS)
+
+wheel-gpu: gpu-images
+	@rm -rf dist
+	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
+	@$(RUN) tools/check_wheel.py dist/*.whl --gpu $(GPU_ARCHS)
+
+# On a machine with a GPU: tests, sanitizer, measurements with peers, at most ten minutes.
+gpu-check: dev
+	@$(RUN) tools/gpu_check.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis fastlm/_C*.so fastlm/kernels fastlm/benchmarks

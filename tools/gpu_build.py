@@ -249,11 +249,24 @@ def tools_used(twin: str) -> bytes:
 def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     """A hash of all that a job's result depends on: sources, how they are compiled, the compiler. A kernel may import others' helpers."""
     mine = [KERNELS / op / f"{op}_cuda.cu", *sorted(KERNELS.glob(f"{op}/*.h")), *sorted((ROOT / "csrc/cuda").glob("*.h"))]
-    files = sorted(KERNELS.glob("*/*_triton.py")) if twin == "triton" else mine
+    files = triton_sources(KERNELS / op / f"{op}_triton.py") if twin == "triton" else mine
     files = [*files, KERNELS / op / f"{op}_gpu.py", ROOT / "fastlm/cuda/images.py"]
     how = "".join(inspect.getsource(f) for f in (compile_triton, compile_cuda, resources, count_instructions, target))
     parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files if f.exists())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def triton_sources(path: Path) -> list[Path]:
+    """A file of Triton kernels and those that it imports."""
+    found, todo = [], [path]
+    while todo:
+        file = todo.pop()
+        if file in found or not file.exists():
+            continue
+        found.append(file)
+        todo += [KERNELS / op / f"{name}.py" for op, name in re.findall(r"fastlm\.kernels\.(\w+)\.(\w+)", file.read_text())]
+        todo += [KERNELS / op / f"{n}.py" for op, n in re.findall(r"fastlm\.kernels\.(\w+) import (\w+)", file.read_text())]
+    return sorted(found)
 
 
 def over_budget(op: str, entry: dict[str, Any], arch: str = "") -> list[str]:

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import fastlm
 from fastlm import _C, backend, cuda
+from fastlm.cuda.images import Images
 from fastlm.generate import recorded
 
 
 def gpu() -> str:
     """What is there, or why nothing can be used."""
     usable, what = cuda.status()
-    return f"{what}; layer_norm has kernels for it so far" if usable else f"none: {what}"
+    if not usable:
+        return f"none: {what}"
+    images = Images(cuda.device().capability)  # type: ignore[attr-defined]
+    if images.path is None:
+        return f"{what}; this build has no kernels for it: tools/gpu_build.py makes them"
+    return f"{what}; {len(images.manifest)} kernels in {images.path.name}"
 
 
 def version(package: str) -> str:
