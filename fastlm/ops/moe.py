@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import _C, backend
-from fastlm.backend import Array
+from fastlm.backend import Array, contiguous, kernels, on_device
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.linear import ACTIVATIONS, packed
@@ -29,7 +29,9 @@ class Routing:
     weights: Any  # (R, k): what each choice counts
     experts: Array  # (R, k) int32: the choices, best first, before anything is dropped
     slots: Array  # (R, k) int32: the place of each choice, -1 where it is dropped
-    rows: Array  # (P,) int32: the row at each place; places are by expert, then in the order of rows. Recorded: (R k,), 0 behind P
+    rows: (
+        Array  # (P,) int32: the row at each place; by expert, then in the order of rows. Recorded, on a device: (R k,), 0 behind P
+    )
     counts: Array  # (E,) int64: places of each expert
 
     @property
@@ -46,7 +48,6 @@ def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | Non
     before second ones, and each in the order of rows (GShard, algorithm 1); the others are dropped and their weights have no
     gradient. Raises TypeError for a dtype, ValueError for a shape or a number.
     """
-    check.on_host("route", "logits", data(logits))
     ld = check.array("route", "logits", data(logits), ndim=2)
     R, E = ld.shape
     if not (isinstance(k, int) and 1 <= k <= E):
@@ -55,17 +56,21 @@ def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | Non
         raise ValueError(f"[route] capacity must be None or an integer of at least 1, got {capacity!r}.")
     if not (isinstance(groups, int) and groups >= 1) or R % groups:
         raise ValueError(f"[route] groups must divide the number of rows, {R}, got {groups!r}.")
-    probabilities, weights = backend.empty((R, E)), backend.empty((R, k))
-    experts, slots, rows = (backend.empty(shape, np.int32) for shape in ((R, k), (R, k), (R * k,)))
-    counts = backend.empty((E,), np.int64)
-    _C.moe_route(probabilities, experts, weights, ld, renormalise)
-    _C.moe_places(slots, rows, counts, experts, groups, capacity or 0)
-    if capacity is not None and not backend.recording():
+    probabilities, weights = backend.empty((R, E), like=ld), backend.empty((R, k), like=ld)
+    experts, slots, rows = (backend.empty(shape, np.int32, like=ld) for shape in ((R, k), (R, k), (R * k,)))
+    counts = backend.empty((E,), np.int64, like=ld)
+    kernels(ld).moe_route(probabilities, experts, weights, ld, renormalise)
+    kernels(ld).moe_places(slots, rows, counts, experts, groups, capacity or 0)
+    if capacity is not None and not backend.recording() and not on_device(ld):
         rows = rows[: int(counts.sum())]
     if not recording(logits):
         return Routing(logits, wrap(probabilities, logits), wrap(weights, logits), experts, slots, rows, counts)
 
     def backward(dweights: Array | None, dprobabilities: Array | None) -> Sequence[Array | None]:
+        if on_device(ld):
+            d = backend.empty_like(ld)
+            kernels(ld).moe_route_backward(d, dweights, dprobabilities, probabilities, experts, weights, renormalise)
+            return (d,)
         dp = np.zeros_like(probabilities) if dprobabilities is None else dprobabilities.copy()
         if dweights is not None:
             if renormalise:
@@ -90,18 +95,17 @@ def _row_sums(x: Array) -> Array:
 def dispatch(x: Any, routing: Routing) -> Any:
     """x (R, C) float32 -> (P, C): every row as often as it is kept, by expert. The gradient of a row sums its places in the order of
     choices. Raises TypeError for a dtype, ValueError for a shape."""
-    check.on_host("dispatch", "x", data(x))
     xd = check.array("dispatch", "x", data(x), ndim=2)
     R, C = len(routing.slots), xd.shape[1]
     check.shape("dispatch", "x", xd, "(R, C)", (R, C), f"The routing has {R} rows.")
-    y = backend.empty((len(routing.rows), C))
-    _C.moe_gather(y, xd, routing.rows)
+    y = backend.empty_like(xd, (len(routing.rows), C))
+    kernels(xd).moe_gather(y, xd, routing.rows)
     if not recording(x):
         return wrap(y, x)
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dx = backend.empty(xd.shape)
-        _C.moe_combine(dx, np.ascontiguousarray(dy), routing.slots, None, None)
+        dx = backend.empty_like(xd)
+        kernels(xd).moe_combine(dx, contiguous(dy), routing.slots, None, None)
         return (dx,)
 
     return record(y, (x,), backward)
@@ -112,7 +116,6 @@ def combine(y: Any, routing: Routing, residual: Any = None) -> Any:
 
     A row whose choices are all dropped is zero. Raises TypeError for a dtype, ValueError for a shape.
     """
-    check.on_host("combine", "y", data(y))
     yd = check.array("combine", "y", data(y), ndim=2)
     R, P, C = len(routing.slots), len(routing.rows), yd.shape[1]
     check.shape("combine", "y", yd, "(P, C)", (P, C), f"The routing has {P} places.")
@@ -120,14 +123,14 @@ def combine(y: Any, routing: Routing, residual: Any = None) -> Any:
     if rd is not None:
         check.shape("combine", "residual", rd, "(R, C)", (R, C), f"The routing has {R} rows.")
     weights = data(routing.weights)
-    out = backend.empty((R, C))
-    _C.moe_combine(out, yd, routing.slots, weights, rd)
+    out = backend.empty_like(yd, (R, C))
+    kernels(yd).moe_combine(out, yd, routing.slots, weights, rd)
     if not recording(y, routing.weights, residual):
         return wrap(out, y, routing.weights, residual)
 
     def backward(dout: Array) -> Sequence[Array | None]:
-        dy, dweights = backend.empty(yd.shape), backend.empty(weights.shape)
-        _C.moe_combine_backward(dy, dweights, np.ascontiguousarray(dout), yd, routing.slots, weights)
+        dy, dweights = backend.empty_like(yd), backend.empty_like(weights)
+        kernels(yd).moe_combine_backward(dy, dweights, contiguous(dout), yd, routing.slots, weights)
         return dy, dweights, dout if needs_grad(residual) else None
 
     return record(out, (y, routing.weights, residual), backward)
@@ -142,6 +145,8 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
     """
     xd = check.array("grouped_linear", "x", data(x), ndim=2)
     P, K = xd.shape
+    if on_device(xd):
+        return _grouped_there(x, xd, weights, counts, activation)
     counts = np.asarray(counts)
     each = _experts(weights, len(counts), K)
     live = backend.recording()  # then nobody knows the counts: the kernel reads them in each run
@@ -191,14 +196,65 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
     return record(y, parents, backward)
 
 
+def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str | None) -> Any:
+    """`grouped_linear` on a device. counts (E,) int64 there are read when it runs: rows of x behind the last run mean nothing."""
+    op = "grouped_linear"
+    if not on_device(counts) or counts.dtype != np.int64 or counts.ndim != 1:
+        raise TypeError(f"[{op}] counts must be (E,) int64 on the device that x is on, got {counts!r:.80}.")
+    stacked = not isinstance(weights, (list, tuple))
+    whole = data(weights) if stacked else None
+    each = [data(w) for w in weights] if whole is None else [whole[e] for e in range(whole.shape[0])]
+    for e, w in enumerate(each):
+        if not on_device(w) or w.ndim != 2 or tuple(w.shape) != (each[0].shape[0], xd.shape[1]):
+            raise TypeError(f"[{op}] weights[{e}] must be (N, K) on the device with K = {xd.shape[1]}, all alike, got {w!r:.80}.")
+    if len(each) != counts.size or not each:
+        raise ValueError(f"[{op}] weights must be as many matrices as counts, {counts.size}, at least 1, got {len(each)}.")
+    kind = check.choice(op, "activation", activation, ACTIVATIONS)  # type: ignore[arg-type]
+    parents = (x, weights) if stacked else (x, *weights)
+    recorded = recording(*parents)
+    shape = xd.shape[0], int(each[0].shape[0])
+    y = backend.empty_like(xd, shape)
+    z = backend.empty_like(xd, shape) if recorded and kind else None
+    none = [0] * len(each)
+    kernels(xd).grouped_linear(y, z, xd, counts, each, none, none, kind)
+    if not recorded:
+        return wrap(y, *parents)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        dy = contiguous(dy)
+        dz = dy
+        if kind:
+            dz = backend.empty_like(dy)
+            kernels(xd).linear_backward(dz, None, None, dy, z, kind)
+        dx = None
+        if needs_grad(x):
+            dx = backend.empty_like(xd)
+            kernels(xd).grouped_linear_dx(dx, dz, counts, each)
+        into, returned = _stacked_buffer(weights) if stacked else _buffers(weights)
+        if all(b is not None for b in into):
+            kernels(xd).grouped_linear_dweights(into, dz, xd, counts)
+        return dx, *returned
+
+    return record(y, parents, backward)
+
+
+def _stacked_buffer(weights: Any) -> tuple[list[Array | None], list[Array | None]]:
+    """As `_buffers`, of one array (E, N, K)."""
+    if not needs_grad(weights):
+        return [None], [None]
+    target = leaf(weights)
+    total = target.grad_buffer() if target is not None else backend.zeros(weights.shape, like=weights.data)
+    return [total[e] for e in range(weights.shape[0])], [None if target is not None else total]
+
+
 def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | None]]:
     """Where each matrix's gradient is added, and what is returned for it."""
     into: list[Array | None] = []
     returned: list[Array | None] = []
     for w in weights:
-        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and w.dtype == np.float32
+        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and (w.dtype == np.float32 or on_device(w.data))
         target = leaf(w) if trained else None
-        buffer = target.grad_buffer() if target is not None else backend.zeros(w.shape) if trained else None
+        buffer = target.grad_buffer() if target is not None else backend.zeros(w.shape, like=w.data) if trained else None
         into.append(buffer)
         returned.append(None if target is not None else buffer)
     return into, returned

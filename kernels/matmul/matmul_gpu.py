@@ -134,7 +134,8 @@ def _offsets(gpu: Any, arrays: Any) -> Any:
     if key not in _tables:
         if len(_tables) >= 256:
             _tables.clear()
-        _tables[key] = gpu.device, gpu.device.put(np.array(at, np.int64))
+        _tables[key] = gpu.device, gpu.device.constant(np.array(at, np.int64))
+    gpu.device.keep(_tables[key][1])
     return _tables[key][1]
 
 

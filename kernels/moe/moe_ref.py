@@ -16,7 +16,7 @@ CASES: list[dict[str, Any]] = [
     {"R": 9, "E": 1, "C": 5, "F": 7, "k": 1, "renormalise": True},
     {"R": 6, "E": 4, "C": 1, "F": 1, "k": 4},
     {"R": 0, "E": 4, "C": 6, "F": 5, "k": 2},
-    {"R": 150, "E": 2, "C": 130, "F": 140, "k": 1},
+    {"R": 150, "E": 2, "C": 130, "F": 140, "k": 1, "large": True},
     {"R": 2048, "E": 8, "C": 512, "F": 1792, "k": 2, "renormalise": True, "bench": True},
     {"R": 2048, "E": 64, "C": 512, "F": 1024, "k": 2, "renormalise": True, "bench": True},
     {"R": 1, "E": 8, "C": 1024, "F": 3584, "k": 2, "renormalise": True, "bench": True},
