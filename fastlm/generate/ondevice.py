@@ -16,6 +16,7 @@ import numpy as np
 from fastlm import backend
 from fastlm.backend import Array
 from fastlm.generate.recorded import Choose, enabled, log, verdicts_of, why_not
+from fastlm.models.base import host_float
 from fastlm.nn import Cache
 
 AHEAD = 8  # steps at most whose ids are read back together; the first ones come sooner
@@ -25,7 +26,7 @@ class DeviceDecoder:
     """What `recorded.Decoder` is for the host. `ids` (B, 1) int32 are the host's: what is read next, then what was chosen.
 
     choose: writes the next ids, by kernels alone; None: the caller chooses from the logits, which are then copied to the host each
-    step. counters: arrays on the device that choose counts up.
+    step, and writes `ids`. counters: arrays on the device that choose counts up.
     """
 
     def __init__(self, model: Any, cache: Cache, choose: Choose | None = None, counters: Sequence[Any] = ()) -> None:
@@ -36,7 +37,7 @@ class DeviceDecoder:
         self._counters = list(counters)
         owner = getattr(model, "model", model)
         self._verdicts, self._name = verdicts_of(owner), type(owner).__name__
-        self._kind = (self.device.name, B, str(cache.arrays[0].dtype), len(counters))
+        self._kind = (self.device.name, B, str(cache.arrays[0].dtype), choose is None, len(counters))
         self._plain = not enabled() or bool(self._verdicts.get(self._kind))
         self._next: Any = None  # the ids on the device
         self._history = self.device.empty((AHEAD, B), np.int32)
@@ -47,8 +48,11 @@ class DeviceDecoder:
     def step(self) -> Array | None:
         """Reads `ids` into the cache. With `choose`, `ids` are then the next; else returns the logits that follow, (B, V) float32."""
         if self.choose is None:
-            logits: Array = self.model.logits(self.ids, self.cache, last=True)
-            return logits
+            if self._next is None:
+                self._next = self.device.put(self.ids)
+            else:
+                self.device.copy_in(self._next.pointer, self.ids)
+            return host_float(self._one())
         if not self._ready:
             self._run()
         self.ids[:, 0] = self._ready.pop(0)
@@ -76,31 +80,30 @@ class DeviceDecoder:
         self._ready = self._history[: max(count, 1)].numpy().tolist()
         self._count = min(2 * self._count, AHEAD)
 
-    def _one(self) -> None:
+    def _one(self) -> Array:
+        """One step; its logits, where the model is."""
         if self._plain or self.cache.full:
-            self._choose(self.model.scores(self._next, self.cache, last=True))
-            return
+            return self._step()
         if self.recording is None:
-            self._record()
-        elif self._kind not in self._verdicts:
-            self._compare()
-        else:
-            self.recording.run()
-            self.cache.lengths += 1
-
-    def _choose(self, logits: Array) -> Array:
-        assert self.choose is not None
-        self.choose(logits, self._next.reshape(-1))
+            return self._record()
+        if self._kind not in self._verdicts:
+            return self._compare()
+        self.recording.run()
+        self.cache.lengths += 1
+        logits: Array = self.recording.result
         return logits
 
     def _step(self) -> Array:
-        return self._choose(self.model.scores(self._next, self.cache, last=True))
+        logits: Array = self.model.scores(self._next, self.cache, last=True)
+        if self.choose is not None:
+            self.choose(logits, self._next.reshape(-1))
+        return logits
 
     @property
     def _state(self) -> list[Any]:
         return [self._next, self.cache.counter, *self._counters]
 
-    def _record(self) -> None:
+    def _record(self) -> Array:
         """One step, as it is, while it is recorded."""
         self.cache.counter = self.device.put(self.cache.lengths)
         before = [a.copy() for a in self._state]
@@ -108,16 +111,18 @@ class DeviceDecoder:
             self.recording = backend.record(self._step, self.device)
             log.debug("%s: recorded %d launches, %d bytes", self._name, len(self.recording), self.recording.nbytes)
             self.cache.lengths += 1
+            logits: Array = self.recording.result
+            return logits
         except Exception as e:
             self._restore(before)
             self._refuse(str(e) or type(e).__name__)
-            self._one()  # where the step itself was wrong this raises the same again
+        return self._one()  # where the step itself was wrong this raises the same again
 
     def _restore(self, before: Sequence[Any]) -> None:
         for a, b in zip(self._state, before, strict=True):
             backend.assign(a, b)
 
-    def _compare(self) -> None:
+    def _compare(self) -> Array:
         """The recorded step, with nan in its memory, against the step recorded anew."""
         before = [a.copy() for a in self._state]
         self.recording.spoil()
@@ -138,7 +143,8 @@ class DeviceDecoder:
             self._refuse(f"run again, the recorded step gives other {' and '.join(dict.fromkeys(differ))}")
         else:
             self._verdicts[self._kind] = ""
-        return None
+        logits: Array = again.result
+        return logits
 
     def _refuse(self, reason: str) -> None:
         self.recording, self._plain, self.cache.counter = None, True, None

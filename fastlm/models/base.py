@@ -56,6 +56,14 @@ class LanguageModel(Module):
     cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
     host_only = ""  # why the model runs on the CPU alone, where it does
 
+    @property
+    def kept_dtype(self) -> str:
+        """`cache_dtype`, or bfloat16 where keys and values have no more digits than that: on a device in bfloat16."""
+        half = self.cache_dtype == "float32" and self.device is not None
+        return (
+            "bfloat16" if half and any(p.dtype == backend.BFLOAT16 for p in self.named_parameters().values()) else self.cache_dtype
+        )
+
     def to(self: M, device: Any, dtype: str | None = None) -> M:
         """Every parameter on "cpu" or "cuda", in place; each is copied once, gradients are dropped. Returns the model.
 
@@ -77,9 +85,10 @@ class CausalLM(LanguageModel):
         raise NotImplementedError(f"{type(self).__name__} defines no hidden")
 
     def new_cache(self, batch: int, capacity: int, dtype: str | None = None) -> Cache:
-        """Memory for the keys and values of `batch` sequences of up to `capacity` positions; dtype: default `cache_dtype`."""
+        """Memory for the keys and values of `batch` sequences of up to `capacity` positions; dtype: default `cache_dtype`, which a model
+        that computes in bfloat16 has in bfloat16, with nothing lost."""
         c = self.config
-        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype, self.device)
+        return Cache(c.n_layer, batch, capacity, c.n_kv_head, c.head_dim, dtype or self.kept_dtype, self.device)
 
     def __call__(self, ids: Any, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V). With a cache the positions are appended to it and nothing is recorded."""

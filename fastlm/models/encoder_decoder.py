@@ -53,7 +53,7 @@ class EncoderDecoder(LanguageModel):
         with no_grad():
             for layer, block in enumerate(self.decoder.blocks):
                 memory.keys_values(layer, block.cross.keys_values)
-        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.cache_dtype, self.device)
+        cache = Cache(c.n_layer, memory.batch, capacity, c.n_kv_head, c.head_dim, dtype or self.kept_dtype, self.device)
         cache.memory = memory
         return cache
 

@@ -115,7 +115,11 @@ class Cache:
         for arrays in (self.keys, self.values):
             for layer, array in enumerate(arrays):
                 if self.device is not None:
-                    arrays[layer] = backend.rows_of(array, index, used)
+                    moved = backend.rows_of(array, index, used)
+                    if same:  # a recorded step knows the memory
+                        backend.assign(array[:, :used], moved[:, :used])
+                    else:
+                        arrays[layer] = moved
                     continue
                 kept = array[index[into], :used]  # a copy
                 if not same:

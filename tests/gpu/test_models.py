@@ -237,15 +237,16 @@ def test_decoding(name, how, quick, monkeypatch):
     run = DeviceDecoder._one
 
     def counted(self):
-        run(self)
+        logits = run(self)
         runs.append(self.recording is not None)
+        return logits
 
     monkeypatch.setattr(DeviceDecoder, "_one", counted)
     model = models.create(CONFIGS[name], seed=3, device="cuda")
     assert ids_of(model, **settings) == expected
     assert why_not(model) == []
     assert all(runs)
-    assert (len(runs) >= most - 1) == (how != "processed")
+    assert len(runs) >= most - 1
     monkeypatch.setenv("FASTLM_RECORD", "0")
     runs.clear()
     assert ids_of(model, **settings) == expected
