@@ -12,7 +12,7 @@ from pathlib import Path
 import fastlm
 
 ROOT = Path(__file__).parent.parent
-FOREIGN = ("torch", "transformers", "jax", "tensorflow", "llama_cpp")
+FOREIGN = ("torch", "transformers", "jax", "tensorflow", "llama_cpp", "triton")
 
 
 def child(code: str) -> str:
@@ -39,6 +39,17 @@ for m in pkgutil.walk_packages(fastlm.__path__, "fastlm."):
 print(json.dumps(Watch.seen))
 """
     assert json.loads(child(code)) == []
+
+
+def test_installing_needs_no_gpu_tools():
+    """`pip install .` asks for neither nvcc nor triton: the GPU's kernels are compiled by make wheel-gpu alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = " ".join(project["build-system"]["requires"] + project["project"]["dependencies"])
+    assert "triton" not in needed
+    assert "nvidia" not in needed
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "enable_language(CUDA" not in cmake
+    assert "if(FASTLM_CUDA_INCLUDE" in cmake  # the header is looked for, not required
 
 
 def test_import_is_quick():

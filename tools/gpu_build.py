@@ -272,7 +272,7 @@ def triton_sources(path: Path) -> list[Path]:
 def over_budget(op: str, entry: dict[str, Any], arch: str = "") -> list[str]:
     """What is wrong with a compiled kernel."""
     problems = []
-    name = entry["key"].split()[1]
+    name = entry["key"].partition(" ")[2]
     for pattern, wanted in expects(op).items():
         needed = wanted.get(arch)
         if needed and fnmatch.fnmatch(name, pattern) and not entry.get(needed):

@@ -8,6 +8,11 @@ import numpy as np
 
 from fastlm.kernels.matmul import matmul_tiles as tiles
 
+# Forms of whole tiles must use tensor cores: tools/gpu_build.py --check.
+_TILES = {"90": "HGMMA", "80": "HMMA"}
+EXPECTS = {f"matmul * a:?bf16 b:?bf16 * {tile} *": _TILES for tile in ("BM=64", "BM=128")}
+EXPECTS["matmul * a:?bf16 b:?bf16 * BM=16 *"] = {"90": "HMMA", "80": "HMMA"}  # a few rows
+
 _ROWS = 32  # rows that one piece sums into one partial, as kLinearRows
 
 
