@@ -10,10 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import queue
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,28 +95,57 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     return ids, mask.astype(np.int64)
 
 
-def encode_run(case: dict[str, Any], states: Callable[[Any, Any], Any], size: int) -> Callable[[], Any]:
+def encode_run(
+    case: dict[str, Any], states: Callable[[Any, Any], Any] | list[Callable[[Any, Any], Any]], size: int
+) -> Callable[[], Any]:
     """What a user of a library writes to embed many texts: sorted by length, batches of `size`, the mean over the tokens. `states` maps
-    ids and mask (B, T) to (B, T, C). Rows of equal length: the states themselves."""
+    ids and mask (B, T) to (B, T, C); of several, each runs in a thread of its own and takes the next batch. Rows of equal length: the
+    states themselves, an equal share for each."""
+    each = states if isinstance(states, list) else [states]
+    free: queue.SimpleQueue[Callable[[Any, Any], Any]] = queue.SimpleQueue()
+    for one in each:
+        free.put(one)
+    pool = ThreadPoolExecutor(len(each)) if len(each) > 1 else None
     tokenize = tokenizer(case)
     texts = sentences(case["batch"]) if tokenize else None
     given = None if tokenize else encode_ids(case)
 
+    def dealt(parts: list[Any], call: Callable[[Callable[[Any, Any], Any], Any], Any]) -> list[Any]:
+        def work(part: Any) -> Any:
+            one = free.get()
+            try:
+                return call(one, part)
+            finally:
+                free.put(one)
+
+        return list(pool.map(work, parts)) if pool else [call(each[0], part) for part in parts]
+
     def run() -> Any:
         ids = given if tokenize is None else tokenize(texts)
         if "tokens" in case:
-            return states(*padded(ids))
+            cut = -(-len(ids) // len(each))
+            parts = [ids[i : i + cut] for i in range(0, len(ids), cut)]
+            found = dealt(parts, lambda one, part: one(*padded(part)))
+            return found[0] if len(found) == 1 else np.concatenate(found)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        parts = [order[i : i + size] for i in range(0, len(order), size)]
         out = [None] * len(ids)
-        for part in parts:
+
+        def embed(one: Callable[[Any, Any], Any], part: list[int]) -> None:
             batch, mask = padded([ids[i] for i in part])
-            x = states(batch, mask)
+            x = one(batch, mask)
             for i, v in zip(part, (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True), strict=True):
                 out[i] = v
+
+        dealt([order[i : i + size] for i in range(0, len(order), size)], embed)
         return np.stack(out)
 
     return run
+
+
+def setups() -> list[tuple[int, int]]:
+    """(workers, threads of each) of which an encoder's library may take the best."""
+    n = threads()
+    return [(1, 1)] if n == 1 else [(1, n), (n, 1)]
 
 
 def tokenizer(case: dict[str, Any]) -> Callable[[list[str]], list[list[int]]] | None:

@@ -54,14 +54,34 @@ def prepared(case):
     return path
 
 
+def plain_int8(case):
+    """The file with dynamically quantised products and no operations of onnxruntime's own: for OpenVINO."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = engine.shared(f"{case['model']}-int8-plain.onnx")
+    if not path.exists():
+        with engine.making(path) as new:
+            quantize_dynamic(str(exported(case)), str(new), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    return path
+
+
 def encode(case):
+    if case["kind"] not in ("f32", "int8"):
+        return None
+    size, found = case["batch"] if "tokens" in case else 32, []
+    for workers, count in engine.setups():
+        run = engine.encode_run(case, [session(case, count) for _ in range(workers)], size)
+        found.append(engine.named(run, f"{case['kind']}, {workers} x {count} threads, batches of {size}"))
+    return engine.best(found)
+
+
+def session(case, count):
+    """What maps ids and mask to states."""
     import numpy as np
     import onnxruntime as ort
 
-    if case["kind"] not in ("f32", "int8"):
-        return None
     options = ort.SessionOptions()
-    options.intra_op_num_threads = engine.threads()
+    options.intra_op_num_threads = count
     session = ort.InferenceSession(str(prepared(case)), options, providers=["CPUExecutionProvider"])
     wanted = {i.name: np.int32 if "int32" in i.type else np.int64 for i in session.get_inputs()}
 
@@ -69,6 +89,4 @@ def encode(case):
         given = {"ids": ids, "mask": mask}
         return session.run(None, {k: given[k].astype(t, copy=False) for k, t in wanted.items()})[0]
 
-    how = f"{case['kind']}, {engine.threads()} threads"
-    size = case["batch"] if "tokens" in case else 32
-    return engine.named(engine.encode_run(case, states, size), f"{how}, batches of {size}")
+    return states

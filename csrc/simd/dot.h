@@ -82,6 +82,18 @@ FASTLM_INLINE void store_i8(uint8_t* p, vi v) {
 #endif
 }
 
+// The same, eight to p and, where there are sixteen, the others to q; where these are the same place the first eight stay.
+FASTLM_INLINE void store_i8(uint8_t* p, uint8_t* q, vi v) {
+#if defined(FASTLM_ISA_AVX512)
+    const __m128i all = _mm512_cvtepi32_epi8(v);
+    _mm_storeh_pd((double*)q, _mm_castsi128_pd(all));
+    _mm_storel_epi64((__m128i*)p, all);
+#else
+    (void)q;
+    store_i8(p, v);
+#endif
+}
+
 // In each eight of 32 bytes, those at even places come first.
 FASTLM_INLINE void even_first(uint8_t* p) {
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2)

@@ -43,64 +43,80 @@ struct Ends {
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// Takes the largest magnitude out of x (K,), which is padded with zeros to whole vectors.
-float take_largest(float* x, int64_t K, int64_t* k) {
-    vf most = zero();
-    for (int64_t i = 0; i < K; i += W) most = max(most, abs(load(x + i)));
-    const vf largest = set(reduce_max(most));
-    int64_t i = 0;
-    uint32_t found = 0;
-    while ((found = bits(eq(abs(load(x + i)), largest)) & ((1u << W) - 1)) == 0) i += W;
-    *k = i + __builtin_ctz(found);
-    const float value = x[*k];
-    x[*k] = 0.0f;
-    return value;
+// The largest magnitudes of what was seen, one after the other, with repetitions: each lane keeps its own in order.
+struct Largest {
+    vf lanes[kInt8Exact + 1];
+
+    FASTLM_MEMBER Largest() {
+        for (vf& lane : lanes) lane = zero();
+    }
+    FASTLM_MEMBER void see(vf a) {
+#pragma GCC unroll 4
+        for (vf& lane : lanes) {
+            const vf less = min(lane, a);
+            lane = max(lane, a);
+            a = less;
+        }
+    }
+    FASTLM_MEMBER float next() {
+        const float found = reduce_max(lanes[0]);
+        const int at = __builtin_ctz(bits(eq(lanes[0], set(found))));
+        const vm here = eq(to_float(iota()), set(float(at)));
+        for (int i = 0; i < kInt8Exact; ++i) lanes[i] = select(here, lanes[i + 1], lanes[i]);
+        lanes[kInt8Exact] = select(here, zero(), lanes[kInt8Exact]);
+        return found;
+    }
+};
+
+// Where the first number of this magnitude is in x, which has one.
+FASTLM_INLINE int64_t place_of(const float* x, float magnitude) {
+    for (int64_t k = 0;; k += W)
+        if (const uint32_t found = bits(eq(abs(load(x + k)), set(magnitude))) & ((1u << W) - 1)) return k + __builtin_ctz(found);
 }
 
 // Row i of a panel of R rows. x: room for K numbers and a vector.
 void round_row(const float* a, const float* columns, int64_t K, float* x, uint8_t* out, int64_t R, int64_t i) {
     Ends ends = {};
+    Largest largest;
     uint32_t finite = ~0u;
-    for (int64_t k = 0; k < K; k += W) {
-        vf v = k + W <= K ? load(a + k) : load_n(a + k, K - k);
-        if (columns) v = v * (k + W <= K ? load(columns + k) : load_n(columns + k, K - k));
-        finite &= bits(le(abs(v), set(3.4028234e38f)));
+    const auto take = [&](vf v, int64_t k) FASTLM_LAMBDA {
+        const vf size = abs(v);
+        finite &= bits(le(size, set(3.4028234e38f)));
+        largest.see(size);
         store(x + k, v);
-    }
+    };
+    int64_t k = 0;
+    if (columns)
+        for (; k + W <= K; k += W) take(load(a + k) * load(columns + k), k);
+    else
+        for (; k + W <= K; k += W) take(load(a + k), k);
+    if (k < K) take(columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k), k);
     const bool sane = (finite & ((1u << W) - 1)) == (1u << W) - 1;
     float inverse = 0.0f;
     if (sane) {
         for (int e = 0; e < kInt8Exact; ++e) {
-            int64_t k = 0;
-            ends.exact[e] = take_largest(x, K, &k);
-            ends.place[e] = int32_t(kWord + k / 4 * kWord + k % 4);
+            const int64_t at = place_of(x, largest.next());
+            ends.exact[e] = x[at];
+            x[at] = 0.0f;
+            ends.place[e] = int32_t(kWord + at / 4 * kWord + at % 4);
         }
-        vf most = zero();
-        for (int64_t k = 0; k < K; k += W) most = max(most, abs(load(x + k)));
-        const float largest = reduce_max(most);
-        if (largest >= 0x1p-100f) ends.scale = largest * (1.0f / 127.0f), inverse = 127.0f / largest;
+        const float most = largest.next();
+        if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
     } else {
         ends.scale = __builtin_nanf("");
-        for (int e = 0; e < kInt8Exact; ++e) ends.place[e] = int32_t(kWord);
+        for (int32_t& place : ends.place) place = int32_t(kWord);
+        for (k = 0; k < K; k += W) store(x + k, zero());
     }
     uint8_t* to = out + i * kGroup;
-    vf sum = zero();
-    const auto put = [&](vf v, int64_t at) FASTLM_LAMBDA {
-        const vf r = sane ? round(v * set(inverse)) : zero();
-        sum = sum + r;
-        uint8_t codes[W < kGroup ? kGroup : W] = {};
-        store_i8(codes, to_int(r));
-        if constexpr (W < kGroup) {
-            std::memcpy(to + at / kGroup * kGroup * R + at % kGroup, codes, W);
-        } else {
-            std::memcpy(to + at * R, codes, kGroup);
-            if (W > kGroup && at + kGroup < K) std::memcpy(to + (at + kGroup) * R, codes + W - kGroup, kGroup);
-        }
-    };
-    int64_t k = 0;
-    for (; k < K; k += W) put(load(x + k), k);
-    if (W < kGroup && k < groups_of(K) * kGroup) put(zero(), k);
-    ends.start = -128 * int32_t(reduce_add(sum));
+    vi sum = seti(0);
+    for (k = 0; k < K; k += W) {
+        const vi codes = to_int(load(x + k) * set(inverse));  // to even
+        sum = addi(sum, codes);
+        if constexpr (W < kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, codes);
+        else store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, codes);
+    }
+    if (W < kGroup && k < groups_of(K) * kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, seti(0));
+    ends.start = -128 * int32_t(reduce_add(to_float(sum)));
     std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
 }
 
@@ -190,6 +206,7 @@ void int8_rows(const Int8Rows& p) {
                });
     auto multiply = [&](const RowsChoice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns) {
         target.fetch(row, n, rows, columns);
+        fetch_tile(target.sum + row * p.N + n, p.N, rows);
         choice.block(p.packed, p.K, n, columns, p.workspace + row * row_bytes, target.sum + row * p.N + n, p.N,
                      p.bias ? p.bias + n : nullptr);
         target.finish(row, n, rows, columns);
