@@ -40,6 +40,17 @@ void bind_int8_matmul(py::module_& m) {
         p.count = int64_t(c.size());
         launch(int8_kernels().matmuls, p, &QuantizedMatmuls::workspace, int8_kernels().workspace(p.each[0]));
     });
+    // c = act(a gate^T + gate_bias) * (a up^T + up_bias), weights of one kind.
+    m.def("int8_gated", [](const py::array& c, const py::array& a, const py::array& gate, const py::array& up,
+                           const py::object& gate_bias, const py::object& up_bias, int32_t kind, int activation) {
+        QuantizedMatmuls p{};
+        p.each[0] = {nullptr, nullptr, nullptr, f32(a),  data<uint8_t>(gate), f32(gate_bias),
+                     nullptr, rows(a), last(c), last(a), Quant(kind),         Activation::none};
+        p.each[1] = p.each[0];
+        p.each[1].c = f32(c), p.each[1].packed = data<uint8_t>(up), p.each[1].bias = f32(up_bias);
+        p.count = 2, p.gated = true, p.gate = Activation(activation);
+        launch(int8_kernels().matmuls, p, &QuantizedMatmuls::workspace, int8_kernels().workspace(p.each[0]));
+    });
     // Returns the operations done.
     m.def("roof_int8", [](const py::array& y, int64_t rounds, bool scaled) {
         const Int8Peak p{f32(y), dim(y, 0), rounds, scaled};

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlm import ops
-from fastlm.nn.linear import Linear, side_by_side
+from fastlm.nn.linear import Linear
 from fastlm.nn.module import Module
 
 
@@ -31,5 +31,6 @@ class GatedMLP(Module):
         self.activation = activation
 
     def __call__(self, x: Any, residual: Any = None) -> Any:
-        gate, up = side_by_side(x, self.gate, self.up)
-        return self.down(ops.gated(gate, up, self.activation), residual=residual)
+        biases = (self.gate.bias, self.up.bias)
+        y = ops.gated_linears(x, self.gate.weight, self.up.weight, self.activation, biases)
+        return self.down(y, residual=residual)

@@ -13,7 +13,7 @@ from fastlm.ops.gated import gated
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.linears import linears
+from fastlm.ops.linears import gated_linears, linears
 from fastlm.ops.matmul import matmul
 from fastlm.ops.moe import (
     Routing,
@@ -56,6 +56,7 @@ __all__ = [
     "distance_bias",
     "embedding",
     "gated",
+    "gated_linears",
     "global_norm",
     "grouped_linear",
     "kl_divergence",

@@ -1,4 +1,4 @@
-"""Linear layers side by side: several weights that read one x, in one launch."""
+"""Linear layers side by side: several weights that read one x, in one launch; a gate and what it multiplies."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.ops import check
+from fastlm.ops.activation import KINDS
+from fastlm.ops.gated import gated
 from fastlm.ops.linear import linear, packed
 from fastlm.ops.matmul import STORAGE
 from fastlm.tensor import data, recording, wrap
 
-_FEW = 12  # rows: above, a launch costs nothing beside its product
+_FEW = 12  # rows: above, a launch costs nothing beside its product; rounding x to 8 bits once still gains
 _F32 = np.dtype(np.float32)
 
 
 def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None) -> list[Any]:
     """[linear(x, weight, bias) for each], with the same bits.
 
-    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So they are for any rows
-    where x is rounded to 8 bits, which then happens once. Else, and where a gradient is wanted, they are what `linear` makes of them,
-    which also says what is wrong.
+    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So are those with x
+    rounded to 8 bits, for any number of rows: it is rounded once. Else, and where a gradient is wanted, they are what `linear` makes
+    of them, which also says what is wrong.
     """
     biases = [None] * len(weights) if biases is None else biases
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
-    rounded = [w.activations == "int8" for w in ws if isinstance(w, QuantizedArray)]
-    ready = type(xd) is np.ndarray and xd.dtype == _F32 and xd.ndim > 0 and xd.flags.c_contiguous and 1 < len(ws) <= _C.together
-    ready = ready and 0 < math.prod(xd.shape[:-1]) <= (1 << 62 if any(rounded) else _FEW) and not recording(x, *weights, *biases)
-    if not ready or not all(_fits(w, b, ws[0], xd.shape[-1]) for w, b in zip(ws, bs, strict=True)):
+    if recording(x, *weights, *biases) or not _together(xd, ws, bs):
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]
     first = ws[0]
@@ -41,6 +41,35 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
     else:
         _C.matmuls(ys, xd, ws, bs, STORAGE[first.dtype])
     return [wrap(y, x, *weights, *biases) for y in ys]
+
+
+def gated_linears(x: Any, gate: Any, up: Any, kind: str, biases: Sequence[Any] = (None, None)) -> Any:
+    """gated(linear(x, gate), linear(x, up), kind), with the same bits; biases of gate and up.
+
+    With 8-bit activations one launch: the gate's product never goes to memory.
+    """
+    xd, ws, bs = data(x), [data(gate), data(up)], [data(b) for b in biases]
+    one = not recording(x, gate, up, *biases) and ws[0].shape == ws[1].shape and _rounded(ws[0]) and _together(xd, ws, bs)
+    if not one:
+        first, second = linears(x, (gate, up), biases)
+        return gated(first, second, kind)
+    y = backend.empty((*xd.shape[:-1], ws[0].shape[0]))
+    number = check.choice("gated_linears", "kind", kind, KINDS)
+    _C.int8_gated(y, xd, packed(ws[0]), packed(ws[1]), *bs, FORMATS[ws[0].kind][0], number)
+    return wrap(y, x, gate, up)
+
+
+def _rounded(w: Any) -> bool:
+    """Whether x is rounded to 8 bits for this weight."""
+    return isinstance(w, QuantizedArray) and w.activations == "int8"
+
+
+def _together(x: Any, weights: Sequence[Any], biases: Sequence[Any]) -> bool:
+    """Whether the products can be one launch, and should."""
+    ready = type(x) is np.ndarray and x.dtype == _F32 and x.ndim > 0 and x.flags.c_contiguous and 1 < len(weights) <= _C.together
+    if not ready or not 0 < math.prod(x.shape[:-1]) <= (_FEW if not _rounded(weights[0]) else 1 << 62):
+        return False
+    return all(_fits(w, b, weights[0], x.shape[-1]) for w, b in zip(weights, biases, strict=True))
 
 
 def _fits(w: Any, b: Any, first: Any, K: int) -> bool:

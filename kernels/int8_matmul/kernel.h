@@ -4,6 +4,7 @@
 #include "int8_matmul.h"
 
 #include "csrc/runtime/parallel.h"
+#include "csrc/simd/activation.h"
 #include "csrc/simd/dot.h"
 #include "kernels/matmul/gemm.h"
 #include "kernels/quantized_matmul/blocks.h"
@@ -166,11 +167,24 @@ template <Quant Q, int M = kFew> Int8Choice int8_choice(int64_t rows) {
     return {int8_block<Q, M, S>, S * W};
 }
 
-// `count` products of one A.
+// up (rows, columns) = act(gate) up, as `gated` does it.
+template <Activation kind>
+void gate_tile(float* up, int64_t ld, const float* gate, int64_t gate_ld, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r, up += ld, gate += gate_ld)
+        each_vector(columns,
+                    [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(up + c, activate<kind>(v.load(gate + c)) * v.load(up + c)); });
+}
+constexpr void (*gate_tiles[])(float*, int64_t, const float*, int64_t, int64_t, int64_t) = {
+    gate_tile<Activation::none>, gate_tile<Activation::gelu>, gate_tile<Activation::gelu_tanh>, gate_tile<Activation::silu>,
+    gate_tile<Activation::relu>};
+
+// `number` products of one A. Where they are a gate and what it multiplies, the gate's tile never leaves the first cache.
 struct Int8Product {
     const QuantizedMatmul* each;
     int64_t number;
     float* workspace;
+    bool gated = false;
+    Activation gate = Activation::none;
 
     template <Quant Q> void run() const {
         using A = Rows8<Q>;
@@ -192,30 +206,40 @@ struct Int8Product {
                                A::quantise(each->a + (first + r) * K, K, quantised + first * row_bytes, rows, r);
                        }
                    });
+        constexpr int64_t kTile = 12 * 4 * W;  // no choice has more rows times columns
         auto multiply = [&](const QuantizedMatmul& p, const Int8Choice& choice, int64_t row, int64_t rows, int64_t n,
                             int64_t columns, bool ahead) {
+            const uint8_t* a = quantised + row * row_bytes;
+            if (gated) {
+                alignas(64) float tile[kTile];
+                float* c = p.c + row * p.N + n;
+                choice.block(each->packed, K, n, columns, a, tile, choice.columns, each->bias ? each->bias + n : nullptr, ahead);
+                choice.block(p.packed, K, n, columns, a, c, p.N, p.bias ? p.bias + n : nullptr, ahead);
+                gate_tiles[int(gate)](c, p.N, tile, choice.columns, rows, columns);
+                return;
+            }
             const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
-            choice.block(p.packed, K, n, columns, quantised + row * row_bytes, target.sum + row * p.N + n, p.N,
-                         p.bias ? p.bias + n : nullptr, ahead);
+            choice.block(p.packed, K, n, columns, a, target.sum + row * p.N + n, p.N, p.bias ? p.bias + n : nullptr, ahead);
             target.finish(row, n, rows, columns);
         };
         const Int8Choice choice = int8_choice<Q>(size + (longer ? 1 : 0)), shorter = int8_choice<Q>(size);
-        const int64_t step = choice.columns;
+        const int64_t step = choice.columns, first = gated ? 1 : 0;
         if (count == 1) {
             // Six pieces a thread, so that none waits long for another; columns are read in long runs where there are enough.
             const int64_t most = ceil_div(8 * W, step), grain = step * greatest(1, least(most, N / (6 * num_threads()) / step));
-            const Pieces pieces(each, number, grain);
+            const Pieces pieces(each + first, number - first, grain);
             for_pieces(parallel, pieces.count(), 1, [&](int64_t begin, int64_t end) {
                 for (int64_t piece = begin; piece < end; ++piece) {
                     const int64_t i = pieces.product(piece), from = (piece - pieces.first[i]) * grain;
-                    const int64_t to = least(each[i].N, from + grain);
-                    for (int64_t n = from; n < to; n += step) multiply(each[i], choice, 0, M, n, least(step, to - n), true);
+                    const QuantizedMatmul& p = each[first + i];
+                    const int64_t to = least(p.N, from + grain);
+                    for (int64_t n = from; n < to; n += step) multiply(p, choice, 0, M, n, least(step, to - n), true);
                 }
             });
             return;
         }
         // A piece is one step of columns for a block of panels.
-        for (int64_t product = 0; product < number; ++product) {
+        for (int64_t product = first; product < number; ++product) {
             const QuantizedMatmul& p = each[product];
             const int64_t steps = ceil_div(p.N, step);
             int64_t blocks = ceil_div(M * row_bytes, kBlock);
@@ -234,7 +258,7 @@ struct Int8Product {
     }
 };
 void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product{&p, 1, p.workspace}); }
-void int8_matmuls(const QuantizedMatmuls& p) { dispatch(p.each->kind, Int8Product{p.each, p.count, p.workspace}); }
+void int8_matmuls(const QuantizedMatmuls& p) { dispatch(p.each->kind, Int8Product{p.each, p.count, p.workspace, p.gated, p.gate}); }
 
 struct Int8Workspace {
     const QuantizedMatmul& p;

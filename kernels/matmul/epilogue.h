@@ -11,7 +11,7 @@ namespace FASTLM_ISA {
 namespace {
 
 // Hendrycks and Gimpel 2016, arXiv:1606.08415: gelu and its tanh form; silu there too. The derivatives follow by the product rule.
-template <Activation A> FASTLM_INLINE vf activate(vf x) {
+template <Activation A> FASTLM_INLINE vf activated(vf x) {
     if constexpr (A == Activation::gelu) return gelu_table(x);
     if constexpr (A == Activation::gelu_tanh) return gelu_tanh_table(x);
     if constexpr (A == Activation::silu) return x * sigmoid(x);
@@ -47,12 +47,12 @@ void finish_tile(float* y, const float* z, const float* residual, int64_t ld, in
         const float* ri = residual ? residual + i * ld : nullptr;
         int64_t n = 0;
         for (; n + W <= columns; n += W) {
-            const vf v = activate<A>(load(zi + n));
+            const vf v = activated<A>(load(zi + n));
             store(yi + n, ri ? v + load(ri + n) : v);
         }
         if (n < columns) {
             const int64_t left = columns - n;
-            const vf v = activate<A>(load_n(zi + n, left));
+            const vf v = activated<A>(load_n(zi + n, left));
             store_n(yi + n, ri ? v + load_n(ri + n, left) : v, left);
         }
     }

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace fastlm {
+#include "csrc/simd/activation_kind.h"
 
-enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+namespace fastlm {
 
 enum class Storage : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 

@@ -30,6 +30,8 @@ struct QuantizedMatmuls {
     QuantizedMatmul each[kTogether];  // no z, residual, activation
     int64_t count;
     float* workspace;  // that of any of them
+    bool gated;        // int8_matmul alone: of two, each[1].c = gate(A W0^T + bias) * (A W1^T + bias); each[0].c is not used
+    Activation gate;
 };
 
 struct QuantizedPack {

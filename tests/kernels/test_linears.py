@@ -95,3 +95,25 @@ def test_refuses() -> None:
         ops.linears(x, [w, w], [None, np.zeros(4, np.float32)])
     with pytest.raises(TypeError, match=r"\[linear\] weight must be float32, bfloat16 or float16, got float64\."):
         ops.linears(x, [w, w.astype(float)])
+
+
+@pytest.mark.parametrize("kind", ["float32", "Q4_1", "Q4_0 int8", "Q4_1 int8", "Q8_0 int8"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_gated(isa: Any, threads: Any, kind: str, act: str) -> None:
+    rng = np.random.default_rng(2)
+    for N in (1, 70, 192):
+        gate, up = weight(rng, N, 96, kind), weight(rng, N, 96, kind)
+        biases = (rng.standard_normal(N).astype(np.float32), None)
+        for shape in ((1,), (2,), (5,), (12,), (13,), (3, 37), (0,)):
+            x = rng.standard_normal((*shape, 96)).astype(np.float32)
+            _C.set_num_threads(1)
+            want = ops.gated(ops.linear(x, gate, biases[0]), ops.linear(x, up), act)
+            for n in (1, 2, 5):
+                _C.set_num_threads(n)
+                same([ops.gated_linears(x, gate, up, act, biases)], [want])
+
+
+def test_gated_refuses_a_kind() -> None:
+    w = weight(np.random.default_rng(3), 8, 32, "Q8_0 int8")
+    with pytest.raises(ValueError, match="kind"):
+        ops.gated_linears(np.ones((1, 32), np.float32), w, w, "swish")
