@@ -277,7 +277,8 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
                 contestants["numpy"].ask("exact", op=row.op, index=index, backward=row.backward, result=str(folder / "exact.npz"))
             found = [p for p in present if p not in getattr(module, "RANDOM", ())]
             check(row, folder, found, "exact" if wide and (folder / "exact.npz").exists() else "numpy")
-    # A call that takes a second needs no warming and no second one in its turn; three turns do where a round takes ten.
+    # A call that takes a second needs no second one in its turn and is warmed once, one of three not at all; three turns do where a
+    # round takes ten seconds.
     once = slow["numpy"] if slow.get("numpy", 0.0) > 1.0 else None
     if once is not None:
         present.remove("numpy")
@@ -286,7 +287,7 @@ def run_case(row: Row, index: int, contestants: dict[str, Contestant], rounds: i
     for number in range(rounds):
         for who in tuple(present):
             time.sleep(0.02)  # the threads of the one before go to sleep
-            long = slow[who] > 1.0 and number > 0
+            long = slow[who] > (1.0 if number else 3.0)
             answer = contestants[who].ask("time", seconds=seconds, warm=0.0 if long else 0.05, least=1 if slow[who] > 1.0 else 2)
             if answer.get("error"):
                 row.problems[who] = answer["error"]
