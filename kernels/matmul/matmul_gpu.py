@@ -11,8 +11,15 @@ from fastlm.kernels.matmul import matmul_tiles as tiles
 # Forms of whole tiles must use tensor cores: tools/gpu_build.py --check.
 _TILES = {"90": "HGMMA", "80": "HMMA"}
 EXPECTS = {f"matmul * a:?bf16 b:?bf16 * {tile} *": _TILES for tile in ("BM=64", "BM=128")}
-EXPECTS["matmul * a:?bf16 b:?bf16 * BM=16 *"] = {"90": "HMMA", "80": "HMMA"}  # a few rows
-
+_MMA = {"90": "HMMA", "80": "HMMA"}
+EXPECTS["matmul * a:?bf16 b:?bf16 * BM=16 *"] = _MMA  # a few rows
+# The CUDA C++ kernels likewise, and copies that run beside the products.
+EXPECTS |= {
+    "matmul_bf16_*": _MMA,
+    "matmul_bf16_bf16_*": {"80": "LDGSTS", "90": "LDGSTS"},
+    "hopper_*": {"90": "HGMMA"},
+    "hopper_*_*": {"90": "UTMALDG"},
+}
 _ROWS = 32  # rows that one piece sums into one partial, as kLinearRows
 
 
@@ -37,7 +44,6 @@ def matmul(
     for name, x, like in (("bias", bias, a), ("residual", residual, c), ("z", z, c)):
         if x is not None and x.dtype != like.dtype:
             raise TypeError(f"[matmul] {name} must be {like.dtype}, as the rows are, got {x.dtype}.")
-    tile, plain = tiles.form(types, layout, {"M": M, "N": N, "K": K}, batch)
     flags = sum(
         bit
         for bit, there in (
@@ -50,6 +56,9 @@ def matmul(
         )
         if there
     )
+    if gpu.twin == "cuda" and _cuda(gpu, [c, z, a, b, bias, residual], types, layout, (M, N, K), batch, flags, activation):
+        return
+    tile, plain = tiles.form(types, layout, {"M": M, "N": N, "K": K}, batch)
     arguments = {
         "c": c,
         "z": c if z is None else z,
@@ -64,6 +73,59 @@ def matmul(
         "matmul", (grid,), arguments | sizes, plain=(*plain, "flags", "activation"),
         A_T=a_transposed, B_T=b_transposed, **tiles.launch(tile),
     )  # fmt: skip
+
+
+def _cuda(
+    gpu: Any, arrays: list[Any], types: tuple[str, str, str], layout: tuple[bool, bool], sizes: tuple[int, int, int], batch: int,
+    flags: int, activation: int,
+) -> bool:  # fmt: skip
+    """Launches the CUDA C++ kernel that suits the product; whether there is one, else Triton's is the better or the only one."""
+    (M, N, K), half, row_lengths = sizes, types[:2] == (tiles.HALF, tiles.HALF), tiles.ROWS[layout]
+    if any(x is not None and x.pointer % 16 for x in arrays):
+        return False
+    if layout == (False, True) and M <= 16 and K % 16 == 0:
+        return False  # a few rows: Triton has a form for reading the weight
+    large = -(-M // 128) * -(-N // 128) * batch
+    name, numbers = _name(types, layout), [M, N, K, flags, activation]
+    if not half:
+        gpu.cuda(f"matmul_{name}", (large,), 256, [*arrays, *numbers], shared=4 * 16 * 132 * 4)
+        return True
+    if any(n % 8 for size, n in zip(tiles.ALL, sizes, strict=True) if size in row_lengths):
+        return False  # rows that do not begin at whole vectors
+    processors = gpu.device.multiprocessors
+    if 2 * large < processors:
+        return False  # Triton's smaller tiles give more processors something to do
+    major = gpu.device.capability[0]
+    if major >= 10:
+        return False  # Triton knows the tensor cores of these
+    wide = processors <= -(-M // 128) * -(-N // 256)
+    hopper = f"hopper_{types[2].removeprefix('*')}_{name[-2:]}_{256 if wide else 128}"
+    if major == 9 and batch == 1 and K >= 64 and hopper in _HOPPER:
+        c, z, a, b, bias, residual = arrays
+        maps = [_map(gpu, a, 64 if layout[0] else 128), _map(gpu, b, (256 if wide else 128) if layout[1] else 64)]
+        shared = (4 * 49152 if wide else 6 * 32768) + 128  # stages and their barriers
+        tiles_there = -(-M // 128) * -(-N // (256 if wide else 128))
+        gpu.cuda(hopper, (min(tiles_there, processors),), 384, [c, z, *maps, bias, residual, *numbers], shared=shared)
+        return True
+    gpu.cuda(f"matmul_{name}", (large,), 256, [*arrays, *numbers], shared=65536)
+    return True
+
+
+_HOPPER = {
+    *(f"hopper_bf16_{layout}_{width}" for layout in ("nn", "nt") for width in (128, 256)),
+    *("hopper_fp32_nt_256", "hopper_fp32_tn_128", "hopper_fp32_tn_256"),
+}  # fmt: skip
+
+
+def _map(gpu: Any, x: Any, rows: int) -> bytes:
+    """A matrix of bfloat16 for TMA, in boxes of so many rows and 64 columns."""
+    columns = x.shape[-1]
+    made: bytes = gpu.device.tensor_map(x.pointer, x.size // columns, columns, 2 * columns, rows, 64)
+    return made
+
+
+def _name(types: tuple[str, str, str], layout: tuple[bool, bool]) -> str:
+    return "_".join([*(t.removeprefix("*") for t in types), "".join("nt"[t] for t in layout)])
 
 
 def linear_backward(gpu: Any, dz: Any, dbias: Any, partial: Any, dy: Any, z: Any, activation: int) -> None:

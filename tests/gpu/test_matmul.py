@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fastlm import ops
-from fastlm.cuda.emulated import emulated
+from fastlm.cuda.emulated import SCHEDULES, emulated
+from fastlm.cuda.table import KERNELS
 from fastlm.kernels.matmul import matmul_tiles as tiles
 from fastlm.kernels.matmul.matmul_ref import bound
 from fastlm.tensor import Tensor
+from tests.gpu.build import gpu_build
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -146,3 +148,54 @@ def test_grouped(counts, N, K, dtypes, monkeypatch):
 
     listed = {variant(*v) for v in variants()}
     assert on.launched.get("matmul", set()) <= listed
+
+
+CUDA = [
+    # M, N, K, batch, types, layout, capability -> the kernel
+    ((70, 33, 41), 1, "fff", "nn", 9, "matmul_fp32_fp32_fp32_nn"),
+    ((150, 140, 36), 2, "fff", "nt", 9, "matmul_fp32_fp32_fp32_nt"),
+    ((150, 140, 17), 1, "fff", "tn", 9, "matmul_fp32_fp32_fp32_tn"),
+    ((20, 30, 50), 1, "fbf", "nt", 9, "matmul_fp32_bf16_fp32_nt"),
+    ((20, 32, 50), 1, "fbf", "nn", 9, "matmul_fp32_bf16_fp32_nn"),
+    ((150, 200, 72), 2, "bbb", "nn", 8, "matmul_bf16_bf16_bf16_nn"),
+    ((150, 199, 200), 1, "bbb", "nt", 8, "matmul_bf16_bf16_bf16_nt"),
+    ((136, 200, 37), 2, "bbb", "tn", 8, "matmul_bf16_bf16_bf16_tn"),
+    ((150, 131, 200), 1, "bbf", "nt", 8, "matmul_bf16_bf16_fp32_nt"),
+    ((136, 200, 37), 1, "bbf", "tn", 8, "matmul_bf16_bf16_fp32_tn"),
+    ((150, 200, 72), 1, "bbb", "nn", 9, "hopper_bf16_nn_128"),
+    ((300, 264, 104), 1, "bbb", "nn", 9, "hopper_bf16_nn_256"),
+    ((150, 199, 328), 1, "bbb", "nt", 9, "hopper_bf16_nt_128"),
+    ((300, 301, 72), 1, "bbb", "nt", 9, "hopper_bf16_nt_256"),
+    ((300, 301, 72), 1, "bbf", "nt", 9, "hopper_fp32_nt_256"),
+    ((136, 200, 77), 1, "bbf", "tn", 9, "hopper_fp32_tn_128"),
+    ((296, 264, 77), 1, "bbf", "tn", 9, "hopper_fp32_tn_256"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "batch", "types", "layout", "major", "kernel"), CUDA, ids=[c[-1] for c in CUDA])
+def test_cuda(sizes, batch, types, layout, major, kernel, monkeypatch):
+    """Each CUDA C++ kernel under every schedule: the product with all that may follow it, and added to what is there."""
+    folder = KERNELS.parent / "build/emulated"
+    gpu_build().emulate("matmul", folder)
+    (M, N, K), rng = sizes, np.random.default_rng(3)
+    dtypes = [np.dtype(BFLOAT16 if t == "b" else np.float32) for t in types]
+    a, b, c = (held(rng, (batch, *s), d) for s, d in zip(((M, K), (K, N), (M, N)), dtypes, strict=True))
+    bias, residual = held(rng, (N,), dtypes[0]), held(rng, (batch, M, N), dtypes[2])
+    product = a.astype(np.float64) @ b.astype(np.float64)
+    allowed = np.stack([bound(a[i], b[i]) for i in range(batch)])
+    transposed = [t == "t" for t in layout]
+    for seed in SCHEDULES:
+        with emulated(twin="cuda", libraries=folder, seed=seed) as on:
+            monkeypatch.setattr(on, "capability", (major, 0), raising=False)
+            stored = [x.swapaxes(1, 2) if t else x for x, t in zip((a, b), transposed, strict=True)]
+            xs, ws = (on.put(np.ascontiguousarray(x).astype(d)) for x, d in zip(stored, dtypes, strict=False))
+            out, z, more = on.empty(c.shape, dtypes[2]), on.empty(c.shape, dtypes[2]), on.put(c.astype(dtypes[2]))
+            rest = on.put(bias.astype(dtypes[0])), on.put(residual.astype(dtypes[2]))
+            step = (M * K, K * N) if batch > 1 else (0, 0)
+            on.table.matmul(out, z, xs, ws, *rest, batch, M, N, K, *step, *transposed, 0, False, 4)
+            on.table.matmul(more, None, xs, ws, None, None, batch, M, N, K, *step, *transposed, 0, True, 0)
+            assert on.launched == {"matmul": {kernel}}
+            assert_within(z.numpy(), product + bias, allowed + 2.0**-22, dtypes[2])
+            exact = np.maximum(product + bias, 0) + residual
+            assert_within(out.numpy(), exact, allowed + 2.0**-22 * (1 + np.abs(residual)), dtypes[2])
+            assert_within(more.numpy(), product + c, allowed + 2.0**-22 * (1 + np.abs(c)), dtypes[2])

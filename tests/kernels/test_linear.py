@@ -10,7 +10,7 @@ from fastlm import _C, ops
 from fastlm.kernels.linear import linear_ref as ref
 from fastlm.kernels.matmul.matmul_ref import bound
 from fastlm.tensor import Tensor
-from fastlm.testing import case_id, cases, check_oracle, rng, widen
+from fastlm.testing import case_id, cases, check_oracle, put_all, rng, taken, widen
 
 CASES = pytest.mark.parametrize("case", cases("linear"), ids=case_id)
 SLOPE = 1.13  # the largest |act'|: gelu's
@@ -25,25 +25,25 @@ def assert_within(got: np.ndarray, exact: np.ndarray, naive: np.ndarray, bound: 
     assert np.all(error <= allowed), f"{what}: error is {np.max(error / allowed):.3g} times what is allowed"
 
 
-@CASES
-def test_forward(isa, case):
+def check_on_device(case, put=None):
+    """Forward; with `put` on the device that it brings arrays to."""
     inputs = ref.inputs(case, rng(case))
-    got = ops.linear(**inputs)
+    got = taken(ops.linear(**put_all(inputs, put)))
     chain = SLOPE * bound(np.atleast_2d(inputs["x"]), inputs["weight"].T).reshape(got.shape)
     assert_within(got, ref.forward(**widen(inputs)), ref.forward(**inputs), chain, case_id(case))
 
 
-@CASES
-def test_backward(isa, case):
+def check_backward_on_device(case, put=None):
     generator = rng(case)
     inputs = ref.inputs(case, generator)
     frozen = case.get("weight") == "bfloat16"
     tensors = {
-        k: Tensor(v, requires_grad=not (frozen and k == "weight")) if isinstance(v, np.ndarray) else v for k, v in inputs.items()
+        k: Tensor(v, requires_grad=not (frozen and k == "weight")) if isinstance(inputs[k], np.ndarray) else v
+        for k, v in put_all(inputs, put).items()
     }
     y = ops.linear(**tensors)
     dy = generator.standard_normal(y.shape).astype(np.float32)
-    y.backward(dy)
+    y.backward(dy if put is None else put(dy))
     exact, naive = ref.backward(dy.astype(np.float64), **widen(inputs)), ref.backward(dy, **inputs)
     N, K = inputs["weight"].shape
     R = math.prod(inputs["x"].shape[:-1])
@@ -52,9 +52,19 @@ def test_backward(isa, case):
     chains["bias"] = bound(rows.T, np.ones((len(rows), 1)))[:, 0]
     for name in ("x", "bias", "residual") if frozen else exact:
         if inputs[name] is not None:
-            assert_within(tensors[name].grad, exact[name], naive[name], chains[name], f"gradient of {name}")
+            assert_within(taken(tensors[name].grad), exact[name], naive[name], chains[name], f"gradient of {name}")
     if frozen:
         assert tensors["weight"].grad is None
+
+
+@CASES
+def test_forward(isa, case):
+    check_on_device(case)
+
+
+@CASES
+def test_backward(isa, case):
+    check_backward_on_device(case)
 
 
 @pytest.mark.parametrize("case", [c for c in cases("linear") if "weight" not in c], ids=case_id)

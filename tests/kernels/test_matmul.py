@@ -8,7 +8,7 @@ import pytest
 from fastlm import _C, ops
 from fastlm.kernels.matmul import matmul_ref as ref
 from fastlm.tensor import Tensor
-from fastlm.testing import case_id, cases, check_oracle, rng, widen
+from fastlm.testing import case_id, cases, check_oracle, put_all, rng, taken, widen
 
 CASES = pytest.mark.parametrize("case", cases("matmul"), ids=case_id)
 
@@ -22,28 +22,38 @@ def assert_within(got: np.ndarray, exact: np.ndarray, bound: np.ndarray | float,
     assert np.all(error <= allowed), f"{what}: error is {np.max(error / allowed):.3g} times what is allowed"
 
 
-@CASES
-def test_forward(isa, case):
+def check_on_device(case, put=None):
+    """Forward; with `put` on the device that it brings arrays to."""
     inputs = ref.inputs(case, rng(case))
-    assert_within(ops.matmul(**inputs), ref.forward(**widen(inputs)), ref.bound(**inputs), case_id(case))
+    got = taken(ops.matmul(**put_all(inputs, put)))
+    assert_within(got, ref.forward(**widen(inputs)), ref.bound(**inputs), case_id(case))
 
 
-@CASES
-def test_backward(isa, case):
+def check_backward_on_device(case, put=None):
     generator = rng(case)
     inputs = ref.inputs(case, generator)
-    a, b = (Tensor(inputs[k], requires_grad=True) for k in "ab")
+    a, b = (Tensor(x, requires_grad=True) for x in put_all(inputs, put).values())
     y = ops.matmul(a, b)
     dy = generator.standard_normal(y.shape).astype(np.float32)
-    y.backward(dy)
+    y.backward(dy if put is None else put(dy))
     exact = ref.backward(dy.astype(np.float64), **widen(inputs))
     swap = {k: np.swapaxes(v, -1, -2) for k, v in inputs.items()}
-    assert_within(a.grad, exact["a"], ref.bound(dy, swap["b"]), "gradient of a")
+    assert_within(taken(a.grad), exact["a"], ref.bound(dy, swap["b"]), "gradient of a")
     at, d = swap["a"], dy
     if b.ndim == 2:
         rows = int(np.prod(a.shape[:-1]))
         at, d = inputs["a"].reshape(rows, a.shape[-1]).T, dy.reshape(rows, dy.shape[-1])
-    assert_within(b.grad, exact["b"], ref.bound(at, d), "gradient of b")
+    assert_within(taken(b.grad), exact["b"], ref.bound(at, d), "gradient of b")
+
+
+@CASES
+def test_forward(isa, case):
+    check_on_device(case)
+
+
+@CASES
+def test_backward(isa, case):
+    check_backward_on_device(case)
 
 
 @CASES
