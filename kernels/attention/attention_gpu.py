@@ -14,26 +14,80 @@ import numpy as np
 LOG2E = 1.4426950408889634
 
 HEADS = (64, 128, 256)  # head dimensions that kernels are compiled for
-# (rows, keys, warps, stages) by type and head dimension. They are held to 99 KB of shared memory, so that the portable form runs
-# on every card, and to no spilled register.
+# Triton: (rows, keys, warps, stages) by type, head dimension and whether there is a bias. They are held to 99 KB of shared memory,
+# so that the portable form runs on every card, and to no spilled register.
 FORWARD = {
-    ("bf16", 64): (128, 64, 4, 3),
-    ("bf16", 128): (128, 64, 8, 2),
-    ("bf16", 256): (64, 32, 8, 2),
-    ("fp32", 64): (64, 32, 8, 2),
-    ("fp32", 128): (32, 16, 4, 2),
-    ("fp32", 256): (16, 16, 4, 2),
+    ("bf16", 64, False): (128, 64, 8, 3),
+    ("bf16", 64, True): (128, 64, 8, 2),
+    ("bf16", 128, False): (64, 64, 4, 2),
+    ("bf16", 128, True): (64, 64, 8, 2),
+    ("bf16", 256, False): (64, 32, 8, 2),
+    ("bf16", 256, True): (32, 32, 4, 2),
+    ("fp32", 64, False): (64, 32, 8, 2),
+    ("fp32", 64, True): (32, 16, 4, 2),
+    ("fp32", 128, False): (32, 32, 8, 2),
+    ("fp32", 128, True): (32, 32, 8, 2),
+    ("fp32", 256, False): (16, 16, 8, 2),
+    ("fp32", 256, True): (16, 16, 8, 2),
 }
 BACKWARD = {
-    ("bf16", 64): (64, 64, 4, 2),
-    ("bf16", 128): (64, 64, 8, 2),
-    ("bf16", 256): (32, 32, 4, 1),
-    ("fp32", 64): (32, 32, 4, 1),
-    ("fp32", 128): (32, 32, 4, 1),
-    ("fp32", 256): (16, 16, 4, 1),
+    ("q", "bf16", 64, False): (128, 64, 8, 2),
+    ("q", "bf16", 64, True): (64, 64, 4, 2),
+    ("q", "bf16", 128, False): (64, 32, 4, 2),
+    ("q", "bf16", 128, True): (64, 32, 4, 2),
+    ("q", "bf16", 256, False): (32, 32, 8, 1),
+    ("q", "bf16", 256, True): (32, 32, 8, 1),
+    ("q", "fp32", 64, False): (32, 32, 8, 1),
+    ("q", "fp32", 64, True): (32, 32, 4, 1),
+    ("q", "fp32", 128, False): (16, 16, 8, 1),
+    ("q", "fp32", 128, True): (32, 16, 4, 1),
+    ("q", "fp32", 256, False): (16, 16, 8, 1),
+    ("q", "fp32", 256, True): (16, 16, 8, 1),
+    ("kv", "bf16", 64, False): (64, 64, 4, 2),
+    ("kv", "bf16", 64, True): (64, 64, 4, 2),
+    ("kv", "bf16", 128, False): (32, 64, 8, 2),
+    ("kv", "bf16", 128, True): (32, 64, 8, 2),
+    ("kv", "bf16", 256, False): (32, 32, 8, 1),
+    ("kv", "bf16", 256, True): (32, 32, 8, 1),
+    ("kv", "fp32", 64, False): (16, 32, 4, 1),
+    ("kv", "fp32", 64, True): (16, 32, 4, 1),
+    ("kv", "fp32", 128, False): (16, 32, 8, 1),
+    ("kv", "fp32", 128, True): (16, 16, 8, 1),
+    ("kv", "fp32", 256, False): (16, 16, 8, 1),
+    ("kv", "fp32", 256, True): (16, 16, 8, 1),
+    ("bias", "bf16", 64, True): (64, 32, 4, 2),
+    ("bias", "bf16", 128, True): (64, 32, 4, 2),
+    ("bias", "bf16", 256, True): (32, 32, 8, 1),
+    ("bias", "fp32", 64, True): (32, 32, 4, 1),
+    ("bias", "fp32", 128, True): (32, 16, 4, 1),
+    ("bias", "fp32", 256, True): (16, 16, 8, 1),
 }
-DECODE = {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
+# By whether products are of bfloat16.
+DECODE = {
+    (True, 64): (16, 64, 4, 3),
+    (True, 128): (16, 64, 4, 3),
+    (True, 256): (16, 32, 8, 2),
+    (False, 64): (16, 32, 4, 3),
+    (False, 128): (16, 16, 4, 2),
+    (False, 256): (16, 16, 8, 2),
+}
+# CUDA C++: (warps, keys of a tile) forward, (warps, rows or keys of a tile) backward. A warp owns 16 rows.
+CUDA = {
+    ("bf16", 64): (4, 64, 4, 64),
+    ("bf16", 128): (4, 64, 4, 32),
+    ("bf16", 256): (4, 32, 2, 16),
+    ("fp32", 64): (4, 32, 4, 32),
+    ("fp32", 128): (2, 32, 2, 16),
+    ("fp32", 256): (1, 16, 1, 16),
+}
 COPIES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp32", "i8"), ("bf16", "i8"))  # to, from
+# On tensor cores (tools/gpu_build.py --check).
+EXPECTS = {
+    f"attention_{kernel} {first}:?bf16 *HEAD={head} *": {"80": "HMMA", "90": "HGMMA"}
+    for kernel, first in (("forward", "y"), ("backward_q", "dq"))
+    for head in HEADS[:2]
+}
+EXPECTS |= {f"attention_{kernel}*_bf16_*": {"80": "HMMA", "90": "HMMA"} for kernel in ("forward", "backward")}
 SPLITS = 64  # at most; a chunk has CHUNK keys or more
 CHUNK = 256
 DECODE_QUERIES = 16  # up to so many queries without a gradient, the keys are split
@@ -109,10 +163,18 @@ def _forward(
     k, v = (_aligned(gpu, x, q.dtype, seen) for x in (k, v))
     stats = gpu.empty((*q.shape[:3], 2), np.float32) if stats is None else stats
     head = _head(q.shape[3], E)
-    rows, keys, warps, stages = FORWARD[_name(q), head]
+    given = {"q": q, "k": k, "v": v, "bias": bias} | seen | _sizes(q, k, v, T, S)
+    strides, masks = _strides(q=q, k=k, v=v), _masks(bias, causal, window, scale)
+    if gpu.twin == "cuda":
+        warps, keys = CUDA[_name(q), head][:2]
+        tiles = -(-T // (16 * warps))
+        arguments = {"y": whole, "stats": stats} | given | strides | masks | {"tiles": tiles}
+        _cuda(gpu, "forward", bias, (tiles * B * H,), warps, keys, arguments, q, head, 16 * warps + 4 * keys)
+        _into(gpu, y, whole)
+        return
+    rows, keys, warps, stages = FORWARD[_name(q), head, bias is not None]
     tiles = -(-T // rows)
-    shared = {"q": q, "k": k, "v": v, "bias": bias} | seen | _sizes(q, k, v, T, S) | {"tiles": tiles}
-    arguments = {"y": whole, "stats": stats} | shared | _strides(q=q, k=k, v=v) | _masks(bias, causal, window, scale)
+    arguments = {"y": whole, "stats": stats} | given | {"tiles": tiles} | strides | masks
     gpu.triton(
         "attention_forward", (tiles * B * H,), arguments, plain=_PLAIN, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys
     )
@@ -127,26 +189,46 @@ def _backward(
     dq, dk, dv = (_whole(gpu, x) for x in outs)
     q, k, v, dy, y = (_aligned(gpu, x) for x in (q, k, v, dy, y))
     (H, G), head = (q.shape[2], k.shape[2]), _head(q.shape[3], v.shape[3])
-    rows, keys, warps, stages = BACKWARD[_name(q), head]
+    cuda = gpu.twin == "cuda"
+
+    def tile(kernel: str) -> tuple[int, ...]:
+        """Rows, keys, warps, stages."""
+        if not cuda:
+            return BACKWARD[kernel, _name(q), head, bias is not None]
+        warps, other = CUDA[_name(q), head][2:]
+        return (other, 16 * warps, warps, 2) if kernel == "kv" else (16 * warps, other, warps, 2)
+
     delta = gpu.empty(q.shape[:3], np.float32)
     masks, sizes = _masks(bias, causal, window, scale), _sizes(q, k, v, T, S)
 
-    def launch(kernel: str, programs: int, arguments: dict[str, Any]) -> None:
-        gpu.triton(
-            kernel, (programs,), arguments | masks, plain=_PLAIN, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys
-        )
+    def launch(kernel: str, programs: int, before: dict[str, Any], after: dict[str, int], strides: dict[str, int]) -> None:
+        rows, keys, warps, stages = tile(kernel)
+        name = f"backward_{kernel}"
+        if cuda:
+            arguments = before | shared | sizes | inputs | masks | strides | after
+            parts = -(-head // (128 if _name(q) == "bf16" else 64)) if kernel == "kv" else 1
+            own, other = 16 * warps, rows if kernel == "kv" else keys
+            held = 2 * own + (2 if kernel == "bias" else 4) * other
+            _cuda(gpu, name, None if kernel == "bias" else bias, (programs, parts), warps, other, arguments, q, head, held)
+            return
+        first = {"B": after.pop("B")} if "B" in after else {}
+        arguments = before | shared | first | sizes | after | strides | inputs | masks
+        constants = {"HEAD": head, "ROWS": rows, "KEYS": keys}
+        parts = 4 if kernel == "kv" and _name(q) == "fp32" and head == 256 else 1  # LARGE
+        gpu.triton(f"attention_{name}", (programs, parts), arguments, plain=_PLAIN, warps=warps, stages=stages, **constants)
 
+    inputs = _strides(q=q, k=k, v=v)
     shared = {"q": q, "k": k, "v": v, "bias": bias} | seen
-    row_tiles, key_tiles = -(-T // rows), -(-S // keys)
-    given = {"dq": dq, "delta": delta, "dy": dy, "y": y, "stats": stats} | shared | sizes | {"tiles": row_tiles}
-    launch("attention_backward_q", row_tiles * B * H, given | _strides(dq=dq, q=q, k=k, v=v))
-    given = {"dk": dk, "dv": dv, "delta": delta, "dy": dy, "stats": stats} | shared | sizes | {"tiles": key_tiles}
-    launch("attention_backward_kv", key_tiles * B * G, given | _strides(dk=dk, dv=dv, q=q, k=k, v=v))
+    given, tiles = {"dq": dq, "delta": delta, "dy": dy, "y": y, "stats": stats}, -(-T // tile("q")[0])
+    launch("q", tiles * B * H, given, {"tiles": tiles}, _strides(dq=dq))
+    given, tiles = {"dk": dk, "dv": dv, "delta": delta, "dy": dy, "stats": stats}, -(-S // tile("kv")[1])
+    launch("kv", tiles * B * G, given, {"tiles": tiles}, _strides(dk=dk, dv=dv))
     if dbias is not None:
-        batches, heads = dbias.shape[:2]
-        given = {"dbias": dbias, "delta": delta, "dy": dy, "stats": stats} | shared | {"B": B} | sizes
-        given |= {"batches": batches, "heads": heads, "row_tiles": row_tiles, "key_tiles": key_tiles}
-        launch("attention_backward_bias", batches * heads * row_tiles * key_tiles, given | _strides(q=q, k=k, v=v))
+        (batches, heads), (rows, keys) = dbias.shape[:2], tile("bias")[:2]
+        row_tiles, key_tiles = -(-T // rows), -(-S // keys)
+        after = {"B": B, "batches": batches, "heads": heads, "row_tiles": row_tiles, "key_tiles": key_tiles}
+        given = {"dbias": dbias, "delta": delta, "dy": dy, "stats": stats}
+        launch("bias", batches * heads * row_tiles * key_tiles, given, after, {})
     for out, whole in zip(outs, (dq, dk, dv), strict=True):
         _into(gpu, out, whole)
 
@@ -163,7 +245,7 @@ def _decode(gpu: Any, y: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, w
     (B, T, H, D), S, G, E = q.shape, k.shape[1], k.shape[2], whole.shape[3]
     chunk = max(CHUNK, -(-S // (64 * SPLITS)) * 64)
     splits, head = -(-S // chunk), _head(D, E)
-    rows, keys, warps, stages = DECODE[head]
+    rows, keys, warps, stages = DECODE[_name(q) == "bf16" and _name(k) != "fp32", head]
     partial, sums = gpu.empty((B * T * H, splits, E), np.float32), gpu.empty((B * T * H, splits, 2), np.float32)
     unit = 4 if fits else 1
     strides = _strides(q=q) | {
@@ -183,11 +265,22 @@ def _decode(gpu: Any, y: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, w
     _into(gpu, y, whole)
 
 
+def _cuda(
+    gpu: Any, name: str, bias: Any, grid: tuple[int, ...], warps: int, keys: int, arguments: dict[str, Any], q: Any, head: int,
+    rows: int,
+) -> None:  # fmt: skip
+    """rows: of q, k, v, dy in shared memory, each 16 bytes longer than the head dimension."""
+    weights = 16 * warps * (keys + 1) * 4 if _name(q) == "fp32" else 0
+    shared = rows * (head * q.dtype.itemsize + 16) + weights
+    entry = f"attention_{name}_{_name(q)}_{head}{'' if bias is None else '_bias'}"
+    gpu.cuda(entry, grid, 32 * warps, list(arguments.values()), shared=shared)
+
+
 # --- arguments ---
 
 
 def _name(x: Any) -> str:
-    return "bf16" if x.dtype.itemsize == 2 else "fp32"
+    return {1: "i8", 2: "bf16", 4: "fp32"}[x.dtype.itemsize]
 
 
 def _is_bytes(x: Any) -> bool:

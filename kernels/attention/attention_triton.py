@@ -36,21 +36,35 @@ def _span(t, rows, keys, causal, window):
 
 
 @triton.jit
-def _products(a, b):
-    """a b^T. In float32 in four chains, of the elements d, d + 4, ...: one long chain would round worse than NumPy's sum."""
-    if a.dtype != tl.float32:
-        return tl.dot(a, tl.trans(b))
-    M: tl.constexpr = a.shape[0]
-    N: tl.constexpr = b.shape[0]
-    D: tl.constexpr = a.shape[1]
-    a_even, a_odd = tl.split(tl.reshape(a, [M, D // 2, 2]))
-    b_even, b_odd = tl.split(tl.reshape(b, [N, D // 2, 2]))
-    a0, a2 = tl.split(tl.reshape(a_even, [M, D // 4, 2]))
-    b0, b2 = tl.split(tl.reshape(b_even, [N, D // 4, 2]))
-    a1, a3 = tl.split(tl.reshape(a_odd, [M, D // 4, 2]))
-    b1, b3 = tl.split(tl.reshape(b_odd, [N, D // 4, 2]))
+def _halves(x):
+    """The columns 0, 2, ... and 1, 3, ..."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _four(a, b):
+    a_even, a_odd = _halves(a)
+    b_even, b_odd = _halves(b)
+    a0, a2 = _halves(a_even)
+    b0, b2 = _halves(b_even)
+    a1, a3 = _halves(a_odd)
+    b1, b3 = _halves(b_odd)
     even = tl.dot(a0, tl.trans(b0), input_precision="ieee") + tl.dot(a2, tl.trans(b2), input_precision="ieee")
     return even + (tl.dot(a1, tl.trans(b1), input_precision="ieee") + tl.dot(a3, tl.trans(b3), input_precision="ieee"))
+
+
+@triton.jit
+def _products(a, b):
+    """a b^T. In float32 in four chains, of the elements d, d + 4, ...: one long chain would round worse than NumPy's sum. Eight for
+    256 elements, since a thread loads a whole chain at once.
+    """
+    if a.dtype != tl.float32:
+        return tl.dot(a, tl.trans(b))
+    if a.shape[1] < 256:
+        return _four(a, b)
+    a_even, a_odd = _halves(a)
+    b_even, b_odd = _halves(b)
+    return _four(a_even, b_even) + _four(a_odd, b_odd)
 
 
 @triton.jit
@@ -252,32 +266,38 @@ def attention_backward_kv(
     late = tl.where((causal != 0) & (window > 0), tl.minimum(rows, begin + KEYS + window - 1 - keys + rows), rows)
     late = tl.where(begin < keys, late, 0)
     count = tl.maximum(late - early + ROWS - 1, 0) // ROWS
-    dk_sum = tl.zeros([KEYS, HEAD], tl.float32)
-    dv_sum = tl.zeros([KEYS, HEAD], tl.float32)
+    LARGE: tl.constexpr = q.dtype.element_ty == tl.float32 and HEAD == 256  # its columns are shared by four programs
+    OUT: tl.constexpr = 64 if LARGE else HEAD
+    e = tl.program_id(1) * OUT + tl.arange(0, OUT)
+    dk_sum = tl.zeros([KEYS, OUT], tl.float32)
+    dv_sum = tl.zeros([KEYS, OUT], tl.float32)
     for i in range(share * count):
         h = g * share + i // count
         t = early + i % count * ROWS + tl.arange(0, ROWS)
         low, high = _span(t, rows, keys, causal, window)
         row = (tl.where(form == 2, first, b * T) + t).to(tl.int64) * H + h
-        qt = _rows(q, b64 * q_batch + (first + t).to(tl.int64) * q_time + h * D, t, rows, d, D)
-        dyt = _rows(dy, row * E, t, rows, d, E)
-        top = tl.load(stats + 2 * row, mask=t < rows, other=0.0)
-        inverse = tl.load(stats + 2 * row + 1, mask=t < rows, other=0.0)
-        dt = tl.load(delta + row, mask=t < rows, other=0.0)
+        q_at = b64 * q_batch + (first + t).to(tl.int64) * q_time + h * D
+        qt = _rows(q, q_at, t, rows, d, D)
         s = _products(kt, qt)
         if bias is not None:
             bias_at = b64 * bias_batch + h.to(tl.int64) * bias_head + t.to(tl.int64) * bias_time
             seen = (c < keys)[:, None] & (t < rows)[None, :]
             s = s * tl.abs(scale) + tl.load(bias + c[:, None] + bias_at[None, :], mask=seen, other=0.0)
         s = tl.where((low[None, :] <= c[:, None]) & (c[:, None] < high[None, :]), s, float("-inf"))
+        top = tl.load(stats + 2 * row, mask=t < rows, other=0.0)
+        inverse = tl.load(stats + 2 * row + 1, mask=t < rows, other=0.0)
         p = _weights(s, top[None, :], steep, q.dtype.element_ty == tl.float32) * inverse[None, :]
-        dv_sum = tl.dot(p.to(dyt.dtype), dyt, dv_sum, input_precision="ieee")
+        dyt = _rows(dy, row * E, t, rows, d, E)
+        dye = _rows(dy, row * E, t, rows, e, E) if LARGE else dyt
+        dv_sum = tl.dot(p.to(dye.dtype), dye, dv_sum, input_precision="ieee")
+        dt = tl.load(delta + row, mask=t < rows, other=0.0)
         ds = p * (_products(vt, dyt) - dt[None, :])
-        dk_sum = tl.dot(ds.to(qt.dtype), qt, dk_sum, input_precision="ieee")
+        qe = _rows(q, q_at, t, rows, e, D) if LARGE else qt
+        dk_sum = tl.dot(ds.to(qe.dtype), qe, dk_sum, input_precision="ieee")
     at = b64 * dk_batch + place * dk_time + g * D
-    tl.store(dk + at[:, None] + d[None, :], (dk_sum * scale).to(dk.dtype.element_ty), mask=(c < held)[:, None] & (d < D)[None, :])
+    tl.store(dk + at[:, None] + e[None, :], (dk_sum * scale).to(dk.dtype.element_ty), mask=(c < held)[:, None] & (e < D)[None, :])
     at = b64 * dv_batch + place * dv_time + g * E
-    tl.store(dv + at[:, None] + d[None, :], dv_sum.to(dv.dtype.element_ty), mask=(c < held)[:, None] & (d < E)[None, :])
+    tl.store(dv + at[:, None] + e[None, :], dv_sum.to(dv.dtype.element_ty), mask=(c < held)[:, None] & (e < E)[None, :])
 
 
 @triton.jit
@@ -456,22 +476,22 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         for bias in (None, "*fp32"):
             shared = qkv | {"bias": bias} | _SEQUENCES | _SIZES | {"tiles": "i32"}
             types = {"y": p, "stats": "*fp32"} | shared | _strides("q", "k", "v") | _BIAS
-            yield "attention_forward", types, *form((head, *FORWARD[f, head]))
+            yield "attention_forward", types, *form((head, *FORWARD[f, head, bias is not None]))
             types = {"dq": p, "delta": "*fp32", "dy": p, "y": p, "stats": "*fp32"} | shared | _strides("dq", "q", "k", "v") | _BIAS
-            yield "attention_backward_q", types, *form((head, *BACKWARD[f, head]))
+            yield "attention_backward_q", types, *form((head, *BACKWARD["q", f, head, bias is not None]))
             types = {"dk": p, "dv": p, "delta": "*fp32", "dy": p, "stats": "*fp32"} | shared
             types |= _strides("dk", "dv", "q", "k", "v") | _BIAS
-            yield "attention_backward_kv", types, *form((head, *BACKWARD[f, head]))
+            yield "attention_backward_kv", types, *form((head, *BACKWARD["kv", f, head, bias is not None]))
         types = {"dbias": "*fp32", "delta": "*fp32", "dy": p, "stats": "*fp32"} | qkv | {"bias": "*fp32"} | _SEQUENCES
         types |= {"B": "i32"} | _SIZES | dict.fromkeys(("batches", "heads", "row_tiles", "key_tiles"), "i32")
-        yield "attention_backward_bias", types | _strides("q", "k", "v") | _BIAS, *form((head, *BACKWARD[f, head]))
+        yield "attention_backward_bias", types | _strides("q", "k", "v") | _BIAS, *form((head, *BACKWARD["bias", f, head, True]))
         for cache in ("fp32", "bf16", "i8"):
             types = {"partial": "*fp32", "sums": "*fp32", "q": p, "k": f"*{cache}", "v": f"*{cache}", "bias": "*fp32"}
             types |= _SEQUENCES | {"biased": "i32"} | _SIZES | {"splits": "i32", "chunk": "i32"} | _strides("q")
             stride = "i32" if cache == "i8" else "i32:16"
             types |= {f"{n}_{axis}": stride for n in "kv" for axis in ("batch", "time", "head")} | _BIAS
             del types["unit"]
-            yield "attention_decode", types, *form((head, *DECODE[head]))
+            yield "attention_decode", types, *form((head, *DECODE[f == "bf16" and cache != "fp32", head]))
         types = {"y": p, "partial": "*fp32", "sums": "*fp32", "splits": "i32", "E": "i32:16"}
         if head == HEADS[0]:
             yield "attention_combine", types, {"SPLITS": SPLITS, "BLOCK": 64}, {"num_warps": 4, "num_stages": 3}

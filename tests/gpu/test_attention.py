@@ -10,21 +10,26 @@ import numpy as np
 import pytest
 
 from fastlm import ops
-from fastlm.cuda.emulated import Emulated, emulated
+from fastlm.cuda.emulated import SCHEDULES, Emulated, emulated
+from fastlm.cuda.table import KERNELS
 from fastlm.tensor import Tensor
-from fastlm.testing import assert_close, oracle
+from fastlm.testing import assert_close, cases, check_forward, oracle
+from tests.gpu.build import gpu_build
 
 if importlib.util.find_spec("triton") is not None:
     import fastlm.cuda.interpreter  # noqa: F401  before triton
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"))
+FOLDER = KERNELS.parent / "build/emulated"
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 BFLOAT16 = ml_dtypes.bfloat16
 
 
-@pytest.fixture(params=[TRITON])
+@pytest.fixture(params=["triton", "cuda"])
 def on(request):
-    """The device, with each twin."""
+    """The device, with each twin; few queries are decoded by Triton in both."""
     before = Emulated.damaged
-    with emulated(twin=request.param) as device, np.errstate(all="ignore"):
+    for op in ("attention", "add"):
+        gpu_build().emulate(op, FOLDER)
+    with emulated(twin=request.param, libraries=FOLDER, seed=2) as device, np.errstate(all="ignore"):
         yield device
     assert Emulated.damaged == before, "memory outside of an array was written"
 
@@ -130,3 +135,18 @@ def test_views_and_scales(on, scale, T):
     got = ops.attention(*views, True, scale=scale, lengths=on.put(n)).numpy()
     assert_close(got, *(ref.forward(*(a.astype(t) for a in x), True, scale, lengths=n) for t in (np.float64, np.float32)), "y")
     assert not got[1, 0].any()
+
+
+def test_a_missing_wait_is_caught(tmp_path):
+    """The forward pass without its wait for cp.async: some schedule shows it, while the right one passes them all (test_twins)."""
+    gpu_build().emulate("attention", tmp_path, ("FASTLM_PLANT_NO_WAIT",))
+    case, caught = cases("attention")[0], 0
+    for seed in SCHEDULES:
+        with emulated(twin="cuda", libraries=tmp_path, seed=seed) as device:
+            try:
+                check_forward(
+                    "attention", lambda **x: ops.attention(**x | {"q": Tensor(x["q"], requires_grad=True)}).data, case, device.put
+                )
+            except AssertionError:
+                caught += 1
+    assert caught
