@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.models.base import CausalLM, LanguageModel, as_ids
 from fastlm.nn import Context, Module, MoE, count_parameters
@@ -17,13 +17,12 @@ from fastlm.tensor import Tensor
 class WithExperts(LanguageModel):
     """A model with MoE parts: its `loss` calls `count_experts`."""
 
-    host_only = "the routing of tokens to experts has no kernels for a GPU yet"
     expert_counts: Array | None = None  # (layers with experts, E) int64: tokens that each expert took in the last loss
     dropped: int = 0  # choices that found their expert full in the last loss
 
     def count_experts(self, routings: Sequence[ops.Routing]) -> None:
         """Sets `expert_counts` and `dropped`."""
-        self.expert_counts = np.stack([r.counts for r in routings]) if routings else None
+        self.expert_counts = np.stack([backend.host(r.counts) for r in routings]) if routings else None
         self.dropped = sum(r.dropped for r in routings)
 
     def active_parameters(self) -> int:
@@ -43,7 +42,7 @@ class ExpertLM(WithExperts, CausalLM):
         """Mean cross-entropy of the next token and the auxiliary loss, a scalar. Sets `expert_counts` and `dropped`."""
         ids = as_ids("ids", ids)
         targets = as_ids("targets", targets, ids.shape)
-        context = Context(*ids.shape)
+        context = Context(*ids.shape, device=self.device)
         context.training = True
         x = self.hidden(ids, context)
         self.count_experts(context.routings)

@@ -309,6 +309,8 @@ def mixtral_load_balancing_loss(routings: Sequence[Routing]) -> Any:
 
     What Hugging Face adds to Mixtral's loss. Its minimum, an even load, is k. A scalar; the gradient goes through p alone.
     """
+    for r in routings:
+        check.on_host("mixtral_load_balancing_loss", "probabilities", data(r.probabilities))
     E, rows = _sizes("mixtral_load_balancing_loss", routings)
     f = np.sum([np.bincount(r.experts.reshape(-1), minlength=E) for r in routings], axis=0) / rows
     return _weighted_mean(routings, [np.broadcast_to(f * E / rows, data(r.probabilities).shape) for r in routings])
@@ -319,6 +321,8 @@ def switch_load_balancing_loss(routings: Sequence[Routing], groups: int = 1) -> 
 
     Switch, equations 4 to 6, as Hugging Face computes it with sequences for groups. Its minimum, an even load, is 1.
     """
+    for r in routings:
+        check.on_host("switch_load_balancing_loss", "probabilities", data(r.probabilities))
     E, rows = _sizes("switch_load_balancing_loss", routings)
     first = [r.experts[:, 0].reshape(groups, -1) for r in routings]
     each = rows // groups
@@ -332,6 +336,8 @@ def switch_load_balancing_loss(routings: Sequence[Routing], groups: int = 1) -> 
 
 def router_z_loss(routings: Sequence[Routing]) -> Any:
     """Mean over all rows and layers of log(sum(exp(logits)))^2. ST-MoE, Zoph et al. 2022, arXiv:2202.08906, eq. 5. A scalar."""
+    for r in routings:
+        check.on_host("router_z_loss", "logits", data(r.logits))
     _, rows = _sizes("router_z_loss", routings)
     logs = []
     for r in routings:
