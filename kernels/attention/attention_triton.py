@@ -59,12 +59,14 @@ def _products(a, b):
     256 elements, since a thread loads a whole chain at once.
     """
     if a.dtype != tl.float32:
-        return tl.dot(a, tl.trans(b))
-    if a.shape[1] < 256:
-        return _four(a, b)
-    a_even, a_odd = _halves(a)
-    b_even, b_odd = _halves(b)
-    return _four(a_even, b_even) + _four(a_odd, b_odd)
+        out = tl.dot(a, tl.trans(b))
+    elif a.shape[1] < 256:
+        out = _four(a, b)
+    else:
+        a_even, a_odd = _halves(a)
+        b_even, b_odd = _halves(b)
+        out = _four(a_even, b_even) + _four(a_odd, b_odd)
+    return out
 
 
 @triton.jit
