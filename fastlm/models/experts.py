@@ -17,13 +17,23 @@ from fastlm.tensor import Tensor
 class WithExperts(LanguageModel):
     """A model with MoE parts: its `loss` calls `count_experts`."""
 
-    expert_counts: Array | None = None  # (layers with experts, E) int64: tokens that each expert took in the last loss
-    dropped: int = 0  # choices that found their expert full in the last loss
+    # Each layer's counts. On a device they stay there: reading them would keep a step from being recorded.
+    _taken: Sequence[Array] = ()
+    _choices: int = 0
 
     def count_experts(self, routings: Sequence[ops.Routing]) -> None:
-        """Sets `expert_counts` and `dropped`."""
-        self.expert_counts = np.stack([backend.host(r.counts) for r in routings]) if routings else None
-        self.dropped = sum(r.dropped for r in routings)
+        """What `expert_counts` and `dropped` are about from now on."""
+        self._taken, self._choices = tuple(r.counts for r in routings), sum(r.experts.size for r in routings)
+
+    @property
+    def expert_counts(self) -> Array | None:
+        """(layers with experts, E) int64: tokens that each expert took in the last loss. Waits for a device."""
+        return np.stack([backend.host(n) for n in self._taken]) if self._taken else None
+
+    @property
+    def dropped(self) -> int:
+        """Choices that found their expert full in the last loss."""
+        return self._choices - int(sum(backend.host(n).sum() for n in self._taken))
 
     def active_parameters(self) -> int:
         """The parameters that one token uses: all but the experts that it is not sent to."""
@@ -39,7 +49,7 @@ class ExpertLM(WithExperts, CausalLM):
         raise NotImplementedError(f"{type(self).__name__} defines no auxiliary_loss")
 
     def loss(self, ids: Any, targets: Any, ignore_index: int = -100) -> Tensor:
-        """Mean cross-entropy of the next token and the auxiliary loss, a scalar. Sets `expert_counts` and `dropped`."""
+        """Mean cross-entropy of the next token and the auxiliary loss, a scalar. Then `expert_counts` and `dropped` are its."""
         ids = as_ids("ids", ids)
         targets = as_ids("targets", targets, ids.shape)
         context = Context(*ids.shape, device=self.device)

@@ -37,7 +37,7 @@ class Routing:
     @property
     def dropped(self) -> int:
         """Choices that found their expert full."""
-        return int(self.experts.size - self.rows.size)
+        return int(self.experts.size - backend.host(self.counts).sum())
 
 
 def route(logits: Any, k: int, *, renormalise: bool = False, capacity: int | None = None, groups: int = 1) -> Routing:
@@ -309,9 +309,9 @@ def mixtral_load_balancing_loss(routings: Sequence[Routing]) -> Any:
 
     What Hugging Face adds to Mixtral's loss. Its minimum, an even load, is k. A scalar; the gradient goes through p alone.
     """
-    for r in routings:
-        check.on_host("mixtral_load_balancing_loss", "probabilities", data(r.probabilities))
     E, rows = _sizes("mixtral_load_balancing_loss", routings)
+    if on_device(data(routings[0].probabilities)):
+        return _balance_there(routings, 1, routings[0].experts.shape[1])
     f = np.sum([np.bincount(r.experts.reshape(-1), minlength=E) for r in routings], axis=0) / rows
     return _weighted_mean(routings, [np.broadcast_to(f * E / rows, data(r.probabilities).shape) for r in routings])
 
@@ -321,9 +321,11 @@ def switch_load_balancing_loss(routings: Sequence[Routing], groups: int = 1) -> 
 
     Switch, equations 4 to 6, as Hugging Face computes it with sequences for groups. Its minimum, an even load, is 1.
     """
-    for r in routings:
-        check.on_host("switch_load_balancing_loss", "probabilities", data(r.probabilities))
     E, rows = _sizes("switch_load_balancing_loss", routings)
+    if groups < 1 or len(routings[0].experts) % groups:
+        raise ValueError(f"[switch_load_balancing_loss] groups must divide a layer's rows, {rows // len(routings)}, got {groups}.")
+    if on_device(data(routings[0].probabilities)):
+        return _balance_there(routings, groups, 1)
     first = [r.experts[:, 0].reshape(groups, -1) for r in routings]
     each = rows // groups
     f = np.sum([np.stack([np.bincount(g, minlength=E) for g in layer]) for layer in first], axis=0) / each  # (groups, E)
@@ -336,16 +338,16 @@ def switch_load_balancing_loss(routings: Sequence[Routing], groups: int = 1) -> 
 
 def router_z_loss(routings: Sequence[Routing]) -> Any:
     """Mean over all rows and layers of log(sum(exp(logits)))^2. ST-MoE, Zoph et al. 2022, arXiv:2202.08906, eq. 5. A scalar."""
-    for r in routings:
-        check.on_host("router_z_loss", "logits", data(r.logits))
     _, rows = _sizes("router_z_loss", routings)
+    logits = [r.logits for r in routings]
+    if on_device(data(logits[0])):
+        return _z_there(logits, [data(r.probabilities) for r in routings], rows)
     logs = []
     for r in routings:
         z = data(r.logits).astype(np.float64)
         top = z.max(axis=1, keepdims=True)
         logs.append(top + np.log(np.exp(z - top).sum(axis=1, keepdims=True)))
     value = np.array(sum(float(np.square(log).sum()) for log in logs) / rows, np.float32)
-    logits = [r.logits for r in routings]
     if not recording(*logits):
         return wrap(value, *logits)
 
@@ -375,3 +377,46 @@ def _weighted_mean(routings: Sequence[Routing], factors: Sequence[Array]) -> Any
     if not recording(*inputs):
         return wrap(value, *inputs)
     return record(value, inputs, lambda dy: [(float(dy) * f).astype(np.float32) for f in factors])
+
+
+def _balance_there(routings: Sequence[Routing], groups: int, first: int) -> Any:
+    """Both balancing losses on a device, in float32: E groups / rows^2 times the sum over layers, groups and experts of how often the
+    group's rows have the expert among their `first` choices, times the group's probabilities of it."""
+    inputs = [r.probabilities for r in routings]
+    parts = [data(p) for p in inputs]
+    (R, E), like = parts[0].shape, parts[0]
+    rows = R * len(parts)
+    load = backend.empty((groups, E), like=like)
+    for layer, r in enumerate(routings):
+        kernels(like).moe_load(load, r.experts, first, E * groups / rows**2, layer > 0)
+    value = backend.sum_to(kernels(like).moe_balance(parts, load), ())
+    if not recording(*inputs):
+        return wrap(value, *inputs)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        found: list[Array | None] = [backend.empty_like(p) if needs_grad(t) else None for p, t in zip(parts, inputs, strict=True)]
+        for d in found:
+            if d is not None:
+                kernels(like).moe_balance_backward(d, dy, load)
+        return found
+
+    return record(value, inputs, backward)
+
+
+def _z_there(logits: Sequence[Any], probabilities: Sequence[Array], rows: int) -> Any:
+    """`router_z_loss` on a device, in float32."""
+    parts = [data(z) for z in logits]
+    like = probabilities[0]
+    logs, squares = (backend.empty((len(parts), parts[0].shape[0]), like=like) for _ in range(2))
+    kernels(like).moe_z(logs, squares, parts, 1 / rows)
+    value = backend.sum_to(squares, ())
+    if not recording(*logits):
+        return wrap(value, *logits)
+
+    def backward(dy: Array) -> Sequence[Array | None]:
+        found = [backend.empty_like(z) for z in parts]
+        for layer, d in enumerate(found):
+            kernels(like).moe_z_backward(d, dy, logs, probabilities[layer], layer, 1 / rows)
+        return found
+
+    return record(value, logits, backward)

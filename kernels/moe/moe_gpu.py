@@ -51,6 +51,48 @@ def moe_combine_backward(gpu: Any, dy: Any, dweights: Any, dout: Any, y: Any, sl
     gpu.triton("moe_combine_backward", (slots.size,), named, plain=("C", "k", "P"), BLOCK=BLOCK)
 
 
+def moe_load(gpu: Any, load: Any, experts: Any, first: int, scale: float, add: bool) -> None:
+    """load (groups, E) = or += scale times how often an expert is among the first choices of experts (R, k), in each group of rows."""
+    (groups, E), (R, k) = load.shape, experts.shape
+    named = {"load": load, "experts": experts, "rows": R // groups, "k": k, "first": first, "E": E, "scale": scale, "add": int(add)}
+    gpu.triton("moe_load", (groups * E,), named, plain=("rows", "k", "first", "E", "add"), BLOCK=BLOCK)
+
+
+def moe_balance(gpu: Any, probabilities: Any, load: Any) -> Any:
+    """(layers, pieces): the sums of p * load over pieces of BLOCK of the layers' probabilities, a list of (R, E)."""
+    pieces = -(-probabilities[0].size // BLOCK)
+    partial = gpu.empty((len(probabilities), pieces))
+    for layer, p in enumerate(probabilities):
+        named = {"partial": partial, "probabilities": p, "load": load, "first": layer * pieces} | _pieces(p, load)
+        gpu.triton("moe_balance", (pieces,), named, plain=("first", "n", "E", "rows"), BLOCK=BLOCK)
+    return partial
+
+
+def moe_balance_backward(gpu: Any, dprobabilities: Any, dy: Any, load: Any) -> None:
+    named = {"dprobabilities": dprobabilities, "dy": dy, "load": load} | _pieces(dprobabilities, load)
+    gpu.triton("moe_balance_backward", (-(-dprobabilities.size // BLOCK),), named, plain=("n", "E", "rows"), BLOCK=BLOCK)
+
+
+def moe_z(gpu: Any, logs: Any, squares: Any, logits: Any, scale: float) -> None:
+    """logs (layers, R) = log(sum(exp(logits))), logits a list of (R, E); squares = scale times the square."""
+    for layer, z in enumerate(logits):
+        R, E = z.shape
+        named = {"logs": logs, "squares": squares, "logits": z, "first": layer * R, "E": E, "scale": scale}
+        gpu.triton("moe_z", (R,), named, plain=("first", "E"), **_block(E))
+
+
+def moe_z_backward(gpu: Any, dlogits: Any, dy: Any, logs: Any, probabilities: Any, layer: int, scale: float) -> None:
+    """dlogits (R, E) of a layer, from logs (layers, R) and its probabilities."""
+    R, E = dlogits.shape
+    named = {"dlogits": dlogits, "dy": dy, "logs": logs, "probabilities": probabilities, "first": layer * R}
+    named |= {"n": R * E, "E": E, "scale": scale}
+    gpu.triton("moe_z_backward", (-(-R * E // BLOCK),), named, plain=("first", "n", "E"), BLOCK=BLOCK)
+
+
+def _pieces(x: Any, load: Any) -> dict[str, int]:
+    return {"n": x.size, "E": x.shape[1], "rows": x.shape[0] // load.shape[0]}
+
+
 def _block(E: int) -> dict[str, int]:
     if E > 1024:
         raise ValueError(f"[route] at most 1024 experts are routed on the GPU, got {E}.")

@@ -140,6 +140,57 @@ def moe_combine_backward(dy, dweights, dout, y, slots, weights, C, k, P, BLOCK: 
         tl.store(dweights + choice, 0.0)
 
 
+@triton.jit
+def moe_load(load, experts, rows, k, first, E, scale, add, BLOCK: tl.constexpr):
+    """load (groups, E) = or += scale times how often an expert is among the first choices of its group's rows."""
+    group, expert = tl.program_id(0) // E, tl.program_id(0) % E
+    count = tl.full([], 0, tl.int64)
+    for start in range(0, rows * first, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = (group * rows + i // first).to(tl.int64) * k + i % first
+        count += tl.sum((tl.load(experts + at, mask=i < rows * first, other=-1) == expert).to(tl.int32), 0)
+    share = count.to(tl.float32) * scale
+    if add != 0:
+        share += tl.load(load + tl.program_id(0))
+    tl.store(load + tl.program_id(0), share)
+
+
+@triton.jit
+def moe_balance(partial, probabilities, load, first, n, E, rows, BLOCK: tl.constexpr):
+    """partial[first + piece] = the sum of p * load over BLOCK of the n probabilities (R, E); `rows` of them are a group."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    each = tl.load(load + i // E // rows * E + i % E, mask=i < n, other=0.0)
+    tl.store(partial + first + tl.program_id(0), tl.sum(tl.load(probabilities + i, mask=i < n, other=0.0) * each, 0))
+
+
+@triton.jit
+def moe_balance_backward(dprobabilities, dy, load, n, E, rows, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    each = tl.load(load + i // E // rows * E + i % E, mask=i < n, other=0.0)
+    tl.store(dprobabilities + i, tl.load(dy) * each, mask=i < n)
+
+
+@triton.jit
+def moe_z(logs, squares, logits, first, E, scale, BLOCK: tl.constexpr):
+    """logs[first + row] = log(sum(exp(logits))), squares[first + row] = scale times its square."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    x = tl.load(logits + row * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 0)
+    log = top + tl.log(tl.sum(tl.exp(x - top), 0))
+    tl.store(logs + first + row, log)
+    tl.store(squares + first + row, log * log * scale)
+
+
+@triton.jit
+def moe_z_backward(dlogits, dy, logs, probabilities, first, n, E, scale, BLOCK: tl.constexpr):
+    """dlogits (R, E), of n elements, = dy scale 2 log p."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    log = tl.load(logs + first + i // E, mask=i < n, other=0.0)
+    d = tl.load(dy) * (2.0 * scale) * log * tl.load(probabilities + i, mask=i < n, other=0.0)
+    tl.store(dlogits + i, d.to(dlogits.dtype.element_ty), mask=i < n)
+
+
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
     """Every form that moe_gpu.py may ask for: kernel, types, constants, options."""
     options, block = {"num_warps": 4, "num_stages": 3}, {"BLOCK": 1024}
@@ -162,3 +213,14 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
     yield "moe_kept", types, block, options
     types = {"slots": i, "rows": i, "counts": "*i64", "experts": i, "n": "i32", "k": "i32", "E": "i32"}
     yield "moe_places", types, block, options
+    types = {"load": w, "experts": i, "rows": "i32", "k": "i32", "first": "i32", "E": "i32", "scale": "fp32", "add": "i32"}
+    yield "moe_load", types, block, options
+    pieces = {"n": "i32", "E": "i32", "rows": "i32"}
+    yield "moe_balance", {"partial": w, "probabilities": w, "load": w, "first": "i32"} | pieces, block, options
+    yield "moe_balance_backward", {"dprobabilities": w, "dy": w, "load": w} | pieces, block, options
+    for f in ("*fp32", "*bf16"):
+        for B, warps in ((64, 1), (1024, 8)):
+            types = {"logs": w, "squares": w, "logits": f, "first": "i32", "E": "i32", "scale": "fp32"}
+            yield "moe_z", types, {"BLOCK": B}, options | {"num_warps": warps}
+        types = {"dlogits": f, "dy": w, "logs": w, "probabilities": w, "first": "i32", "n": "i32", "E": "i32", "scale": "fp32"}
+        yield "moe_z_backward", types, block, options

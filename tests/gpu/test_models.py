@@ -18,7 +18,7 @@ from fastlm.cli import main
 from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
-from fastlm.data.objectives.base import Batch
+from fastlm.data.objectives.base import Batch, SourceBatch
 from fastlm.generate import Reading, Settings, generate
 from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.recorded import why_not
@@ -442,11 +442,11 @@ def test_train_refusals(quick):
 
 SIZED = {"vocab_size": 61, "d_model": 24, "n_layer": 2, "n_head": 2, "context": 32, "d_ff": 40, "n_kv_head": 1, "head_dim": 12}
 SIZED |= {"d_embedding": 24, "n_encoder_layer": 2, "n_expert": 4, "head": "masked_lm", "n_sparse": 1, "n_encoder_sparse": 1}
+SIZED |= {"balance_loss": True, "router_losses": True}
 WORK = """gpt1 gpt2 gpt3-small llama-7b mistral-7b gemma-2b phi-3-mini qwen2.5-0.5b qwen3-0.6b palm-8b megatron-turing-530b t5-small
     t5-v1.1-small bert-base-uncased roberta-base distilbert-base-uncased albert-base-v2 electra-small mixtral-8x7b glam-0.1b-64e
     switch-base-8""".split()
 FAMILIES = dict.fromkeys(WORK, "")
-BALANCED = ("glam-0.1b-64e", "switch-base-8")  # what balances their experts in training is the host's so far, and says so
 FAMILIES["xlnet-base-cased"] = r"\[to\] XLNet runs on the CPU alone: its position scores and memories have no kernels for a GPU\."
 
 
@@ -483,10 +483,6 @@ def test_family(name, quick):
         more = padding
         targets = (ids % 2).astype(np.int32) if name == "electra-small" else targets
     np.testing.assert_allclose(model.logits(*given, **more), host.logits(*given, **more), rtol=1e-5, atol=1e-6)
-    if name in BALANCED:
-        with pytest.raises(NotImplementedError, match=r"\[switch_load_balancing_loss\] .* has no kernel for a GPU yet"):
-            model.loss(*given, targets, **more)
-        return
     found = []
     for m in (host, model):
         m.train()
@@ -499,3 +495,25 @@ def test_family(name, quick):
         assert (g is None) == (there is None), k
         if g is not None:
             np.testing.assert_allclose(there.numpy(), g, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(g).max())), err_msg=k)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("mixtral-8x7b", 2 * 2 * 16), ("glam-0.1b-64e", 2 * 16), ("switch-base-8", 16 + 8)])
+def test_experts_train(name, choices, quick):
+    """Routers learn by their auxiliary losses, here of a weight that shows: the host's losses, and what its experts were given; a causal
+    model's steps are recorded, and the counts are those of the last run."""
+    weights = {"balance_weight": 0.5} | ({"z_weight": 0.5} if name == "switch-base-8" else {})
+    config = dataclasses.replace(family(name), **weights)
+    rows = np.random.default_rng(7).integers(2, 61, (2, 13)).astype(np.int32)
+    batch = Batch(rows[:, :8], rows[:, 1:9]) if name != "switch-base-8" else SourceBatch(rows[:, :8], rows[:, 8:12], rows[:, 9:])
+    found = []
+    for device in ("cpu", "cuda"):
+        model = models.create(config, seed=3)
+        steps = fastlm.train(model, lambda n: batch, steps=4, context=8, lr=1e-2, warmup=0, device=device)
+        found.append(([s.loss for s in steps], model))
+    (expected, host), (got, there) = found
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    np.testing.assert_array_equal(there.expert_counts, host.expert_counts)
+    assert there.dropped == host.dropped
+    assert there.expert_counts.sum() + there.dropped == choices
+    without = models.create(dataclasses.replace(config, balance_weight=1e-9), seed=3, device="cuda")
+    assert got[0] - without.loss(**batch._asdict()).item() > 0.1  # the loss is in what was compared

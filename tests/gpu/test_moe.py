@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fastlm import ops
+from fastlm.backend import BFLOAT16
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.recording import Recording
+from fastlm.tensor import Tensor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton layer needs triton", allow_module_level=True)
@@ -67,3 +69,31 @@ def test_recorded(on):
     routing = ops.route(other, 2, renormalise=True)
     want = ops.combine(ops.grouped_linear(ops.dispatch(x, routing), up.numpy(), routing.counts), routing)
     np.testing.assert_allclose(recording.result.numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("R", "E", "k", "groups"), [(12, 5, 2, 3), (30, 70, 3, 1)])
+def test_auxiliary_losses_are_the_cpus(on, R, E, k, groups):
+    """Values and gradients of two layers; in the larger one a layer's sum is of several pieces."""
+    logits = [3 * RNG.standard_normal((R, E), np.float32) for _ in range(2)]
+    found = []
+    for put in (lambda z: z, on.put):
+        three = (ops.mixtral_load_balancing_loss, lambda r: ops.switch_load_balancing_loss(r, groups), ops.router_z_loss)
+        for loss in three:
+            routings = [ops.route(Tensor(put(z), requires_grad=True), k, renormalise=True) for z in logits]
+            y = loss(routings)
+            ops.scale(y, 0.5).backward()
+            found.append([y.data, *(r.logits.grad for r in routings)])
+    for number in range(3):
+        for here, there in zip(found[number], found[3 + number], strict=True):
+            np.testing.assert_allclose(there.numpy(), here, rtol=1e-5, atol=1e-7)
+            assert np.abs(here).max() > 1e-4
+
+
+def test_z_of_bfloat16(on):
+    z = RNG.standard_normal((6, 5)).astype(BFLOAT16)
+    there, here = Tensor(on.put(z), requires_grad=True), Tensor(z.astype(np.float32), requires_grad=True)
+    losses = [ops.router_z_loss([ops.route(t, 2)]) for t in (here, there)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    np.testing.assert_allclose(np.asarray(there.grad.numpy(), np.float32), here.grad, rtol=1e-2, atol=1e-4)
