@@ -13,6 +13,8 @@ _TILES = {"90": "HGMMA", "80": "HMMA"}
 EXPECTS = {f"matmul * a:?bf16 b:?bf16 * {tile} *": _TILES for tile in ("BM=64", "BM=128")}
 _MMA = {"90": "HMMA", "80": "HMMA"}
 EXPECTS["matmul * a:?bf16 b:?bf16 * BM=16 *"] = _MMA  # a few rows
+# Runs of rows of any sizes.
+EXPECTS |= {f"grouped_{kernel} * a:?bf16 b:?bf16 * BK=32 BM=64 *": {"80": "HMMA"} for kernel in ("rows", "weights")}
 # The CUDA C++ kernels likewise, and copies that run beside the products.
 EXPECTS |= {
     "matmul_bf16_*": _MMA,
