@@ -56,11 +56,7 @@ BACKWARD = {
     ("kv", "fp32", 256, False): (16, 16, 8, 1),
     ("kv", "fp32", 256, True): (16, 16, 8, 1),
     ("bias", "bf16", 64, True): (64, 32, 4, 2),
-    ("bias", "bf16", 128, True): (64, 32, 4, 2),
-    ("bias", "bf16", 256, True): (32, 32, 8, 1),
-    ("bias", "fp32", 64, True): (32, 32, 4, 1),
-    ("bias", "fp32", 128, True): (32, 16, 4, 1),
-    ("bias", "fp32", 256, True): (16, 16, 8, 1),
+    ("bias", "fp32", 64, True): (32, 16, 8, 1),
 }
 # By whether products are of bfloat16.
 DECODE = {
@@ -194,7 +190,7 @@ def _backward(
     def tile(kernel: str) -> tuple[int, ...]:
         """Rows, keys, warps, stages."""
         if not cuda:
-            return BACKWARD[kernel, _name(q), head, bias is not None]
+            return BACKWARD[kernel, _name(q), HEADS[0] if kernel == "bias" else head, bias is not None]
         warps, other = CUDA[_name(q), head][2:]
         return (other, 16 * warps, warps, 2) if kernel == "kv" else (16 * warps, other, warps, 2)
 
@@ -213,7 +209,7 @@ def _backward(
             return
         first = {"B": after.pop("B")} if "B" in after else {}
         arguments = before | shared | first | sizes | after | strides | inputs | masks
-        constants = {"HEAD": head, "ROWS": rows, "KEYS": keys}
+        constants = {"HEAD": HEADS[0] if kernel == "bias" else head, "ROWS": rows, "KEYS": keys}
         parts = 4 if kernel == "kv" and _name(q) == "fp32" and head == 256 else 1  # LARGE
         gpu.triton(f"attention_{name}", (programs, parts), arguments, plain=_PLAIN, warps=warps, stages=stages, **constants)
 

@@ -22,6 +22,7 @@ CASES: list[dict[str, Any]] = [
     {"shape": (3, 33, 70, 4, 2, 24), "bias": (1, 4), "causal": True, "large": True},
     {"shape": (2, 20, 20, 6, 3, 16), "bias": (2, 1), "hidden": 0.3},
     {"shape": (2, 18, 130, 4, 1, 8), "bias": (1, 1), "lengths": (130, 40), "scale": 1.0},
+    {"shape": (1, 9, 12, 2, 1, 72), "bias": (1, 1), "v_dim": 130},
     {"shape": (1, 19, 19, 2, 2, 1), "causal": True},
     {"shape": (2, 17, 23, 2, 1, 128), "v_dim": 40},
     {"shape": (1, 20, 65, 3, 3, 256), "v_dim": 1},

@@ -55,18 +55,8 @@ def _four(a, b):
 
 @triton.jit
 def _products(a, b):
-    """a b^T. In float32 in four chains, of the elements d, d + 4, ...: one long chain would round worse than NumPy's sum. Eight for
-    256 elements, since a thread loads a whole chain at once.
-    """
-    if a.dtype != tl.float32:
-        out = tl.dot(a, tl.trans(b))
-    elif a.shape[1] < 256:
-        out = _four(a, b)
-    else:
-        a_even, a_odd = _halves(a)
-        b_even, b_odd = _halves(b)
-        out = _four(a_even, b_even) + _four(a_odd, b_odd)
-    return out
+    """a b^T. In float32 in four chains, of the elements d, d + 4, ...: one long chain would round worse than NumPy's sum."""
+    return _four(a, b) if a.dtype == tl.float32 else tl.dot(a, tl.trans(b))
 
 
 @triton.jit
@@ -308,7 +298,10 @@ def attention_backward_bias(
     q_batch, q_time, k_batch, k_time, v_batch, v_time, bias_batch, bias_head, bias_time, causal, window, scale, unit,
     HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dbias (batches, heads, T, S) +=: a program owns a tile, and goes over the sequences and heads that share it, in order."""
+    """dbias (batches, heads, T, S) +=: a program owns a tile, and goes over the sequences and heads that share it, in order.
+
+    Of a longer head dimension it multiplies HEAD elements after HEAD: one form for all.
+    """
     at = tl.program_id(0) // (row_tiles * key_tiles)
     tile = tl.program_id(0) % (row_tiles * key_tiles)
     t = tile // key_tiles * ROWS + tl.arange(0, ROWS)
@@ -324,18 +317,22 @@ def attention_backward_bias(
         rows, keys, _ = _sequence(lengths, form, b, T, S)
         low, high = _span(t, rows, keys, causal, window)
         row = (b * T + t).to(tl.int64) * H + h
-        qt = _signed(_rows(q, b64 * q_batch + t.to(tl.int64) * q_time + h * D, t, rows, d, D), scale)
-        kt = _rows(k, b64 * k_batch + h // share * D + c.to(tl.int64) * k_time, c, keys, d, D)
-        vt = _rows(v, b64 * v_batch + h // share * E + c.to(tl.int64) * v_time, c, keys, d, E)
-        dyt = _rows(dy, row * E, t, rows, d, E)
+        q_at = b64 * q_batch + t.to(tl.int64) * q_time + h * D
+        k_at = b64 * k_batch + h // share * D + c.to(tl.int64) * k_time
+        v_at = b64 * v_batch + h // share * E + c.to(tl.int64) * v_time
+        s = tl.zeros([ROWS, KEYS], tl.float32)
+        dp = tl.zeros([ROWS, KEYS], tl.float32)
+        for start in range(0, tl.maximum(D, E), HEAD):
+            e = start + d
+            s += _products(_signed(_rows(q, q_at, t, rows, e, D), scale), _rows(k, k_at, c, keys, e, D))
+            dp += _products(_rows(dy, row * E, t, rows, e, E), _rows(v, v_at, c, keys, e, E))
         top = tl.load(stats + 2 * row, mask=t < rows, other=0.0)
         inverse = tl.load(stats + 2 * row + 1, mask=t < rows, other=0.0)
         dt = tl.load(delta + row, mask=t < rows, other=0.0)
         bias_at = b64 * bias_batch + h.to(tl.int64) * bias_head + t.to(tl.int64) * bias_time
-        s = _products(qt, kt)
         s = _scores(s, bias, bias_at, c, t, rows, keys, low, high, scale, True)
         p = _weights(s, top[:, None], steep, q.dtype.element_ty == tl.float32) * inverse[:, None]
-        acc += p * (_products(dyt, vt) - dt[:, None])
+        acc += p * (dp - dt[:, None])
     place = dbias + ((at.to(tl.int64) * T + t) * S)[:, None] + c[None, :]
     inside = (t < T)[:, None] & (c < S)[None, :]
     tl.store(place, tl.load(place, mask=inside, other=0.0) + acc, mask=inside)
@@ -484,9 +481,11 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
             types = {"dk": p, "dv": p, "delta": "*fp32", "dy": p, "stats": "*fp32"} | shared
             types |= _strides("dk", "dv", "q", "k", "v") | _BIAS
             yield "attention_backward_kv", types, *form((head, *BACKWARD["kv", f, head, bias is not None]))
-        types = {"dbias": "*fp32", "delta": "*fp32", "dy": p, "stats": "*fp32"} | qkv | {"bias": "*fp32"} | _SEQUENCES
-        types |= {"B": "i32"} | _SIZES | dict.fromkeys(("batches", "heads", "row_tiles", "key_tiles"), "i32")
-        yield "attention_backward_bias", types | _strides("q", "k", "v") | _BIAS, *form((head, *BACKWARD["bias", f, head, True]))
+        if head == HEADS[0]:
+            types = {"dbias": "*fp32", "delta": "*fp32", "dy": p, "stats": "*fp32"} | qkv | {"bias": "*fp32"} | _SEQUENCES
+            types |= {"B": "i32"} | _SIZES | dict.fromkeys(("batches", "heads", "row_tiles", "key_tiles"), "i32")
+            types |= _strides("q", "k", "v") | _BIAS
+            yield "attention_backward_bias", types, *form((head, *BACKWARD["bias", f, head, True]))
         for cache in ("fp32", "bf16", "i8"):
             types = {"partial": "*fp32", "sums": "*fp32", "q": p, "k": f"*{cache}", "v": f"*{cache}", "bias": "*fp32"}
             types |= _SEQUENCES | {"biased": "i32"} | _SIZES | {"splits": "i32", "chunk": "i32"} | _strides("q")
