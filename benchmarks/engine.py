@@ -109,6 +109,7 @@ def encode_run(
     tokenize = tokenizer(case)
     texts = sentences(case["batch"]) if tokenize else None
     given = None if tokenize else encode_ids(case)
+    unit = '"2_Normalize"' in read_if(folder(case) / "modules.json")  # vectors of length 1
 
     def dealt(parts: list[Any], call: Callable[[Callable[[Any, Any], Any], Any], Any]) -> list[Any]:
         def work(part: Any) -> Any:
@@ -137,9 +138,15 @@ def encode_run(
                 out[i] = v
 
         dealt([order[i : i + size] for i in range(0, len(order), size)], embed)
-        return np.stack(out)
+        vectors = np.stack(out)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if unit else vectors
 
     return run
+
+
+def read_if(path: Path) -> str:
+    """The text of a file, "" where there is none."""
+    return path.read_text() if path.exists() else ""
 
 
 def setups() -> list[tuple[int, int]]:

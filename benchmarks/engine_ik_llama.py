@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import engine
@@ -19,7 +20,8 @@ class Run:
         self.last = []
 
     def __call__(self):
-        done = subprocess.run(self.command, capture_output=True, text=True, check=True)
+        with tempfile.TemporaryDirectory() as folder:  # it writes a log where it runs
+            done = subprocess.run(self.command, capture_output=True, text=True, check=True, cwd=folder)
         self.last = self.seconds(done.stdout + done.stderr)
 
     def times(self, seconds):
