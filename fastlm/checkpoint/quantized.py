@@ -100,6 +100,11 @@ class QuantizedArray:
         return len(self.shape)
 
     @property
+    def device(self) -> Any:
+        """Where the blocks are: None for the host."""
+        return None if isinstance(self.blocks, np.ndarray) else self.blocks.device
+
+    @property
     def size(self) -> int:
         """Weights, not bytes."""
         n = 1

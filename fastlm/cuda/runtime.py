@@ -118,7 +118,7 @@ class Device:
     def numbers(self, n: int) -> DeviceArray:
         """0 .. n - 1, int32, made once: not to be written to."""
         if n not in self._numbers:
-            self._numbers[n] = self.put(np.arange(n, dtype=np.int32))
+            self._numbers[n] = self.constant(np.arange(n, dtype=np.int32))
         return self._numbers[n]
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:

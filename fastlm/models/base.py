@@ -15,6 +15,7 @@ import numpy as np
 
 from fastlm import backend, ops
 from fastlm.backend import Array
+from fastlm.checkpoint import QuantizedArray
 from fastlm.models.place import place_model
 from fastlm.nn import Cache, Context, Embedding, Linear, Module
 from fastlm.ops.matmul import product
@@ -68,7 +69,9 @@ class LanguageModel(Module):
         """Every parameter on "cpu" or "cuda", in place; each is copied once, gradients are dropped. Returns the model.
 
         dtype: "float32" or "bfloat16", of all parameters on a GPU, where activations have it too, and of the matrices on the CPU; None:
-        as the matrices are. Raises RuntimeError that says why where there is no GPU, ValueError for a dtype or weights without a value.
+        as the matrices are. Quantised matrices stay what they are; dtype is that of the rest. Raises RuntimeError that says why where
+        there is no GPU, ValueError for a dtype or weights without a value, NotImplementedError for what only the CPU computes, such
+        as int8 activations.
         """
         place_model(self, backend.device(device), dtype)
         return self
@@ -149,7 +152,11 @@ def as_ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
 def scores_of(x: Any, head: Any) -> Array:
     """The logits of hidden states, float32 where these are bfloat16 too: logits are compared, and rounding makes many equal."""
     weight = data(head)
-    if x.dtype == backend.BFLOAT16 and backend.on_device(weight):
+    if x.dtype == backend.BFLOAT16 and isinstance(weight, QuantizedArray):
+        rows = data(x)
+        wide = ops.embedding(rows.device.numbers(rows.size // weight.shape[1]), rows.reshape(-1, weight.shape[1]), np.float32)
+        x = wide.reshape(rows.shape)  # by now float32, so the logits are
+    elif x.dtype == backend.BFLOAT16 and backend.on_device(weight):
         V, C = weight.shape
         scores = backend.empty((*x.shape[:-1], V), like=x)
         product(scores, x, weight, x.size // C, V, C, b_transposed=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from fastlm import backend
 from fastlm.backend import BFLOAT16
-from fastlm.checkpoint.quantized import QuantizedArray
+from fastlm.checkpoint.quantized import ROW, QuantizedArray
+from fastlm.nn.linear import Embedding
 from fastlm.nn.module import Declared, Module
 from fastlm.tensor import Tensor
 
@@ -26,10 +28,11 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
         if isinstance(p.data, Declared):
             raise ValueError(f"[to] {name} has no value yet: load or initialise the model first.")
         if isinstance(p.data, QuantizedArray) and device is not None:
-            raise NotImplementedError(f"[to] {name} is quantised, which the GPU does not read yet: load with dtype='bfloat16'.")
+            _check(name, p.data)
     matrices = DTYPES[dtype] if dtype is not None else _storage(parameters)
     for p in parameters.values():
         if isinstance(p.data, QuantizedArray):
+            p.data = placed_blocks(p.data, device)
             continue
         wanted = matrices if device is not None or p.ndim > 1 else DTYPES["float32"]
         p.data, p.grad = placed(p.data, device, wanted), None
@@ -40,12 +43,39 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
         part.__dict__[name] = placed(
             array, device, (matrices if device is not None else DTYPES["float32"]) if floats else array.dtype
         )
+    for table in _embeddings(model):
+        table.dtype = matrices if device is not None and isinstance(table.weight.data, QuantizedArray) else None
+
+
+def _check(name: str, w: QuantizedArray) -> None:
+    """NotImplementedError for quantised weights that only the CPU multiplies."""
+    if w.kind == ROW:
+        raise NotImplementedError(f"[to] {name} is {ROW}, which only the CPU multiplies: lm.quantize('Q8_0', 'float32') first.")
+    if w.activations == "int8":
+        raise NotImplementedError(f"[to] {name} has int8 activations, which are for the CPU alone: set lm.activations = 'float32'.")
+    if "experts" in name.split("."):
+        raise NotImplementedError(f"[to] {name} is quantised, and experts are not on a device yet: load with dtype='bfloat16'.")
+
+
+def _embeddings(model: Module) -> Iterator[Embedding]:
+    for _, part in model.parts():
+        if isinstance(part, Embedding):
+            yield part
+        elif isinstance(part, Module):
+            yield from _embeddings(part)
 
 
 def _storage(parameters: dict[str, Tensor]) -> np.dtype[Any]:
-    """bfloat16 where a matrix is, else float32."""
-    half = any(p.ndim > 1 and p.dtype == BFLOAT16 for p in parameters.values())
+    """bfloat16 where a matrix is, or what lies beside quantised ones on a device; else float32."""
+    half = any(p.dtype == BFLOAT16 for p in parameters.values())
     return BFLOAT16 if half else np.dtype(np.float32)
+
+
+def placed_blocks(w: QuantizedArray, device: Any) -> QuantizedArray:
+    """The quantised weight there; itself where it is there."""
+    if w.device is device:
+        return w
+    return QuantizedArray(w.kind, w.shape, backend.put(w.blocks, device), w.activations, w.columns)
 
 
 def placed(array: Any, device: Any, dtype: Any) -> Any:

@@ -106,7 +106,7 @@ def _check(activations: str) -> None:
 
 
 def _float(name: str, w: Any) -> Any:
-    if backend.on_device(w):
+    if backend.device_of(w) is not None:
         raise ValueError(f"[quantize] it is on {w.device.name}, and weights are quantised on the CPU: call lm.to('cpu') first.")
     if isinstance(w, Declared):
         raise ValueError(f"[quantize] {name} has no value yet: load or initialise the model first.")

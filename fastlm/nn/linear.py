@@ -25,10 +25,12 @@ def side_by_side(x: Any, *parts: Linear) -> list[Any]:
 
 
 class Embedding(Module):
-    """Rows of a table: ids (...) int32 -> (..., d_model) float32."""
+    """Rows of a table: ids (...) int32 -> (..., d_model) float32. dtype: on a device, what the rows of a quantised table become."""
+
+    dtype: Any = None
 
     def __init__(self, count: int, d_model: int, std: float = 0.02) -> None:
         self.weight = parameter(count, d_model, std=std)
 
     def __call__(self, ids: Any) -> Any:
-        return ops.embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight, self.dtype)

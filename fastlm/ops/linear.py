@@ -26,6 +26,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     get no gradient.
     bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
     On a device x, bias and residual may be bfloat16, then weight too; bfloat16 weights are trained there, with float32 gradients.
+    A QuantizedArray lies there as it is in the file; 8-bit activations are the CPU's alone (NotImplementedError).
     Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
     """
     xd = check.array("linear", "x", data(x), at_least=1)
@@ -79,7 +80,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
             dw = None if owner is not None else target
         if want_x:
             dx = backend.empty_like(dy, shape_x) if spare.onto is None else spare.onto
-            back = wd.dequantize() if isinstance(wd, QuantizedArray) else wd
+            back = _dequantized(wd, dz) if isinstance(wd, QuantizedArray) else wd
             product(dx, dz, back, M, K, N, accumulate=spare.onto is not None)
         return dx, dw, dbias, dy if want_residual else None
 
@@ -97,11 +98,27 @@ def _activated(z: Array, kind: int) -> Array:
 def multiply(y: Array, z: Array | None, x: Array, weight: QuantizedArray, bias: Any, residual: Any, M: int, kind: int) -> None:
     """y (M, N) = act(x W^T + b) + residual by the kernel for the weight's kind and activations; all is checked."""
     N, K = weight.shape
+    if backend.device_of(weight) is not backend.device_of(x):
+        raise TypeError("[linear] weight must be on the device that x is on.")
+    if on_device(x):
+        if weight.activations == "int8":
+            raise NotImplementedError("[linear] int8 activations are for the CPU alone: weight.with_activations('float32').")
+        kernels(x).quantized_matmul(y, z, x, weight.blocks, bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
+        return
     if weight.kind == ROW:
         _C.int8_rows(y, z, x, packed(weight), weight.columns, bias, residual, M, N, K, kind)
         return
     kernel = _C.int8_matmul if weight.activations == "int8" else _C.quantized_matmul
     kernel(y, z, x, packed(weight), bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
+
+
+def _dequantized(weight: QuantizedArray, like: Array) -> Array:
+    """The weight where `like` is, on a device in its dtype."""
+    if isinstance(like, np.ndarray):
+        return weight.dequantize()
+    w = backend.empty_like(like, weight.shape)
+    kernels(like).dequantize(w, weight.blocks, None, FORMATS[weight.kind][0])
+    return w
 
 
 def packed(weight: QuantizedArray) -> Array:

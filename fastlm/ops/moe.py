@@ -263,6 +263,8 @@ def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | N
 def _multiplied(w: Any) -> tuple[Array, int, int]:
     """What the kernel reads of a weight, how it multiplies, and the type."""
     if isinstance(w, QuantizedArray):
+        if w.device is not None:
+            raise NotImplementedError("[grouped_linear] quantised experts have no product on a device yet.")
         return packed(w), 2 if w.activations == "int8" else 1, FORMATS[w.kind][0]
     return w, 0, STORAGE[w.dtype]
 

@@ -14,6 +14,7 @@ import pytest
 
 import fastlm
 from fastlm import backend, models
+from fastlm.checkpoint import read_safetensors
 from fastlm.cli import main
 from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
@@ -108,8 +109,20 @@ def test_refusals(on):
     wide = LM(models.create(models.GPTConfig(**SIZES | {"d_model": 32})))
     with pytest.raises(ValueError, match=r"\[quantize\] token_embedding.weight: it is on emulated, .* call lm\.to\('cpu'\) first"):
         LM(models.create(wide.model.config, device="cuda")).quantize("Q8_0")
-    with pytest.raises(NotImplementedError, match=r"\[to\] token_embedding.weight is quantised, which the GPU does not read yet"):
-        wide.quantize("Q8_0").to("cuda")
+    wide.quantize("Q8_0", activations="int8")
+    with pytest.raises(
+        NotImplementedError, match=r"\[to\] blocks.0.attention.qkv.weight has int8 activations, .* for the CPU alone"
+    ):
+        wide.to("cuda")
+    assert wide.device == "cpu"
+    with pytest.raises(NotImplementedError, match=r"\[to\] blocks.0.attention.qkv.weight is Q8_ROW, which only the CPU multiplies"):
+        wide.quantize("Q8_ROW").to("cuda")
+    experts = LM(
+        models.create(models.preset("mixtral-8x7b", **SIZES | {"d_model": 32}, d_ff=32, n_kv_head=2, head_dim=16, n_expert=2))
+    )
+    with pytest.raises(NotImplementedError, match=r"\[to\] .*experts.* is quantised, and experts are not on a device yet"):
+        experts.quantize("Q8_0").to("cuda")
+    assert experts.device == "cpu"
 
 
 @pytest.mark.skipif(status()[0], reason="there is a GPU")
@@ -251,6 +264,53 @@ def test_decoding(name, how, quick, monkeypatch):
     runs.clear()
     assert ids_of(model, **settings) == expected
     assert not any(runs)
+
+
+def test_quantised(quick):
+    """Quantised weights lie on the device as they are: the host's ids, recorded and not, and its bytes when they come back."""
+    config = models.LlamaConfig(**SIZES | {"d_model": 32}, d_ff=64, n_kv_head=1, head_dim=16)
+    make = lambda: LM(models.create(config, seed=3)).quantize("Q4_1")  # noqa: E731
+    expected, lm = ids_of(make().model, max_tokens=4), make().to("cuda")
+    kept = {k: p.data.blocks for k, p in make().model.named_parameters().items() if p.dtype == "Q4_1"}
+    assert len(kept) == 2 * 7 + 2  # q, k, v, out, gate, up, down of two layers; the table and the head
+    assert all(lm.model.named_parameters()[k].data.device is quick for k in kept)
+    assert lm.model.device is quick
+    assert ids_of(lm.model, max_tokens=4) == expected
+    assert why_not(lm.model) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLM_RECORD", "0")
+        assert ids_of(lm.model, max_tokens=4) == expected
+    ids = np.arange(12).reshape(2, 6)
+    want = make().model.logits(ids)
+    np.testing.assert_allclose(lm.model.logits(ids), want, rtol=1e-5, atol=1e-6)
+    lm.to("cpu")
+    for k, blocks in kept.items():
+        np.testing.assert_array_equal(lm.model.named_parameters()[k].data.blocks, blocks)
+    assert ids_of(lm.model, max_tokens=4) == expected
+
+
+def test_quantised_in_bfloat16(on, tmp_path):
+    """Activations and vectors in bfloat16 beside quantised weights; logits are float32, a step is recorded, and a file can be written."""
+    config = models.LlamaConfig(**SMALL | {"d_model": 32}, d_ff=64, n_kv_head=1, head_dim=16)
+    host, lm = (LM(models.create(config, seed=3)).quantize("Q8_0") for _ in range(2))
+    lm.to("cuda", "bfloat16")
+    assert {str(p.dtype) for p in lm.model.named_parameters().values()} == {"Q8_0", "bfloat16"}
+    ids = np.arange(8).reshape(2, 4)
+    want = host.model.logits(ids)
+    got = lm.model.logits(ids)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.03 * float(np.abs(want).max()))
+    assert [len(o[0]) for o in ids_of(lm.model, max_tokens=3)] == [3] * len(PROMPTS)
+    assert why_not(lm.model) == []
+    host.save(tmp_path / "host")
+    lm.save(tmp_path / "device")
+    want, got = (read_safetensors(tmp_path / where) for where in ("host", "device"))
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():  # vectors are bfloat16 in the one
+        np.testing.assert_allclose(np.float32(got[name]), np.float32(tensor), rtol=2**-8, err_msg=name)
+    module = importlib.import_module("fastlm.kernels.quantized_matmul.quantized_matmul_triton")
+    assert on.launched["quantized_matmul"] <= {variant(*v) for v in module.variants()}
+    assert lm.to("cpu").to("cuda").model.named_parameters()["final_norm.weight"].dtype == np.float32
 
 
 def test_a_frozen_step_is_found_out(quick, caplog):

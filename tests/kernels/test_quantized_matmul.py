@@ -120,3 +120,28 @@ def test_refuses():
     stacked = QuantizedArray("Q8_0", (1, 5, 64), weight.blocks)
     with pytest.raises(ValueError, match=r"\[linear\] weight must be \(out, in\) with in = 64, got \(1, 5, 64\)"):
         ops.linear(np.zeros((2, 64), np.float32), stacked)
+
+
+def check_on_device(case, put):
+    """The twin for tests/gpu: the oracle's bound of a chain; no two forms sum in one order."""
+    inputs = ref.inputs(case, rng(case))
+    x, w = inputs["x"], ref.dequantized(inputs["weight"])
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    got = ops.linear(put(x), there(inputs["weight"], put)).numpy()
+    assert np.all(np.abs(got - exact) <= bound(x, w.T) + np.spacing(np.abs(exact).astype(np.float32)))
+
+
+def check_backward_on_device(case, put):
+    generator = rng(case)
+    inputs = ref.inputs(case, generator)
+    x, w = Tensor(put(inputs["x"]), requires_grad=True), ref.dequantized(inputs["weight"])
+    y = ops.linear(x, there(inputs["weight"], put))
+    dy = generator.standard_normal(y.shape).astype(np.float32)
+    y.backward(put(dy))
+    exact = dy.astype(np.float64) @ w.astype(np.float64)
+    assert np.all(np.abs(x.grad.numpy() - exact) <= bound(dy, w) + np.spacing(np.abs(exact).astype(np.float32)))
+
+
+def there(weight, put):
+    """The weight with its blocks on a device."""
+    return QuantizedArray(weight.kind, weight.shape, put(weight.blocks))

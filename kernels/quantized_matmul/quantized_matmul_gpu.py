@@ -1,0 +1,62 @@
+"""Products with ggml's blocks on the GPU, the host's side: the function of csrc/bind/quantized_matmul.cpp, on blocks as a file has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Forms by the dtype of x: the most rows, the kernel, its constants (COLUMNS of a part in a step), options. The first that fits is taken.
+# float32 has no tensor cores to feed: its tiles are small, and few rows are read one by one.
+FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
+    "float32": [
+        (8, "quantized_row", {"BN": 8, "COLUMNS": 256}, {"num_warps": 4, "num_stages": 3}),
+        (1 << 31, "quantized_tile", {"BM": 32, "BN": 32, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
+    ],
+    "bfloat16": [
+        (1, "quantized_row", {"BN": 8, "COLUMNS": 256}, {"num_warps": 4, "num_stages": 3}),
+        (16, "quantized_tile", {"BM": 16, "BN": 32, "COLUMNS": 64}, {"num_warps": 4, "num_stages": 3}),
+        (1 << 31, "quantized_tile", {"BM": 64, "BN": 64, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
+    ],
+}
+# Kinds that one kernel decodes -> how far the high part lies behind the low one, weights of a group's part.
+FAMILIES = {2: (16, 16), 8: (16, 16), 12: (32, 32), 14: (64, 16)}
+# ggml's number of a kind -> its family, form: 1 there are minima, 2 there are fifth bits.
+_KINDS = {2: (2, 0), 3: (2, 1), 6: (2, 2), 7: (2, 3), 8: (8, 0), 12: (12, 1), 13: (12, 3), 14: (14, 0)}
+
+# Tiles of bfloat16 must use tensor cores: tools/gpu_build.py --check.
+EXPECTS = {"quantized_tile * x:?bf16 *": {"80": "HMMA"}, "quantized_tile * x:?bf16 * BM=16 *": {"90": "HMMA"}}
+EXPECTS |= {"quantized_tile * x:?bf16 * BM=64 *": {"90": "HGMMA"}}
+
+
+def quantized_matmul(
+    gpu: Any, c: Any, z: Any, x: Any, blocks: Any, bias: Any, residual: Any, M: int, N: int, K: int, kind: int, activation: int
+) -> None:
+    """c (M, N) = act(x blocks^T + bias) + residual; z, where it is wanted, is what the activation is applied to.
+
+    Raises TypeError where the dtypes do not go together.
+    """
+    if not (M and N):
+        return
+    forms = FORMS.get(x.dtype.name)
+    if forms is None:
+        raise TypeError(f"[quantized_matmul] x must be float32 or bfloat16, got {x.dtype}.")
+    for name, given in (("c", c), ("z", z), ("bias", bias), ("residual", residual)):
+        if given is not None and given.dtype != x.dtype:
+            raise TypeError(f"[quantized_matmul] {name} must be {x.dtype}, as x is, got {given.dtype}.")
+    family, form = _KINDS[kind]
+    _, kernel, sizes, options = next(f for f in forms if f[0] >= M)
+    flags = (1 if bias is not None else 0) + (2 if z is not None else 0) + (4 if residual is not None else 0)
+    arguments = {"c": c, "z": c if z is None else z, "x": x, "blocks": blocks, "bias": x if bias is None else bias}
+    arguments |= {"residual": c if residual is None else residual, "M": M, "N": N, "K": K}
+    arguments |= {"form": form, "flags": flags, "activation": activation}
+    grid = -(-M // sizes.get("BM", 1)) * -(-N // sizes["BN"])
+    gpu.triton(
+        kernel, (grid,), arguments, plain=("M", "N", "form", "flags", "activation"),
+        warps=options["num_warps"], stages=options["num_stages"], **_constants(family, sizes),
+    )  # fmt: skip
+
+
+def _constants(family: int, sizes: dict[str, int]) -> dict[str, int]:
+    """A form's constants for a family of kinds."""
+    high, width = FAMILIES[family]
+    tile = {n: v for n, v in sizes.items() if n != "COLUMNS"}
+    return {"FAMILY": family, "HIGH": high, "WIDTH": width, "GROUPS": sizes["COLUMNS"] // width, **tile}
