@@ -20,7 +20,6 @@ __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bia
     if (begin >= seq.queries) return;
     const T* const k0 = k.p + int64_t(b) * k.batch + int64_t(seq.first) * k.time + h / g.share * g.D;
     const T* const v0 = v.p + int64_t(b) * v.batch + int64_t(seq.first) * v.time + h / g.share * g.E;
-    const float* const bias0 = BIAS ? bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head : nullptr;
     const float steep = BIAS ? LOG2E : g.unit;
     const int last = smaller(begin + ROWS, seq.queries) - 1;
     const int from = seq.low(begin) / N * N, to = seq.high(last);  // keys that any row sees
@@ -46,6 +45,7 @@ __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bia
         const T* const ks = stages + (start - from) / N % 2 * STAGE;
         float s[N / 8][4];
         products<HEAD, N>(s, qs + warp * 16 * STRIDE, ks);
+        const float* const bias0 = BIAS ? bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head : nullptr;
         finish<BIAS, false, N>(s, g, seq, bias0, bias.time, begin + warp * 16, start, start < all_from || start + N > all_to);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -130,4 +130,4 @@ FASTLM_FORM(bfloat16, bf16, 128, 4, 64, 4, 32)
 FASTLM_FORM(bfloat16, bf16, 256, 4, 32, 2, 16)
 FASTLM_FORM(float, fp32, 64, 4, 32, 4, 32)
 FASTLM_FORM(float, fp32, 128, 2, 32, 2, 16)
-FASTLM_FORM(float, fp32, 256, 1, 16, 1, 16)
+FASTLM_FORM(float, fp32, 256, 1, 8, 1, 16)
