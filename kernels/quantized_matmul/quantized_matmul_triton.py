@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fastlm.kernels.dequantize.dequantize_triton import _byte, _scale_and_minimum, _signed
 from fastlm.kernels.matmul.matmul_triton import _activate
 from fastlm.kernels.quantized_matmul import quantized_matmul_gpu as host
 
@@ -19,16 +20,6 @@ from fastlm.kernels.quantized_matmul import quantized_matmul_gpu as host
 @triton.jit
 def _half(p, known):
     return tl.load(p.to(tl.pointer_type(tl.float16)), mask=known, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _byte(p, known):
-    return tl.load(p, mask=known, other=0).to(tl.int32)
-
-
-@triton.jit
-def _signed(x):
-    return ((x + 128) & 255) - 128
 
 
 @triton.jit
@@ -72,17 +63,6 @@ def _of_32(row, group, i, known, form, FAMILY: tl.constexpr):
         low = q & 15 | (tl.load(fifth, mask=there, other=0).to(tl.int32) >> i & 1) << 4
         high = q >> 4 | (tl.load(fifth + 1, mask=there, other=0).to(tl.int32) >> i & 1) << 4
         return d * (low - middle).to(tl.float32) + m, d * (high - middle).to(tl.float32) + m
-
-
-@triton.jit
-def _scale_and_minimum(s, j, known):
-    """The 6-bit scale and minimum of sub-block j from the 12 bytes at s."""
-    first = _byte(s + j % 4, known)
-    second = _byte(s + j % 4 + 4, known)
-    third = _byte(s + j % 4 + 8, known)
-    scale = tl.where(j < 4, first & 63, (third & 15) | (first >> 6) << 4)
-    minimum = tl.where(j < 4, second & 63, (third >> 4) | (second >> 6) << 4)
-    return scale.to(tl.float32), minimum.to(tl.float32)
 
 
 @triton.jit
