@@ -34,25 +34,30 @@ inline void relax() {
 #endif
 }
 
-struct Region {
+// The pieces of one thread, and for a worker what it is to do: one line of cache, since between cores a line is what costs. A
+// thread takes the pieces of its own share first, from region to region the same part of the range: what it wrote last is in its
+// own cache.
+struct alignas(64) Share {
+    std::atomic<uint64_t> state{0};  // a region's number and a State
+    std::atomic<int64_t> next{0};
+    int64_t end = 0, grain = 1;
     RangeFunction f = nullptr;
     void* context = nullptr;
-    int64_t n = 0, grain = 1;
-    std::atomic<int64_t> next{0};
+    int64_t shares = 0;
 
-    void work() {
-        for (;;) {
+    void work(RangeFunction f, void* context, int64_t grain) {
+        while (next.load(std::memory_order_relaxed) < end) {
             const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-            if (begin >= n) return;
-            f(context, begin, begin + grain < n ? begin + grain : n);
+            if (begin < end) f(context, begin, begin + grain < end ? begin + grain : end);
         }
     }
 };
+enum State : uint64_t { idle = 0, posted = 1, taken = 2 };
 
 class Pool {
   public:
-    explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { run(); });
+    explicit Pool(int threads) : threads_(threads), shares_(new Share[size_t(threads)]) {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { run(i); });
     }
 
     ~Pool() {
@@ -63,34 +68,41 @@ class Pool {
 
     // The caller holds the pool's lock.
     void region(int64_t n, int64_t grain, RangeFunction f, void* context) {
-        region_.f = f, region_.context = context, region_.n = n, region_.grain = grain;
-        region_.next.store(0, std::memory_order_relaxed);
-        gate_.fetch_and(~kClosed, std::memory_order_release);
-        epoch_.fetch_add(1, std::memory_order_seq_cst);
+        const int64_t pieces = (n - 1) / grain + 1, shares = pieces < threads_ ? pieces : threads_;
+        const uint64_t number = ++number_ << 2;
+        for (int64_t i = 0; i < shares; ++i) {
+            Share& s = shares_[i];
+            const int64_t last = (i + 1) * pieces / shares * grain;
+            s.end = last < n ? last : n;
+            s.next.store(i * pieces / shares * grain, std::memory_order_relaxed);
+            s.grain = grain, s.f = f, s.context = context, s.shares = shares;
+            s.state.store(number | (i ? posted : taken), std::memory_order_seq_cst);
+        }
         if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all();
-        region_.work();
-        // Close the gate and wait only for workers that are inside: one that wakes too late finds it closed and never touches
-        // region_.
-        gate_.fetch_or(kClosed, std::memory_order_acq_rel);
-        for (int spins = 0; gate_.load(std::memory_order_acquire) != kClosed; ++spins) {
-            relax();
-            if (spins > 4096) std::this_thread::yield();
+        for (int64_t i = 0; i < shares; ++i) shares_[i].work(f, context, grain);
+        // Now every piece is taken. A worker that has not come yet is let go, so that none is waited for that has yet to wake.
+        for (int64_t i = 1; i < shares; ++i) {
+            std::atomic<uint64_t>& state = shares_[i].state;
+            uint64_t expected = number | posted;
+            if (state.compare_exchange_strong(expected, number | idle, std::memory_order_acq_rel)) continue;
+            for (int spins = 0; state.load(std::memory_order_acquire) != (number | idle); ++spins) {
+                relax();
+                if (spins > 4096) std::this_thread::yield();
+            }
         }
     }
 
   private:
-    static constexpr uint32_t kClosed = 1u << 31;
-
     void wake_all() {
         std::lock_guard<std::mutex> lock(mutex_);
         condition_.notify_all();
     }
 
-    void run();
+    void run(int index);
 
-    Region region_;
-    std::atomic<uint32_t> gate_{kClosed};  // workers inside, and the closed bit
-    std::atomic<uint64_t> epoch_{0};
+    const int64_t threads_;
+    const std::unique_ptr<Share[]> shares_;
+    uint64_t number_ = 0;
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
@@ -100,11 +112,13 @@ class Pool {
 
 thread_local bool inside = false;
 
-void Pool::run() {
+void Pool::run(int index) {
     inside = true;  // a kernel inside a kernel runs on its own thread alone
-    uint64_t seen = 0;
+    Share& own = shares_[index];
+    auto changed = [&] {
+        return (own.state.load(std::memory_order_seq_cst) & 3) == posted || stop_.load(std::memory_order_relaxed);
+    };
     while (!stop_.load(std::memory_order_relaxed)) {
-        auto changed = [&] { return epoch_.load(std::memory_order_seq_cst) != seen || stop_.load(std::memory_order_relaxed); };
         const auto until = std::chrono::steady_clock::now() + kSpin;
         bool ready = changed();
         while (!ready && std::chrono::steady_clock::now() < until) {
@@ -119,9 +133,20 @@ void Pool::run() {
             condition_.wait(lock, changed);
             sleepers_.fetch_sub(1, std::memory_order_relaxed);
         }
-        seen = epoch_.load(std::memory_order_acquire);
-        if (!(gate_.fetch_add(1, std::memory_order_acq_rel) & kClosed)) region_.work();
-        gate_.fetch_sub(1, std::memory_order_acq_rel);
+        uint64_t state = own.state.load(std::memory_order_acquire);
+        if ((state & 3) != posted) continue;
+        const uint64_t number = state & ~uint64_t(3);
+        if (!own.state.compare_exchange_strong(state, number | taken, std::memory_order_acq_rel)) continue;
+        const RangeFunction f = own.f;
+        void* const context = own.context;
+        const int64_t grain = own.grain, shares = own.shares;
+        own.work(f, context, grain);
+        // Then what others have left; a share that is not of this region yet is its owner's to fill.
+        for (int64_t i = 1; i < shares; ++i) {
+            Share& other = shares_[(index + i) % shares];
+            if ((other.state.load(std::memory_order_acquire) & ~uint64_t(3)) == number) other.work(f, context, grain);
+        }
+        own.state.store(number | idle, std::memory_order_release);
     }
 }
 
