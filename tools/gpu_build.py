@@ -39,6 +39,8 @@ INSTRUCTIONS = {n: n for n in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL
 ARCHS = ("80", "90", "100")  # 90 and 100 are compiled as 90a and 100a, which run nowhere else; "ptx" is for the rest
 sys.path.insert(0, str(ROOT))
 
+from tools import gpu_sources  # noqa: E402
+
 
 def cuda_ops() -> list[str]:
     return sorted(p.parent.name for p in KERNELS.glob("*/*_cuda.cu"))
@@ -52,13 +54,11 @@ def triton_ops() -> list[str]:
 
 
 def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | None = None, source: Path | None = None) -> Path:
-    """<op>_cuda.cu, or another source, as a library for the host. defines: planted bugs, for the tests of the emulator."""
+    """<op>_cuda.cu, or another source, as a library for the host; made again where a file that it includes, or a flag, has changed.
+    defines: planted bugs, for the tests of the emulator."""
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name or op}.so"
     source = source or KERNELS / op / f"{op}_cuda.cu"
-    newest = max(p.stat().st_mtime for p in [source, *KERNELS.glob(f"{op}/*.h"), *(ROOT / "csrc/cuda").glob("*.h")])
-    if library.exists() and library.stat().st_mtime > newest:
-        return library
     flags = [
         "-std=c++17",
         "-O1",
@@ -70,23 +70,24 @@ def emulate(op: str, folder: Path, defines: tuple[str, ...] = (), name: str | No
         "-Wall",
         "-Wno-unused-function",
         "-Wno-unknown-pragmas",
+        "-x",
+        "c++",
+        "-DFASTLM_EMULATE",
+        *(f"-D{d}" for d in defines),
+        f"-I{ROOT}",
     ]
+    text = "\0".join([*flags, *(f.read_text() for f in gpu_sources.cuda(source, host=True))])
+    made_of = hashlib.sha256(text.encode()).hexdigest()
+    stamp = library.with_suffix(".made-of")
+    if library.exists() and stamp.exists() and stamp.read_text() == made_of:
+        return library
     with tempfile.TemporaryDirectory(dir=folder) as name_:
         made = Path(name_) / "library.so"
-        command = [
-            "g++",
-            *flags,
-            "-x",
-            "c++",
-            "-DFASTLM_EMULATE",
-            *(f"-D{d}" for d in defines),
-            f"-I{ROOT}",
-            str(source),
-            "-o",
-            str(made),
-        ]
-        run(command)
+        run(["g++", *flags, str(source), "-o", str(made)])
         made.replace(library)
+        written = Path(name_) / "made-of"
+        written.write_text(made_of)
+        written.replace(stamp)
     return library
 
 
@@ -248,25 +249,13 @@ def tools_used(twin: str) -> bytes:
 
 def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     """A hash of all that a job's result depends on: sources, how they are compiled, the compiler. A kernel may import others' helpers."""
-    mine = [KERNELS / op / f"{op}_cuda.cu", *sorted(KERNELS.glob(f"{op}/*.h")), *sorted((ROOT / "csrc/cuda").glob("*.h"))]
-    files = triton_sources(KERNELS / op / f"{op}_triton.py") if twin == "triton" else mine
-    files = [*files, KERNELS / op / f"{op}_gpu.py", ROOT / "fastlm/cuda/images.py"]
+    folder = KERNELS / op
+    files = gpu_sources.triton(folder / f"{op}_triton.py") if twin == "triton" else gpu_sources.cuda(folder / f"{op}_cuda.cu")
+    files = [*files, ROOT / "fastlm/cuda/images.py"]
     how = "".join(inspect.getsource(f) for f in (compile_triton, compile_cuda, resources, count_instructions, target))
-    parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files if f.exists())]
+    how += repr(expects(op)) if twin == "cuda" else ""  # instructions are counted where there are expectations
+    parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-
-
-def triton_sources(path: Path) -> list[Path]:
-    """A file of Triton kernels and those that it imports."""
-    found, todo = [], [path]
-    while todo:
-        file = todo.pop()
-        if file in found or not file.exists():
-            continue
-        found.append(file)
-        todo += [KERNELS / op / f"{name}.py" for op, name in re.findall(r"fastlm\.kernels\.(\w+)\.(\w+)", file.read_text())]
-        todo += [KERNELS / op / f"{n}.py" for op, n in re.findall(r"fastlm\.kernels\.(\w+) import (\w+)", file.read_text())]
-    return sorted(found)
 
 
 def over_budget(op: str, entry: dict[str, Any], arch: str = "") -> list[str]:

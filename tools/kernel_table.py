@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import gpu_sources  # noqa: E402
+
 KERNELS = ROOT / "kernels"
 TABLE = KERNELS / "README.md"
 HEADER = """# Kernels
@@ -26,9 +30,10 @@ only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its 
 
 
 def sources(op: str, twin: str) -> str:
-    """A short hash of the files that make up a twin."""
-    files = [KERNELS / op / f"{op}_gpu.py", *sorted((KERNELS / op).glob("*.py" if twin == "triton" else "*.cu"))]
-    files = [f for f in files if f.exists() and not f.name.endswith("_ref.py")]
+    """A short hash of the files that make up a twin: its kernels with what they include or import, and the host's side."""
+    folder = KERNELS / op
+    kernels = gpu_sources.cuda(folder / f"{op}_cuda.cu") if twin == "cuda" else gpu_sources.triton(folder / f"{op}_triton.py")
+    files = [*kernels, *gpu_sources.triton(folder / f"{op}_gpu.py")]
     return hashlib.sha256(b"".join(f.read_bytes() for f in dict.fromkeys(files))).hexdigest()[:12]
 
 

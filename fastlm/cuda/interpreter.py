@@ -124,7 +124,9 @@ def _patch() -> None:
             for a in args:
                 if isinstance(a, handle) and a.dtype.scalar == tl.bfloat16:
                     raise TypeError("arithmetic on bfloat16: say .to(tl.float32) first")
-            return f(self, *args, **kwargs)
+            found = f(self, *args, **kwargs)
+            # A comparison's result keeps its operands' type there: repeated into a block it would be no mask.
+            return handle(found.data, tl.int1) if found.data.dtype == np.bool_ else found
 
         return checked
 

@@ -1,18 +1,10 @@
 // What the CUDA C++ products share: where a tile lies, and what becomes of its sums.
 #pragma once
 
+#include "csrc/cuda/activation.h"
 #include "csrc/cuda/ptx.h"
 
 namespace {
-
-// The number of `Activation` in matmul.h.
-__device__ __forceinline__ float activate(float z, int activation) {
-    if (activation == 1) return z * (0.5f + 0.5f * erff(z * 0.70710678f));
-    if (activation == 2) return z / (1.0f + expf(-1.5957691f * (z + 0.044715f * z * z * z)));
-    if (activation == 3) return z / (1.0f + expf(-z));
-    if (activation == 4) return z <= 0.0f ? 0.0f : z;
-    return z;
-}
 
 // c (M, N), and z, bias, residual or null, as in matmul.h; P is the type of the rows, C that of what is written.
 template <class C, class P> struct Output {

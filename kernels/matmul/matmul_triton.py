@@ -12,48 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fastlm.kernels.activation.activation_triton import activate
 from fastlm.kernels.matmul import matmul_tiles as tiles
-
-
-@triton.jit
-def _erf_half(z):
-    return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-
-
-@triton.jit
-def _tanh_half(z):
-    """(1 + tanh(u)) / 2 with gelu_tanh's u, as the sigmoid of 2 u: nothing cancels."""
-    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-
-
-@triton.jit
-def _activate(z, activation):
-    """By the number of `Activation` in matmul.h."""
-    if activation == 1:
-        z *= _erf_half(z)
-    elif activation == 2:
-        z *= _tanh_half(z)
-    elif activation == 3:
-        z /= 1.0 + tl.exp(-z)
-    elif activation == 4:
-        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return z
-
-
-@triton.jit
-def _derivative(z, activation):
-    d = tl.full(z.shape, 1.0, tl.float32)
-    if activation == 1:
-        d = _erf_half(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif activation == 2:
-        s = _tanh_half(z)
-        d = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    elif activation == 3:
-        s = 1.0 / (1.0 + tl.exp(-z))
-        d = s * (1.0 + z * (1.0 - s))
-    elif activation == 4:
-        d = tl.where(z > 0.0, 1.0, tl.where(z == z, 0.0, z))
-    return d
 
 
 @triton.jit
@@ -81,7 +41,7 @@ def _tile(
         sums += tl.load(bias + left + j, mask=column, other=0.0).to(tl.float32)
     if (flags & 2) != 0:
         tl.store(z + at + place, sums.to(z.dtype.element_ty), mask=inside)
-    sums = _activate(sums, activation)
+    sums, _ = activate(sums, activation)
     if (flags & 4) != 0:
         sums += tl.load(residual + at + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(c + place, sums.to(c.dtype.element_ty), mask=inside)
@@ -176,7 +136,8 @@ def linear_backward(dz, partial, dy, z, M, N, flags, activation, ROWS: tl.conste
     at, inside = row[:, None] * N + n[None, :], (row < M)[:, None] & (n < N)[None, :]
     d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     if (flags & 1) != 0:
-        d *= _derivative(tl.load(z + at, mask=inside, other=0.0).to(tl.float32), activation)
+        _, slope = activate(tl.load(z + at, mask=inside, other=0.0).to(tl.float32), activation)
+        d *= slope
         tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
     if (flags & 2) != 0:
         tl.store(partial + piece * N + n, tl.sum(d, 0), mask=n < N)
@@ -198,8 +159,8 @@ def linear_bias(dbias, partial, pieces, N, ROWS: tl.constexpr, BLOCK: tl.constex
 def linear_activation(y, z, M, N, activation, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < M.to(tl.int64) * N
-    v = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, _activate(v, activation).to(y.dtype.element_ty), mask=inside)
+    v, _ = activate(tl.load(z + at, mask=inside, other=0.0).to(tl.float32), activation)
+    tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
 
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:

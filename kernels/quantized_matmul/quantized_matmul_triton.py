@@ -12,8 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fastlm.kernels.activation.activation_triton import activate
 from fastlm.kernels.dequantize.dequantize_triton import _byte, _scale_and_minimum, _signed
-from fastlm.kernels.matmul.matmul_triton import _activate
 from fastlm.kernels.quantized_matmul import quantized_matmul_gpu as host
 
 
@@ -115,7 +115,7 @@ def _finish(c, z, bias, residual, sums, n, at, known, inside, flags, activation)
         sums += tl.load(bias + n, mask=known, other=0.0).to(tl.float32)
     if (flags & 2) != 0:
         tl.store(z + at, sums.to(z.dtype.element_ty), mask=inside)
-    sums = _activate(sums, activation)
+    sums, _ = activate(sums, activation)
     if (flags & 4) != 0:
         sums += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(c + at, sums.to(c.dtype.element_ty), mask=inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import ml_dtypes
 import numpy as np
@@ -88,6 +89,40 @@ def test_linear_bfloat16(activation):
     assert [g.dtype == BFLOAT16 for g in got[:1]] == [True]
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g.astype(np.float32), w, rtol=2.0**-6, atol=2.0**-6 * float(np.abs(w).max()))
+
+
+def exact_activation(z, kind):
+    """act(z) and act'(z) in float64, by erfc and exp of what is not positive: nothing cancels."""
+    if kind == "gelu":
+        phi = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in z])
+        return z * phi, phi + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    u, du = z, 1.0
+    if kind == "gelu_tanh":
+        u, du = (math.sqrt(8 / math.pi) * v for v in (z + 0.044715 * z**3, 1 + 3 * 0.044715 * z * z))
+    e = np.exp(-np.abs(u))
+    s, rest = np.where(u < 0, e, 1) / (1 + e), np.where(u < 0, 1, e) / (1 + e)
+    return z * s, s + z * s * rest * du
+
+
+@needs_triton
+@pytest.mark.parametrize("twin", ["triton", "cuda"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu"])
+def test_tails(twin, kind):
+    """From -12 to 12 activations keep their relative precision, and their derivatives in the tails."""
+    z = np.linspace(-12, 12, 241, dtype=np.float32)
+    folder = KERNELS.parent / "build/emulated"
+    gpu_build().emulate("matmul", folder)
+    with emulated(twin=twin, libraries=folder) as on:
+        x, w = Tensor(on.put(np.ones((17, 1), np.float32))), Tensor(on.put(z[:, None].copy()), requires_grad=True)
+        y = ops.linear(x, w, activation=kind)
+        y.backward(on.put(np.eye(17, dtype=np.float32)[:, :1] * np.ones(241, np.float32)))
+        got, slope = y.data.numpy(), w.grad.numpy()[:, 0]
+        assert ("matmul_fp32_fp32_fp32_nt" in on.launched["matmul"]) == (twin == "cuda")
+    value, derivative = exact_activation(z.astype(np.float64), kind)
+    np.testing.assert_allclose(got, np.tile(value, (17, 1)), rtol=2e-5, atol=1e-37)
+    tails = np.abs(z) > 3
+    np.testing.assert_allclose(slope[tails], derivative[tails], rtol=2e-5, atol=1e-37)
+    np.testing.assert_allclose(slope[~tails], derivative[~tails], atol=1e-6)
 
 
 @needs_triton
