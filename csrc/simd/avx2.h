@@ -53,6 +53,7 @@ FASTLM_INLINE vi ori(vi a, vi b) { return _mm256_or_si256(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return _mm256_xor_si256(a, b); }
 template <int N> FASTLM_INLINE vi shl(vi a) { return _mm256_slli_epi32(a, N); }
 template <int N> FASTLM_INLINE vi shr(vi a) { return _mm256_srli_epi32(a, N); }
+template <int N> FASTLM_INLINE vi sra(vi a) { return _mm256_srai_epi32(a, N); }
 
 FASTLM_INLINE float reduce_add(vf a) {
     const __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -54,6 +54,7 @@ FASTLM_INLINE vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return _mm512_xor_si512(a, b); }
 template <int N> FASTLM_INLINE vi shl(vi a) { return _mm512_slli_epi32(a, N); }
 template <int N> FASTLM_INLINE vi shr(vi a) { return _mm512_srli_epi32(a, N); }
+template <int N> FASTLM_INLINE vi sra(vi a) { return _mm512_srai_epi32(a, N); }
 
 FASTLM_INLINE float reduce_add(vf a) {
     const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

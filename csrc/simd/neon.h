@@ -65,6 +65,7 @@ FASTLM_INLINE vi ori(vi a, vi b) { return vorrq_s32(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return veorq_s32(a, b); }
 template <int N> FASTLM_INLINE vi shl(vi a) { return vshlq_n_s32(a, N); }
 template <int N> FASTLM_INLINE vi shr(vi a) { return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), N)); }
+template <int N> FASTLM_INLINE vi sra(vi a) { return vshrq_n_s32(a, N); }
 
 // The halves first, as everywhere else; vaddvq would add neighbours first.
 FASTLM_INLINE float reduce_add(vf a) {

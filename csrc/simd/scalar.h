@@ -77,6 +77,7 @@ template <int N> FASTLM_INLINE vi shr(vi a) {
     typedef uint32_t vu __attribute__((vector_size(16)));
     return vi(vu(a) >> N);
 }
+template <int N> FASTLM_INLINE vi sra(vi a) { return a >> N; }
 
 FASTLM_INLINE float reduce_add(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 FASTLM_INLINE float reduce_max(vf a) {

@@ -25,135 +25,154 @@ constexpr int64_t kSide = 16;                // rows of W side by side
 constexpr int64_t kGroup = 8;                // of K that lie together: two words
 constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
 constexpr int64_t kRowsBlock = 384 << 10;    // bytes of quantised A that stay in L2 while the columns of a piece go by
+constexpr int64_t kHead = 2 * kWord;         // of a panel: the scales of its rows, and where their sums start
+constexpr int64_t kSpan = 8;                 // vectors of x whose largest magnitudes are kept together
 constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneRounding = 1 << 15;  // numbers
-constexpr int64_t kRowsAhead = 2048;         // bytes from what is read to what is fetched
+constexpr uint32_t kLanes = (1u << W) - 1;
+constexpr int64_t kRowsAhead = 2048;  // bytes from what is read to what is fetched
 
 // Few rows are bound by memory, which wants several streams.
 constexpr int rows_vectors(int rows) { return rows == 1 && kWide == 2 ? 4 : kWide; }
 
 FASTLM_INLINE int64_t groups_of(int64_t K) { return ceil_div(K, kGroup); }
-FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kWord + groups_of(K) * 2 * kWord; }
+FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kHead + groups_of(K) * 2 * kWord; }
 // A row of A: its codes, group by group among the rows of its panel; then, row by row, its ends.
 struct Ends {
     float scale;
-    int32_t start;              // of the sum, for codes that are raised by 128
     float exact[kInt8Exact];    // what is not rounded
     int32_t place[kInt8Exact];  // of its column in a panel of W
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// The largest magnitudes of what was seen, one after the other, with repetitions: each lane keeps its own in order.
-struct Largest {
-    vf lanes[kInt8Exact + 1];
-
-    FASTLM_MEMBER Largest() {
-        for (vf& lane : lanes) lane = zero();
-    }
-    FASTLM_MEMBER void see(vf a) {
-#pragma GCC unroll 4
-        for (vf& lane : lanes) {
-            const vf less = min(lane, a);
-            lane = max(lane, a);
-            a = less;
-        }
-    }
-    FASTLM_MEMBER float next() {
-        const float found = reduce_max(lanes[0]);
-        const int at = __builtin_ctz(bits(eq(lanes[0], set(found))));
-        const vm here = eq(to_float(iota()), set(float(at)));
-        for (int i = 0; i < kInt8Exact; ++i) lanes[i] = select(here, lanes[i + 1], lanes[i]);
-        lanes[kInt8Exact] = select(here, zero(), lanes[kInt8Exact]);
-        return found;
-    }
-};
-
-// Where the first number of this magnitude is in x, which has one.
-FASTLM_INLINE int64_t place_of(const float* x, float magnitude) {
-    for (int64_t k = 0;; k += W)
-        if (const uint32_t found = bits(eq(abs(load(x + k)), set(magnitude))) & ((1u << W) - 1)) return k + __builtin_ctz(found);
-}
-
-// Row i of a panel of R rows. x: room for K numbers and a vector.
-void round_row(const float* a, const float* columns, int64_t K, float* x, uint8_t* out, int64_t R, int64_t i) {
+// Row i of a panel of R rows. largest: room for a vector of floats for every kSpan vectors of a. Codes are raised by 128.
+//
+// Passes over a, which stays in L1: the largest magnitudes of each span and lane; those of the row, one after the other, each
+// found in its span; the codes.
+void round_row(const float* a, const float* columns, int64_t K, float* largest, uint8_t* out, int64_t R, int64_t i) {
     Ends ends = {};
-    Largest largest;
-    uint32_t finite = ~0u;
-    const auto take = [&](vf v, int64_t k) FASTLM_LAMBDA {
-        const vf size = abs(v);
-        finite &= bits(le(size, set(3.4028234e38f)));
-        largest.see(size);
-        store(x + k, v);
+    const int64_t whole = K / W * W, spans = ceil_div(K, kSpan * W);
+    const auto at = [&](int64_t k) FASTLM_LAMBDA {
+        if (k < whole) return columns ? load(a + k) * load(columns + k) : load(a + k);
+        return columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k);
     };
-    int64_t k = 0;
-    if (columns)
-        for (; k + W <= K; k += W) take(load(a + k) * load(columns + k), k);
-    else
-        for (; k + W <= K; k += W) take(load(a + k), k);
-    if (k < K) take(columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k), k);
-    const bool sane = (finite & ((1u << W) - 1)) == (1u << W) - 1;
-    float inverse = 0.0f;
-    if (sane) {
-        for (int e = 0; e < kInt8Exact; ++e) {
-            const int64_t at = place_of(x, largest.next());
-            ends.exact[e] = x[at];
-            x[at] = 0.0f;
-            ends.place[e] = int32_t(kWord + at / 4 * kWord + at % 4);
+    int64_t taken[kInt8Exact];
+    int count = 0;
+    // The span's largest magnitudes, but for what was taken.
+    const auto seen = [&](int64_t span) FASTLM_LAMBDA {
+        vf most = zero();
+        for (int64_t k = span * kSpan * W; k < least(K, (span + 1) * kSpan * W); k += W) {
+            vf size = abs(at(k));
+            for (int e = 0; e < count; ++e) size = select(eq(to_float(iota()), set(float(taken[e] - k))), zero(), size);
+            most = max(most, size);
         }
-        const float most = largest.next();
-        if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
-    } else {
-        ends.scale = __builtin_nanf("");
-        for (int32_t& place : ends.place) place = int32_t(kWord);
-        for (k = 0; k < K; k += W) store(x + k, zero());
+        return most;
+    };
+    vf all = zero(), poison = zero();
+    for (int64_t span = 0, k = 0; span < spans; ++span) {
+        vf most = zero();
+        if (k + kSpan * W <= whole) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kSpan; ++j, k += W) {
+                const vf v = columns ? load(a + k) * load(columns + k) : load(a + k);
+                poison = fma(v, zero(), poison);
+                most = max(most, abs(v));
+            }
+        } else {
+            for (; k < K; k += W) poison = fma(at(k), zero(), poison), most = max(most, abs(at(k)));
+        }
+        store(largest + span * W, most);
+        all = max(all, most);
     }
     uint8_t* to = out + i * kGroup;
-    vi sum = seti(0);
-    for (k = 0; k < K; k += W) {
-        const vi codes = to_int(load(x + k) * set(inverse));  // to even
-        sum = addi(sum, codes);
-        if constexpr (W < kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, codes);
-        else store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, codes);
+    if (any(is_nan(poison))) {
+        ends.scale = __builtin_nanf("");
+        for (int32_t& place : ends.place) place = int32_t(kHead);
+        for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
+        std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
+        return;
     }
-    if (W < kGroup && k < groups_of(K) * kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, seti(0));
-    ends.start = -128 * int32_t(reduce_add(to_float(sum)));
+    for (; count < kInt8Exact;) {
+        const vf found = set(reduce_max(all));
+        int64_t span = 0;
+        while (!(bits(eq(load(largest + span * W), found)) & kLanes)) ++span;
+        for (int64_t k = span * kSpan * W;; k += W) {
+            uint32_t here = bits(eq(abs(at(k)), found)) & kLanes;
+            for (int e = 0; e < count; ++e)
+                if (taken[e] >= k && taken[e] < k + W) here &= ~(1u << (taken[e] - k));
+            if (!here) continue;
+            const int64_t place = k + __builtin_ctz(here);
+            taken[count] = place;
+            ends.exact[count] = place < K ? (columns ? a[place] * columns[place] : a[place]) : 0.0f;
+            ends.place[count++] = int32_t(kHead + place / 4 * kWord + place % 4);
+            break;
+        }
+        store(largest + span * W, seen(span));
+        all = zero();
+        for (int64_t s = 0; s < spans; ++s) all = max(all, load(largest + s * W));
+    }
+    const float most = reduce_max(all);
+    float inverse = 0.0f;
+    if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
+    const vi raised = seti(128);
+    int64_t k = 0;
+    const auto code = [&](vf v) FASTLM_LAMBDA { return addi(to_int(v * set(inverse)), raised); };  // to even
+    if constexpr (W < kGroup) {
+        for (; k < K; k += W) store_i8(to + k / kGroup * kGroup * R + k % kGroup, code(at(k)));
+        if (k < groups_of(K) * kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, raised);
+    } else {
+        for (; k < whole; k += W) store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, code(at(k)));
+        if (k < K) store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, code(at(k)));
+    }
+    for (int64_t place : taken) to[place / kGroup * kGroup * R + place % kGroup] = 128;
     std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
 }
 
 FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 
+// What a block fetches for each word of W: `at` and the line after it, then `step` bytes on; null: each of its vectors kRowsAhead
+// on.
+struct RowsFetch {
+    const uint8_t* at = nullptr;
+    int64_t step = 0;
+};
+
 // sum (M, columns) = A panel times S vectors of rows of the weight.
 template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns, const uint8_t* a,
-                                        float* sum, int64_t ld, const float* bias) {
+                                        float* sum, int64_t ld, const float* bias, RowsFetch fetch) {
     const int64_t groups = groups_of(K), size = panel_bytes(K), last = (column + columns - 1) / kSide;
-    const uint8_t *at[S], *panels[S];
+    const uint8_t *at[S], *panels[S], *ahead[S];
     vf d[S];
+    vi start[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {  // what is beyond the last panel repeats it
         const int64_t n = column + s * W, panel = least(n / kSide, last);
         panels[s] = packed + panel * size + n % kSide * 4;
         d[s] = load(reinterpret_cast<const float*>(panels[s]));
-        at[s] = panels[s] + kWord;
+        start[s] = load_bytes(panels[s] + kWord);
+        at[s] = panels[s] + kHead;
+        ahead[s] = fetch.at ? fetch.at + s * 64 : at[s] + kRowsAhead;
     }
+    const int64_t step = fetch.at ? fetch.step : kWord;
     const Ends* ends = reinterpret_cast<const Ends*>(a + M * groups * kGroup);
     vi dots[M][S];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) dots[i][s] = seti(ends[i].start);
+        for (int s = 0; s < S; ++s) dots[i][s] = start[s];
     for (int64_t t = 0; t < 2 * groups; ++t) {  // a word at a time: two would not fit the registers
         const uint8_t* from = a + t / 2 * M * kGroup + t % 2 * (kGroup / 2);
         vi q[S];
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             q[s] = load_bytes(at[s] + t * kWord);
-            __builtin_prefetch(at[s] + t * kWord + kRowsAhead, 0, 2);
+            __builtin_prefetch(ahead[s] + t * step, 0, 2);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const vi codes = set_bytes(from + i * kGroup);
 #pragma GCC unroll 4
-            for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], q[s], codes));
+            for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], codes, q[s]));
         }
     }
 #pragma GCC unroll 4
@@ -166,7 +185,7 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
             vf exact = zero();
 #pragma GCC unroll 4
             for (int e = 0; e < kInt8Exact; ++e) {  // three bytes before, so that the code is the highest byte of its lane
-                const vi code = subi(shr<24>(load_bytes(panels[s] + ends[i].place[e] - 3)), seti(128));
+                const vi code = sra<24>(load_bytes(panels[s] + ends[i].place[e] - 3));
                 exact = e ? exact + set(ends[i].exact[e]) * to_float(code) : set(ends[i].exact[e]) * to_float(code);
             }
             y = y + d[s] * exact;
@@ -176,7 +195,7 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
     }
 }
 
-using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*);
+using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, RowsFetch);
 struct RowsChoice {
     RowsBlock block;
     int64_t columns;
@@ -197,18 +216,18 @@ void int8_rows(const Int8Rows& p) {
     auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
     for_pieces(threads && p.M * p.K >= kAloneRounding, count, ceil_div(1 << 13, (size + 1) * (p.K + 1)),
                [&](int64_t begin, int64_t end) {
-                   float* x = static_cast<float*>(scratch(size_t(p.K + W) * sizeof(float)));
+                   float* largest = static_cast<float*>(scratch(size_t(ceil_div(p.K, kSpan * W) + 1) * W * sizeof(float)));
                    for (int64_t i = begin; i < end; ++i) {
                        const int64_t first = begin_of(i), rows = begin_of(i + 1) - first;
                        for (int64_t r = 0; r < rows; ++r)
-                           round_row(p.a + (first + r) * p.K, p.columns, p.K, x, p.workspace + first * row_bytes, rows, r);
+                           round_row(p.a + (first + r) * p.K, p.columns, p.K, largest, p.workspace + first * row_bytes, rows, r);
                    }
                });
-    auto multiply = [&](const RowsChoice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns) {
+    auto multiply = [&](const RowsChoice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns, RowsFetch fetch) {
         target.fetch(row, n, rows, columns);
         fetch_tile(target.sum + row * p.N + n, p.N, rows);
         choice.block(p.packed, p.K, n, columns, p.workspace + row * row_bytes, target.sum + row * p.N + n, p.N,
-                     p.bias ? p.bias + n : nullptr);
+                     p.bias ? p.bias + n : nullptr, fetch);
         target.finish(row, n, rows, columns);
     };
     const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
@@ -216,7 +235,7 @@ void int8_rows(const Int8Rows& p) {
     const bool parallel = threads && p.M * p.N * p.K >= kAloneRows;
     if (count == 1) {
         for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n));
+            for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n), {});
         });
         return;
     }
@@ -224,13 +243,18 @@ void int8_rows(const Int8Rows& p) {
     const int64_t steps = ceil_div(p.N, step);
     int64_t blocks = ceil_div(p.M * row_bytes, kRowsBlock);
     if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
+    if (parallel && blocks > 1) blocks = ceil_div(blocks, num_threads()) * num_threads();
     blocks = least(blocks < 1 ? 1 : blocks, count);
+    const int64_t panel = panel_bytes(p.K), step_bytes = ceil_div(step, kSide) * panel, words = 2 * groups_of(p.K);
     for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t block = piece / steps, n = piece % steps * step;
-            for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
+            const int64_t first = block * count / blocks, last = (block + 1) * count / blocks;
+            // The columns that come next, over all rows of the block.
+            RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words)};
+            for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step) {
                 const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
-                multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n));
+                multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), fetch);
             }
         }
     });
@@ -239,16 +263,21 @@ void int8_rows(const Int8Rows& p) {
 int64_t rows_packed_bytes(int64_t N, int64_t K) { return ceil_div(N, kSide) * panel_bytes(K); }
 
 void rows_pack(const Int8RowsPack& p) {
-    const int64_t size = panel_bytes(p.K), groups = groups_of(p.K);
+    const int64_t size = panel_bytes(p.K);
     parallel_for(ceil_div(p.N, kSide), 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
             uint8_t* to = p.packed + panel * size;
-            std::memset(to, 0, kWord);
-            std::memset(to + kWord, 128, 2 * kWord * groups);
+            std::memset(to, 0, size_t(size));
             for (int64_t n = 0; n < least(kSide, p.N - panel * kSide); ++n) {
                 const uint8_t* from = p.blocks + (panel * kSide + n) * (p.K + 4);
                 std::memcpy(to + 4 * n, from, 4);
-                for (int64_t k = 0; k < p.K; ++k) to[kWord + k / 4 * kWord + 4 * n + k % 4] = uint8_t(from[4 + k] + 128);
+                int32_t sum = 0;
+                for (int64_t k = 0; k < p.K; ++k) {
+                    to[kHead + k / 4 * kWord + 4 * n + k % 4] = from[4 + k];
+                    sum += int8_t(from[4 + k]);
+                }
+                sum = int32_t(-128u * uint32_t(sum));  // the codes of x are raised by 128
+                std::memcpy(to + kWord + 4 * n, &sum, 4);
             }
         }
     });

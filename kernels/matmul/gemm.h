@@ -30,6 +30,8 @@ constexpr int64_t kDepth = 1024;       // of a packed panel of B
 constexpr int64_t kPanels = 3;         // panels of B that a piece packs at once: 384 KB in L2 at most
 constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 2 << 20;  // floats of A packed at once: its place is L3, beside what else is there
+constexpr int64_t kRowsEach = 384;     // rows a thread from which they are cut: a panel of B is packed by each
+constexpr int64_t kWideness = 4;       // columns a row beyond which they are not: C is then the larger part
 constexpr int64_t kShallow = 512;      // depth up to which a tile's own misses are felt
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
@@ -273,13 +275,18 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                                    int64_t k0, int64_t kb, bool parallel) {
     const RowPanels panels(m, MR);
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
-    // Too few columns for all threads: the rows are cut as well, and a panel of B is packed once for each cut.
-    const int64_t cuts = parallel && groups < 3 * num_threads() ? least(panels.count, ceil_div(4 * num_threads(), groups)) : 1;
+    // Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has these rows in the operations
+    // before and after. Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
+    const int64_t threads = num_threads();
+    const int64_t cuts = !parallel                                          ? 1
+                         : m >= kRowsEach * threads && p.N <= kWideness * m ? threads
+                         : groups < 3 * threads                             ? least(panels.count, ceil_div(4 * threads, groups))
+                                                                            : 1;
     const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
     for_pieces(parallel, groups * cuts, 1, [&](int64_t begin, int64_t end) {
         float* packed = packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
         for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t n0 = piece / cuts * group * NR, n1 = least(p.N, n0 + group * NR), cut = piece % cuts;
+            const int64_t n0 = piece % groups * group * NR, n1 = least(p.N, n0 + group * NR), cut = piece / groups;
             const int64_t first = cut * panels.count / cuts, last = (cut + 1) * panels.count / cuts;
             for (int64_t k = 0, block = 0; block < blocks; ++block, k += depth) {
                 const int64_t kc = least(depth, kb - k);
@@ -287,7 +294,7 @@ template <class B> void gemm_block(const Product& p, const B& b, const float* a,
                 b.pack(packed, k0 + k, kc, n0, n1 - n0);
                 Fetch fetch;
                 // For B the next block of k, or what this thread is likely to take next.
-                const int64_t then = block + 1 < blocks ? n0 : n0 + (parallel ? num_threads() : 1) * group * NR;
+                const int64_t then = block + 1 < blocks ? n0 : n0 + group * NR;
                 const int64_t k_then = block + 1 < blocks ? k + depth : 0;
                 if (then < p.N) fetch.b = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(group * NR, p.N - then));
                 for (int64_t i = first; i < last; ++i) {
