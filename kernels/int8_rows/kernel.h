@@ -85,9 +85,9 @@ void round_row(const float* a, const float* columns, int64_t K, float* largest, 
         all = max(all, most);
     }
     uint8_t* to = out + i * kGroup;
-    if (any(is_nan(poison))) {
-        ends.scale = __builtin_nanf("");
-        for (int32_t& place : ends.place) place = int32_t(kHead);
+    if (K == 0 || any(is_nan(poison))) {
+        ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
+        for (int32_t& place : ends.place) place = int32_t(kWord + 3);  // any four bytes of the panel
         for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
         std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
         return;
