@@ -4,8 +4,9 @@
     python tools/gpu_build.py --ops layer_norm --archs 90 --check
     python tools/gpu_build.py --emulate build/emulated    the CUDA C++ kernels as libraries for the host
 
---check refuses kernels over their budget: a stack, spilled registers, or an instruction missing that EXPECTS in <op>_gpu.py names for
-the kernel on that architecture (`{"matmul*": {"90": "HGMMA"}}`). What was compiled is kept in build/gpu, by a hash of what it is made of.
+--check refuses kernels over their budget: a stack, spilled registers, products of bfloat16 that use no tensor cores, or an instruction
+missing that EXPECTS in <op>_gpu.py names for the kernel on that architecture (`{"matmul*": {"90": "HGMMA"}}`).
+What was compiled is kept in build/gpu, by a hash of what it is made of.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
             raise RuntimeError(f"{op}: {kernel} wants scratch memory, which our launcher does not give")
         if arch != "ptx":
             entry |= resources(image, triton)
+            entry["products"] = len(re.findall(r"tt\.dot [^\n]*xbf16", compiled.asm["ttir"]))  # of bfloat16
         made.append((entry, image))
     return made
 
@@ -252,7 +254,8 @@ def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     folder = KERNELS / op
     files = gpu_sources.triton(folder / f"{op}_triton.py") if twin == "triton" else gpu_sources.cuda(folder / f"{op}_cuda.cu")
     files = [*files, ROOT / "fastlm/cuda/images.py"]
-    how = "".join(inspect.getsource(f) for f in (compile_triton, compile_cuda, resources, count_instructions, target))
+    compilers = (compile_triton, resources) if twin == "triton" else (compile_cuda, count_instructions, target)
+    how = "".join(inspect.getsource(f) for f in compilers)
     how += repr(expects(op)) if twin == "cuda" else ""  # instructions are counted where there are expectations
     parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
@@ -266,11 +269,18 @@ def over_budget(op: str, entry: dict[str, Any], arch: str = "") -> list[str]:
         needed = wanted.get(arch)
         if needed and fnmatch.fnmatch(name, pattern) and not entry.get(needed):
             problems.append(f"no {needed} on sm_{arch}")
+    if entry.get("products") and not any(entry.get(n) for n in ("HMMA", "HGMMA", "UTCMMA")):
+        problems.append(f"products of bfloat16 without tensor cores on sm_{arch}")
     if entry.get("stack", 0) > 0:
         problems.append(f"{entry['stack']} bytes of stack")
     if entry.get("spills", 0) + entry.get("LDL", 0) + entry.get("STL", 0) > 0:
         problems.append("spilled registers")
     return [f"{op}: {entry['key']}: {p}" for p in problems]
+
+
+def unmatched(op: str, names: set[str]) -> list[str]:
+    """What EXPECTS says of kernels that are not there: a pattern that matches nothing asserts nothing."""
+    return [f"{op}: EXPECTS has {p!r}, but no kernel is called so" for p in expects(op) if not fnmatch.filter(names, p)]
 
 
 def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, one_each: bool = False) -> list[str]:
@@ -283,6 +293,7 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, 
     problems: list[str] = []
     archives: dict[str, dict[str, Any]] = {a: {} for a in archs}
     images: dict[str, dict[str, bytes]] = {a: {} for a in archs}
+    names: dict[str, set[str]] = {op: set() for op in ops}
     with ProcessPoolExecutor(jobs) as pool:
         for twin, op, arch, made in pool.map(job, work):
             for entry, image in made:
@@ -290,7 +301,10 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, 
                 images[arch][name] = image
                 archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | {"file": name}
                 problems += over_budget(op, entry, arch) if check else []
+                names[op].add(entry["key"].partition(" ")[2])
             print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels", file=sys.stderr)
+    if check and nvcc() and not one_each:
+        problems += [p for op in ops for p in unmatched(op, names[op])]
     if pack:
         IMAGES.mkdir(exist_ok=True)
         for arch in archs:

@@ -8,13 +8,11 @@ import numpy as np
 
 from fastlm.kernels.matmul import matmul_tiles as tiles
 
-# Forms of whole tiles must use tensor cores: tools/gpu_build.py --check.
-_TILES = {"90": "HGMMA", "80": "HMMA"}
-EXPECTS = {f"matmul * a:?bf16 b:?bf16 * {tile} *": _TILES for tile in ("BM=64", "BM=128")}
-_MMA = {"90": "HMMA", "80": "HMMA"}
-EXPECTS["matmul * a:?bf16 b:?bf16 * BM=16 *"] = _MMA  # a few rows
-# Runs of rows of any sizes.
-EXPECTS |= {f"grouped_{kernel} * a:?bf16 b:?bf16 * BK=32 BM=64 *": {"80": "HMMA"} for kernel in ("rows", "weights")}
+# Tiles of 64 and more rows must use Hopper's tensor cores by warpgroups: tools/gpu_build.py --check. A few rows use those of a warp.
+_TILES, _MMA = {"90": "HGMMA", "80": "HMMA"}, {"90": "HMMA", "80": "HMMA"}
+_KERNELS = "matmul", "grouped_rows", "grouped_weights"
+EXPECTS = {f"{k} * a:?bf16 b:?bf16 * BM={rows} *": _TILES for k in _KERNELS for rows in (64, 128)}
+EXPECTS |= {f"{k} * a:?bf16 b:?bf16 * BM=16 *": _MMA for k in _KERNELS[:2]}
 # The CUDA C++ kernels likewise, and copies that run beside the products.
 EXPECTS |= {
     "matmul_bf16_*": _MMA,

@@ -13,6 +13,7 @@ PLAIN: Tile = {"BM": 64, "BN": 64, "BK": 16}, {"num_warps": 8, "num_stages": 3}
 # For rows of a multiple of 16 elements: where there are few tiles, where there are many, and for up to 16 rows of A, where reading B
 # is all that takes time.
 EVEN: Tile = {"BM": 64, "BN": 64, "BK": 64}, {"num_warps": 4, "num_stages": 4}
+EVEN_WEIGHTS: Tile = EVEN[0], {"num_warps": 8, "num_stages": 4}  # experts' gradients, which spill on sm_100 with four warps
 LARGE: Tile = {"BM": 128, "BN": 128, "BK": 64}, {"num_warps": 8, "num_stages": 3}
 FEW: Tile = {"BM": 16, "BN": 32, "BK": 128}, {"num_warps": 4, "num_stages": 4}
 FEW_WIDE: Tile = {"BM": 16, "BN": 32, "BK": 32}, {"num_warps": 4, "num_stages": 3}
@@ -73,7 +74,7 @@ def group_form(
         return (FEW if half else FEW_WIDE), ("M", "N")
     if (tile, options) == LARGE and not a_t and rows < 128 * E:
         return EVEN, tuple(n for n in ALL if n not in ROWS[layout])
-    return (tile, options), plain
+    return EVEN_WEIGHTS if a_t and (tile, options) == EVEN else (tile, options), plain
 
 
 def groups() -> list[tuple[tuple[str, str, str], tuple[bool, bool], Tile, tuple[str, ...]]]:

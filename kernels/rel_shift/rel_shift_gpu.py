@@ -11,7 +11,7 @@ _TILE = {"ROWS": 32, "POINTS": 32, "COLUMNS": 64}
 _ROWS = {"ROWS": 32, "COLUMNS": 64}
 _SIZES = ("T", "H", "D", "S", "P")
 # On tensor cores (tools/gpu_build.py --check); a tile's 32 rows are too few for the larger instructions.
-EXPECTS = {f"rel_shift_{kernel} *:?bf16 *": {"80": "HMMA", "100": "HMMA"} for kernel in ("forward", "backward_q", "backward_r")}
+EXPECTS = {f"rel_shift_{k} *:?bf16 *": dict.fromkeys(("80", "90", "100"), "HMMA") for k in ("forward", "backward_q", "backward_r")}
 
 
 def rel_shift_forward(

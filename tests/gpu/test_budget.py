@@ -59,6 +59,11 @@ def test_the_check_can_fail(tmp_path, monkeypatch):
     assert tool.over_budget("matmul", clean | {"HGMMA": 0}, "90") == ["matmul: triton matmul x:*bf16: no HGMMA on sm_90"]
     assert tool.over_budget("matmul", clean, "80") == ["matmul: triton matmul x:*bf16: no HMMA on sm_80"]
     assert tool.over_budget("matmul", clean, "100") == []
+    assert tool.over_budget("matmul", clean | {"products": 1, "HMMA": 2}, "100") == []
+    (problem,) = tool.over_budget("matmul", clean | {"products": 1, "HGMMA": 0}, "100")
+    assert problem == "matmul: triton matmul x:*bf16: products of bfloat16 without tensor cores on sm_100"
+    assert tool.unmatched("matmul", {"matmul x:*bf16", "other"}) == []
+    assert tool.unmatched("matmul", {"grouped x:*bf16"}) == ["matmul: EXPECTS has 'matmul*', but no kernel is called so"]
 
 
 def test_instructions_of_an_entry_point(tmp_path):
