@@ -203,6 +203,7 @@ class Unrecordable(Exception):
 
 class _Thread(threading.local):
     plan: Any = None  # of C++, or a device
+    turned: dict[tuple[int, ...], tuple[Array, list[Array]]] | None = None  # of the recording, where it keeps such
 
 
 _thread = _Thread()
@@ -222,22 +223,27 @@ class Recording:
     the step computed, `result` too, is in memory of the recording and is overwritten by each run. Between kernels nothing is seen:
     a step that computes with NumPy on what changes must be found out by running it twice (fastlm/generate/recorded.py).
 
+    turned: products of one row read transposed copies of their float32 weights, in which the numbers that are multiplied together lie
+    side by side; `refresh` makes them anew from weights that have changed.
+
     Raises Unrecordable where an operation cannot be recorded, or an array that a kernel reads was made by the step outside the
     recording's memory (so it would be frozen). The step's own exceptions are passed on.
     """
 
-    def __init__(self, step: Callable[[], Any]) -> None:
+    def __init__(self, step: Callable[[], Any], turned: bool = False) -> None:
         global _recorders
         plan = _C.Plan()
         plan.begin()
         with _lock:
             _recorders += 1
         _thread.plan = plan
+        _thread.turned = {} if turned else None
         try:
             self.result = step()
         finally:
             arrays = plan.end()
-            _thread.plan = None
+            self._turned = list((_thread.turned or {}).values())
+            _thread.plan = _thread.turned = None
             with _lock:
                 _recorders -= 1
         if plan.refused:
@@ -252,6 +258,16 @@ class Recording:
     def run(self) -> None:
         """The kernels again, in the order recorded. The GIL is released."""
         self._plan.run()
+
+    def run_on(self, found: Array, ids: Array, ends: Array, seconds: float) -> int:
+        """As many runs as `found` (N, B) int32 has rows, no new one once `seconds` have passed; after each its row gets the B ids, of
+        which one below 0 or among `ends` makes this run the last. Returns how many were made."""
+        return int(self._plan.run_on(found, ids, ends, seconds))
+
+    def refresh(self) -> None:
+        """Copies of weights that the recording reads are made anew."""
+        if self._turned:
+            _C.turn([copy for copy, _ in self._turned], [weights for _, weights in self._turned])
 
     def spoil(self) -> None:
         """Overwrites the recording's own memory, with nan where it held floats: what no kernel writes before it is read will show."""
@@ -268,6 +284,20 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._plan)
+
+
+def turned(weights: list[Array]) -> Array | None:
+    """The transposes of float32 weights (N_i, K) side by side, (K, sum of N_i), where this thread's recording keeps such; else None."""
+    kept = _thread.turned
+    if kept is None:
+        return None
+    key = tuple(map(id, weights))
+    if key not in kept:
+        K = weights[0].shape[1]
+        copy = lasting(4 * K * sum(w.shape[0] for w in weights)).view(np.float32).reshape(K, -1)
+        kept[key] = copy, weights
+        _C.turn([copy], [weights])
+    return kept[key][0]
 
 
 def record(step: Callable[[], Any], device: Any = None) -> Any:

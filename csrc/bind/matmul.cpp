@@ -52,6 +52,19 @@ void bind_matmul(py::module_& m) {
         NoGil nogil;
         matmul_kernels().activate(f32(y), f32(z), int64_t(z.size()), Activation(activation));
     });
+    // ys[i] (K, N) = the weights of groups[i] (N_j, K), transposed, side by side: what a recorded step reads, itself no part of it.
+    m.def("turn", [](const std::vector<py::array>& ys, const std::vector<std::vector<py::array>>& groups) {
+        std::vector<Turn> turns;
+        for (size_t i = 0; i < ys.size(); ++i) {
+            float* y = f32(ys[i]);
+            for (const py::array& w : groups[i]) {
+                turns.push_back({y, f32(w), dim(w, 0), dim(w, 1), last(ys[i])});
+                y += dim(w, 0);
+            }
+        }
+        const Prepare nogil;
+        for (const Turn& t : turns) matmul_kernels().turn(t);
+    });
     m.attr("linear_rows") = kLinearRows;
 }
 

@@ -23,6 +23,16 @@ template <class T> void advance(const Advance<T>& p) {
     for (int64_t i = 0; i < p.n; ++i) p.y[i] = T(p.x[i] + T(p.by));
 }
 
+struct Positions {
+    int32_t* y;             // (n, time)
+    const int32_t* starts;  // (n,)
+    int64_t n, time;
+};
+void positions(const Positions& p) {
+    for (int64_t i = 0; i < p.n; ++i)
+        for (int64_t t = 0; t < p.time; ++t) p.y[i * p.time + t] = p.starts[i] + int32_t(t);
+}
+
 struct PyPlan {
     Plan plan;
     py::list arrays;
@@ -50,12 +60,22 @@ void bind_plan(py::module_& m) {
         if (x.itemsize() == 4) return launch(&advance<int32_t>, {data<int32_t>(y), data<int32_t>(x), n, by});
         launch(&advance<int64_t>, {data<int64_t>(y), data<int64_t>(x), n, by});
     });
+    m.def("positions", [](const py::array& y, const py::array& starts) {
+        launch(&positions, {data<int32_t>(y), data<int32_t>(starts), int64_t(starts.size()), last(y)});
+    });
     py::class_<PyPlan>(m, "Plan")
         .def(py::init<>())
         .def("begin", &PyPlan::begin)
         .def("end", &PyPlan::end)
         .def(
             "run", [](const PyPlan& p) { p.plan.run(); }, py::call_guard<py::gil_scoped_release>())
+        .def("run_on",
+             [](const PyPlan& p, const py::array& found, const py::array& ids, const py::array& ends, double seconds) {
+                 auto *to = data<int32_t>(found), *from = data<int32_t>(ids), *last = data<int32_t>(ends);
+                 const auto most = dim(found, 0), count = int64_t(ids.size()), n = int64_t(ends.size());
+                 const py::gil_scoped_release nogil;
+                 return p.plan.run_on(most, seconds, from, count, to, last, n);
+             })
         .def("__len__", [](const PyPlan& p) { return p.plan.size(); })
         .def("names", [](const PyPlan& p) { return p.plan.names(); })
         .def(

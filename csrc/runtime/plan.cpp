@@ -2,12 +2,15 @@
 
 #include <cxxabi.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 
 #include "csrc/runtime/memory.h"
 
 namespace fastlm {
+
+using Clock = std::chrono::steady_clock;
 
 Arena::~Arena() {
     for (const Slab& slab : slabs_) cached_free(slab.memory, slab.bytes);
@@ -55,8 +58,22 @@ void Arena::spoil() {
     for (const Block& b : blocks_) std::memset(b.memory, b.floats ? 0xff : 0, b.bytes);
 }
 
+int64_t Plan::run_on(int64_t most, double seconds, const int32_t* ids, int64_t count, int32_t* found, const int32_t* ends,
+                     int64_t n_ends) const {
+    const auto start = Clock::now();
+    for (int64_t done = 1; done <= most; ++done, found += count) {
+        run();
+        bool last = std::chrono::duration<double>(Clock::now() - start).count() >= seconds;
+        for (int64_t i = 0; i < count; ++i) {
+            found[i] = ids[i];
+            last = last || ids[i] < 0 || std::find(ends, ends + n_ends, ids[i]) != ends + n_ends;
+        }
+        if (last) return done;
+    }
+    return most;
+}
+
 std::vector<double> Plan::time(int rounds) const {
-    using Clock = std::chrono::steady_clock;
     std::vector<double> best(steps_.size(), 1e30);
     for (int round = 0; round < rounds; ++round)
         for (size_t i = 0; i < steps_.size(); ++i) {

@@ -57,6 +57,10 @@ class Plan {
     void run() const {
         for (const Step& step : steps_) step.call(step.kernel, &arguments_[step.at]);
     }
+    // Up to `most` runs, no new one once `seconds` have passed. After each the `count` ids go to the next row of `found`; one below
+    // 0 or among `ends` makes it the last. Returns how many were made.
+    int64_t run_on(int64_t most, double seconds, const int32_t* ids, int64_t count, int32_t* found, const int32_t* ends,
+                   int64_t n_ends) const;
     std::vector<double> time(int rounds) const;  // seconds of each step, the shortest of `rounds` runs
     std::vector<std::string> names() const;      // of the steps' argument structs: Matmul, RopeForward, ...
     size_t size() const { return steps_.size(); }

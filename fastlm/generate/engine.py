@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import backend, ops
 from fastlm.backend import Array
+from fastlm.generate.kept import Session, give, take
 from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.processors import active, process
 from fastlm.generate.recorded import Decoder
@@ -17,6 +18,8 @@ from fastlm.generate.settings import Continues, Settings, whole
 from fastlm.nn import Cache
 
 CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
+PIECES = 128  # positions of a small model's prompt up to which recorded readers take it: see fastlm/generate/kept.py
+AHEAD = 5e-4  # seconds of steps that are made before their ids are looked at: waking Python for each costs as much as a small model's step
 TOGETHER = 2048  # positions of neighbouring prompts of one length that are read together, which changes no bit
 
 Stop = Callable[[int, int], bool]  # (index of the prompt, new id) -> whether this sequence ends here
@@ -56,15 +59,31 @@ def steps(
     rows = [row for row in rows if row.limit > 0]
     if not rows:
         return
-    cache = model.new_cache(len(rows), max(len(row.ids) + row.limit for row in rows))
-    logits = np.concatenate(
-        [
-            prefill(model, [row.ids for row in rows[a:b]], cache.row(a) if b - a == 1 else cache.rows(a, b))
-            for a, b in alike(cache, [len(row.ids) for row in rows])
-        ]
-    )
+    session = take(model, len(rows), max(len(row.ids) + row.limit for row in rows))
+    try:
+        yield from _advance(model, rows, settings, stop, session)
+    finally:
+        give(model, session)
+
+
+def _advance(
+    model: Continues, rows: list[_Row], settings: Settings, stop: Stop | None, session: Session
+) -> Iterator[tuple[int, int]]:
+    """All steps of these rows, on the session's cache. Where a row ends before the others, the session is left."""
+    cache = session.cache
+    if session.kept and len(rows) == 1 and len(rows[0].ids) <= PIECES:
+        logits = session.read(model, rows[0].ids)
+    else:
+        logits = np.concatenate(
+            [
+                prefill(model, [row.ids for row in rows[a:b]], cache.row(a) if b - a == 1 else cache.rows(a, b))
+                for a, b in alike(cache, [len(row.ids) for row in rows])
+            ]
+        )
     ids = choose(logits, rows, settings)
     decoder: Any = None  # a Decoder or a DeviceDecoder
+    ends = np.array(settings.eos, np.int32)
+    ready: Iterator[list[int]] = iter(())  # ids that are chosen already
     while True:
         for row, id in zip(rows, ids, strict=True):
             if row.reason is not None:  # ended, and still in a batch on a device
@@ -85,20 +104,27 @@ def steps(
         if len(going) < len(rows) and not (isinstance(decoder, DeviceDecoder) and decoder.keeps(len(going))):
             if isinstance(decoder, DeviceDecoder):
                 decoder.settle()
+            session.kept = False
             cache = cache.select(going)
             rows = [rows[b] for b in going]
             decoder = None
         if decoder is None:
-            decoder = _decoder(model, cache, rows, settings)
+            decoder = _decoder(model, cache, rows, settings, session)
             decoder.ids[:, 0] = [row.ids[-1] for row in rows]
-        logits = decoder.step()
-        if decoder.choose is None:
-            ids = choose(logits, rows, settings)
-            decoder.ids[:, 0] = ids
+        found = next(ready, None)
+        if found is None and isinstance(decoder, Decoder) and (stop is None or len(rows) == 1):
+            least = min(row.limit - len(row.output.ids) for row in rows)  # no row ends within, unless its id says so
+            ready = iter(decoder.ahead(least, ends, AHEAD))
+            found = next(ready, None)
+        if found is not None:
+            ids, logits = found, decoder.recording.result
         else:
+            logits = decoder.step()
+            if decoder.choose is None:
+                decoder.ids[:, 0] = choose(logits, rows, settings)
             ids = decoder.ids[:, 0].tolist()
-            if min(ids) < 0:
-                choose(logits, rows, settings)  # raises: a row of logits is nan
+        if min(ids) < 0:
+            choose(logits, rows, settings)  # raises: a row of logits is nan
 
 
 def generate(
@@ -135,21 +161,36 @@ def alike(cache: Cache | None, lengths: Sequence[int]) -> Iterator[tuple[int, in
             begin = end
 
 
-def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings) -> Any:
+def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Settings, session: Session) -> Any:
     """Steps of these rows. The next ids are chosen within the step where kernels alone can choose."""
     s, device = settings, getattr(cache, "device", None)
+
+    def make() -> tuple[Any, list[Array]]:
+        if key is None:
+            return None, []
+        if key == "greedy":
+            return lambda logits, out: ops.argmax(logits, out=out), []
+        seeds = backend.put(np.zeros(len(rows), np.uint64), device)
+        steps = backend.put(np.zeros(len(rows), np.int64), device)
+
+        def draw(logits: Array, out: Array) -> None:
+            ops.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed=seeds, step=steps, out=out)
+            ops.advance(steps, out=steps)
+
+        return draw, [seeds, steps]
+
+    key: Any = "greedy" if s.temperature == 0.0 else ("drawn", s.temperature, s.top_k, s.top_p, s.min_p)
     if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
-        return stepper(model, cache)
-    if s.temperature == 0.0:
-        return stepper(model, cache, lambda logits, out: ops.argmax(logits, out=out))
-    seeds = backend.put(np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64), device)
-    steps = backend.put(np.array([len(row.output.ids) for row in rows], np.int64), device)
-
-    def draw(logits: Array, out: Array) -> None:
-        ops.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, seed=seeds, step=steps, out=out)
-        ops.advance(steps, out=steps)
-
-    return stepper(model, cache, draw, [steps])
+        key = None
+    if session.kept:
+        decoder, arrays = session.decoder(model, key, make)
+    else:
+        how, arrays = make()
+        decoder = stepper(model, cache, how, arrays[1:])
+    if arrays:
+        backend.assign(arrays[0], backend.put(np.array([row.seed & ((1 << 64) - 1) for row in rows], np.uint64), device))
+        backend.assign(arrays[1], backend.put(np.array([len(row.output.ids) for row in rows], np.int64), device))
+    return decoder
 
 
 def stepper(model: Continues, cache: Cache, *how: Any) -> Any:

@@ -45,22 +45,33 @@ def enabled() -> bool:
 
 
 class Decoder:
-    """Steps of one cache, whose batch stays: `ids` (B, 1) int32 holds what is read next.
+    """Steps of one cache, whose batch stays: `ids` (B, T) int32 holds what is read next, T being 1 unless `time` says otherwise.
 
     choose: writes the ids that follow, into `ids` itself, at the end of each step; without it the caller does. counters: further
-    arrays that a step counts up, such as the steps of random numbers.
+    arrays that a step counts up, such as the steps of random numbers. turned: see backend.Recording.
     """
 
-    def __init__(self, model: Continues, cache: Cache, choose: Choose | None = None, counters: Sequence[Array] = ()) -> None:
+    model: Any  # None while nobody uses it: fastlm/generate/kept.py
+
+    def __init__(
+        self,
+        model: Continues,
+        cache: Cache,
+        choose: Choose | None = None,
+        counters: Sequence[Array] = (),
+        time: int = 1,
+        turned: bool = False,
+    ) -> None:
         self.model, self.cache, self.choose = model, cache, choose
-        self.ids = np.zeros((len(cache.lengths), 1), np.int32)
+        self.ids = np.zeros((len(cache.lengths), time), np.int32)
+        self._turned = turned
         self._state = [self.ids, cache.lengths, *counters]
         self.recording: backend.Recording | None = None
         owner = getattr(model, "model", model)  # of a Reading: it is new for each call
         self._verdicts = verdicts_of(owner)
         self._name = type(owner).__name__
         keeps = isinstance(cache, Cache)  # XLNet's memories grow
-        self._kind = (len(self.ids), str(cache.arrays[0].dtype) if keeps else "", choose is None, len(counters))
+        self._kind = (self.ids.shape, str(cache.arrays[0].dtype) if keeps else "", choose is None, len(counters), turned)
         self._python = not keeps or not enabled() or bool(self._verdicts.get(self._kind))
 
     def step(self) -> Array:
@@ -69,7 +80,7 @@ class Decoder:
             return self._ordinary()
         if self.recording is None or self.recording.threads != backend.num_threads():
             return self._record()
-        if self.cache.full:
+        if self._room < 1:
             return self._ordinary()  # which says what is wrong
         if self._kind not in self._verdicts:
             return self._compare()
@@ -77,8 +88,30 @@ class Decoder:
         logits: Array = self.recording.result
         return logits
 
+    def ahead(self, most: int, ends: Array, seconds: float) -> list[list[int]]:
+        """Up to `most` steps that each choose ids, no new one once `seconds` have passed or an id is among `ends` (int32) or below 0, as
+        it is where logits are nan. Returns the ids (B,) of each; none where the next step is one for `step` to take."""
+        most = min(most, self._room)
+        current = self.recording is not None and self.recording.threads == backend.num_threads()
+        if self._python or self.choose is None or not current or most < 1 or self._kind not in self._verdicts:
+            return []
+        found = np.empty((most, len(self.ids)), np.int32)
+        assert self.recording is not None
+        rows: list[list[int]] = found[: self.recording.run_on(found, self.ids, ends, seconds)].tolist()
+        return rows
+
+    def refresh(self) -> None:
+        """To be called where weights may have changed since the last step."""
+        if self.recording is not None:
+            self.recording.refresh()
+
+    @property
+    def _room(self) -> int:
+        """How many steps the cache has room for."""
+        return int((self.cache.capacity - max(self.cache.lengths.tolist())) // self.ids.shape[1])
+
     def _ordinary(self) -> Array:
-        logits = self.model.logits(self.ids, self.cache, last=True)
+        logits: Array = self.model.logits(self.ids, self.cache, last=True)
         if self.choose is not None:
             self.choose(logits, self.ids[:, 0])
         return logits
@@ -87,7 +120,7 @@ class Decoder:
         before = [a.copy() for a in self._state]
         self._recorded_ids, self._unlike = self.ids.copy(), np.zeros(self.ids.shape, bool)
         try:
-            self.recording = backend.Recording(self._ordinary)
+            self.recording = backend.Recording(self._ordinary, self._turned)
             log.debug("%s: recorded %d kernels, %d bytes", self._name, len(self.recording), self.recording.nbytes)
             logits: Array = self.recording.result
             return logits
@@ -101,7 +134,7 @@ class Decoder:
 
     def _compare(self) -> Array:
         logits = self._both_ways()
-        if not (self._python or self._unlike.all() or self.cache.full):
+        if not (self._python or self._unlike.all() or self._room < 1):
             self._try_other_ids()
         if not self._python and self._unlike.all():
             self._verdicts[self._kind] = ""
@@ -123,7 +156,7 @@ class Decoder:
         """The same step both ways: first as recorded, so that nothing which the ordinary step leaves behind can help it."""
         assert self.recording is not None
         before = [a.copy() for a in self._state]
-        rows = np.arange(len(self.ids)), self.cache.lengths.copy()
+        rows = np.arange(len(self.ids))[:, None], self.cache.lengths[:, None] + np.arange(self.ids.shape[1])
         self._unlike |= self.ids != self._recorded_ids
         self.recording.spoil()
         self.recording.run()

@@ -198,11 +198,12 @@ class Context:
             raise ValueError(f"[cache] ids must have as many sequences as the cache, {cache.batch}, got {batch}.")
         before = self.starts = cache.lengths
         if backend.recording():
-            if time != 1:
-                raise backend.Unrecordable(f"a step takes one position of each sequence, got {time}")
+            if time != 1 and (batch != 1 or device is not None):
+                raise backend.Unrecordable(f"a step takes one position of each sequence, or several of one, got {time} of {batch}")
             if device is not None:
                 before = self.starts = cache.counter
-            self.end, self.positions, self.lengths = cache.capacity, before[:, None], ops.advance(before)
+            self.end, self.lengths = cache.capacity, ops.advance(before, time)
+            self.positions = before[:, None] if time == 1 else ops.positions(before, time)
             return
         first, last = int(before.min()), int(before.max())
         self.end = last + time

@@ -2,7 +2,7 @@
 
 from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, clip_scale, global_norm
-from fastlm.ops.advance import advance
+from fastlm.ops.advance import advance, positions
 from fastlm.ops.attention import attention, attention_packed
 from fastlm.ops.cache_append import SCALE, cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
@@ -68,6 +68,7 @@ __all__ = [
     "matmul",
     "mean_squared_error",
     "mixtral_load_balancing_loss",
+    "positions",
     "rel_shift",
     "reshape",
     "rms_norm",

@@ -28,6 +28,17 @@ def advance(x: Array, by: int = 1, out: Array | None = None) -> Array:
     return out
 
 
+def positions(starts: Array, time: int) -> Array:
+    """starts[:, None] + 0 .. time - 1. starts: (B,) int32; returns (B, time) int32. As a kernel, see `advance`; on the host alone."""
+    if not isinstance(starts, np.ndarray) or starts.dtype != np.int32 or starts.ndim != 1 or not starts.flags.c_contiguous:
+        raise TypeError(
+            f"[positions] starts must be a contiguous array (B,) of int32, got {getattr(starts, 'dtype', type(starts))}."
+        )
+    out = backend.empty((len(starts), time), np.int32)
+    _C.positions(out, starts)
+    return out
+
+
 def _there(x: Any, by: int, out: Any) -> Array:
     """The same on a device."""
     if x.dtype not in (np.int32, np.int64) or not x.contiguous:

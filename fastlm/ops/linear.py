@@ -54,6 +54,8 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     z = backend.empty_like(y) if recorded and kind else None
     if isinstance(wd, QuantizedArray):
         multiply(y, z, xd, wd, bd, rd, M, kind)
+    elif M == 1 and not recorded and wd.dtype == np.float32 and (wt := backend.turned([wd])) is not None:
+        _C.matmul(y, z, xd, wt, bd, rd, 1, M, N, K, 0, 0, False, False, 0, False, kind)
     else:
         kernels(xd).matmul(y, z, xd, wd, bd, rd, 1, M, N, K, 0, 0, False, True, STORAGE[wd.dtype], False, kind)
     if not recorded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.gated import gated
 from fastlm.ops.linear import linear, packed
-from fastlm.ops.matmul import STORAGE
+from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, recording, wrap
 
 _FEW = 12  # rows: above, a launch costs nothing beside its product; rounding x to 8 bits once still gains
@@ -33,8 +34,14 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
     if recording(x, *weights, *biases) or not _together(xd, ws, bs):
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]
     first = ws[0]
+    one = xd.size == xd.shape[-1] and first.dtype == _F32 and all(b is None for b in bs)
+    if one and (wt := backend.turned(ws)) is not None:
+        ends = list(itertools.accumulate(w.shape[0] for w in ws))
+        y = backend.empty((*xd.shape[:-1], ends[-1]))
+        product(y, xd, wt, 1, ends[-1], xd.shape[-1])
+        return [wrap(y[..., end - w.shape[0] : end], x, *weights) for w, end in zip(ws, ends, strict=True)]
+    ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]
     if isinstance(first, QuantizedArray):
         multiply = _C.int8_matmuls if first.activations == "int8" else _C.quantized_matmuls
         multiply(ys, xd, [packed(w) for w in ws], bs, FORMATS[first.kind][0])

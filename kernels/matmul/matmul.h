@@ -48,6 +48,13 @@ struct LinearBackward {
     Activation activation;
 };
 
+// A weight's transpose, columns of a wider matrix.
+struct Turn {
+    float* y;        // (K, stride), its first N columns
+    const float* w;  // (N, K)
+    int64_t N, K, stride;
+};
+
 constexpr int64_t kLinearRows = 32;  // rows that one piece sums into one partial
 
 struct MatmulKernels {
@@ -56,6 +63,7 @@ struct MatmulKernels {
     void (*matmuls)(const Matmuls&);
     void (*linear_backward)(const LinearBackward&);
     void (*activate)(float* y, const float* z, int64_t n, Activation activation);  // y = act(z), with the bits of `matmul`
+    void (*turn)(const Turn&);
 };
 
 }  // namespace fastlm

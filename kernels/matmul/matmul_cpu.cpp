@@ -363,9 +363,28 @@ void activate_all(float* y, const float* z, int64_t n, Activation activation) {
     });
 }
 
+void turn(const Turn& p) {
+    for (int64_t n = 0; n < p.N; n += W)
+        for (int64_t k = 0; k < p.K; k += W) {
+            const int64_t rows = least(W, p.N - n), columns = least(W, p.K - k);
+            const float* from = p.w + n * p.K + k;
+            float* to = p.y + k * p.stride + n;
+            vf r[W];
+            if (rows == W && columns == W) {
+                load_transposed(r, from, p.K * int64_t(sizeof(float)));
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) store(to + j * p.stride, r[j]);
+                continue;
+            }
+            for (int j = 0; j < W; ++j) r[j] = j < rows ? load_n(from + j * p.K, columns) : zero();
+            transpose(r);
+            for (int j = 0; j < columns; ++j) store_n(to + j * p.stride, r[j], rows);
+        }
+}
+
 }  // namespace
 
-extern const MatmulKernels matmul_kernels = {workspace, matmul, matmuls, linear_backward, activate_all};
+extern const MatmulKernels matmul_kernels = {workspace, matmul, matmuls, linear_backward, activate_all, turn};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -63,7 +63,8 @@ def tiny(name: str, **changes: Any) -> Any:
 
 
 class Watch:
-    """Counts how steps were taken, and keeps their logits."""
+    """Counts how steps were taken, and keeps their logits. Steps are taken one by one, and nothing is kept from call to call: what these
+    add is tests/generate/test_kept.py's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs = self.recordings = 0
@@ -74,9 +75,9 @@ class Watch:
             self.runs += 1
             run(this)
 
-        def counted_record(this: Any, f: Any) -> None:
+        def counted_record(this: Any, *given: Any) -> None:
             self.recordings += 1
-            record(this, f)
+            record(this, *given)
 
         def watched(this: Any) -> Any:
             logits = step(this)
@@ -86,6 +87,8 @@ class Watch:
         monkeypatch.setattr(backend.Recording, "run", counted_run)
         monkeypatch.setattr(backend.Recording, "__init__", counted_record)
         monkeypatch.setattr(generate.engine.Decoder, "step", watched)
+        monkeypatch.setattr(generate.engine.Decoder, "ahead", lambda *given: [])
+        monkeypatch.setattr(generate.kept, "SMALL", 0)
 
 
 @pytest.fixture
