@@ -4,7 +4,8 @@
     python tools/check_wheel.py dist/fastlm-*.whl --gpu 80 90 100 ptx
 
 --gpu: the wheel has kernels for these architectures; every variant that variants() lists is found and loaded by the installed package, on a
-stand-in for the driver. That needs triton here, and neither triton nor torch there.
+stand-in for the driver, and operations launch theirs. Where there is no driver, an old one or no device, `fastlm info` says so. That needs
+triton here, and neither triton nor torch there.
 """
 
 from __future__ import annotations
@@ -50,9 +51,18 @@ for op, twin, key in names:
         on._cuda.Kernel(on._cuda.Module(on.images.image(entry)), entry["entry"], "p", 32)
     except Exception as e:
         missing.append(f"{key}: {e}")
+import numpy as np
+from fastlm import ops
+x, weight = on.put(np.ones((5, 64), np.float32)), on.put(np.ones((64, 64), np.float32))
+ops.layer_norm(ops.linear(x, weight, activation="gelu"), weight[0], weight[1])
 assert not {"torch", "triton"} & set(sys.modules)
 print(json.dumps([on.images.path.name, missing]))
 """
+NONE = [  # settings of the stand-in, and what must be said of them
+    ({"FASTLM_LIBCUDA": "/nowhere/libcuda.so.1"}, "none: no NVIDIA driver is installed"),
+    ({"STANDIN_DEVICES": "0"}, "none: the driver is there, but no device is usable"),
+    ({"STANDIN_VERSION": "11040"}, "none: the driver supports CUDA 11.4; CUDA 12.0 or newer is needed"),
+]
 
 
 def wanted(arch: str) -> list[tuple[str, str, str]]:
@@ -76,12 +86,21 @@ def check_gpu(python: Path, folder: Path, archs: list[str]) -> list[str]:
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", f"-I{include}", ROOT / "tests/gpu/standin.c", "-o", driver], check=True)
     names = folder / "names.json"
     problems = []
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def info(settings: dict[str, str]) -> str:
+        command = [python, "-m", "fastlm", "info"]
+        return subprocess.run(command, cwd=folder, env=clean | settings, capture_output=True, text=True).stdout
+
+    for settings, said in NONE:
+        if said not in info({"FASTLM_LIBCUDA": str(driver)} | settings):
+            problems.append(f"fastlm info does not say {said!r}")
     for arch in archs:
         names.write_text(json.dumps(wanted(arch)))
         # What has no archive of its own, 12.0, takes the portable one.
         major = "12" if arch == "ptx" else str(int(arch) // 10)
-        env = os.environ | {"FASTLM_LIBCUDA": str(driver), "STANDIN_MAJOR": major}
-        env.pop("PYTHONPATH", None)
+        log = folder / f"{arch}.log"
+        env = clean | {"FASTLM_LIBCUDA": str(driver), "STANDIN_MAJOR": major, "STANDIN_LOG": str(log)}
         done = subprocess.run([python, "-c", LOAD, names], cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode:
             problems.append(f"sm_{arch}: {done.stderr[-600:]}")
@@ -90,8 +109,10 @@ def check_gpu(python: Path, folder: Path, archs: list[str]) -> list[str]:
         if archive != ("ptx.zip" if arch == "ptx" else f"sm_{arch}.zip"):
             problems.append(f"sm_{arch}: {archive} was taken")
         problems += [f"sm_{arch}: {m}" for m in missing]
-        info = subprocess.run([python, "-m", "fastlm", "info"], cwd=folder, env=env, capture_output=True, text=True).stdout
-        if f"kernels in {archive}" not in info:
+        launched = log.read_text() if log.exists() else ""
+        if not all(f"launch {op}" in launched for op in ("matmul", "layer_norm")):
+            problems.append(f"sm_{arch}: the operations launched only {launched!r}")
+        if f"kernels in {archive}" not in info(env):
             problems.append(f"sm_{arch}: fastlm info does not say which kernels there are")
     return problems
 

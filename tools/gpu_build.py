@@ -249,6 +249,19 @@ def tools_used(twin: str) -> bytes:
     return importlib.metadata.version("triton").encode()
 
 
+@cache
+def oldest_driver(twin: str, arch: str) -> int:
+    """The CUDA version that a driver must have for what the compiler makes: of its major version, for PTX of its own."""
+    if twin == "cuda":
+        found = re.search(r"release (\d+)\.(\d+)", tools_used(twin).decode())
+    else:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        found = re.match(r"(\d+)\.(\d+)", get_ptxas(80 if arch == "ptx" else int(arch)).version)
+    assert found
+    return 1000 * int(found[1]) + (10 * int(found[2]) if arch == "ptx" else 0)
+
+
 def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     """A hash of all that a job's result depends on: sources, how they are compiled, the compiler. A kernel may import others' helpers."""
     folder = KERNELS / op
@@ -299,7 +312,8 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, 
             for entry, image in made:
                 name = hashlib.sha256(image).hexdigest()[:16]
                 images[arch][name] = image
-                archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | {"file": name}
+                rest = {"file": name} | ({"driver": oldest_driver(twin, arch)} if pack else {})
+                archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | rest
                 problems += over_budget(op, entry, arch) if check else []
                 names[op].add(entry["key"].partition(" ")[2])
             print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels", file=sys.stderr)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import fastlm
 from fastlm import _C, backend, cuda
-from fastlm.cuda.images import Images
 from fastlm.generate import recorded
 
 
@@ -20,10 +19,7 @@ def gpu() -> str:
     usable, what = cuda.status()
     if not usable:
         return f"none: {what}"
-    images = Images(cuda.device().capability)  # type: ignore[attr-defined]
-    if images.path is None:
-        return f"{what}; this build has no kernels for it: tools/gpu_build.py makes them"
-    return f"{what}; {len(images.manifest)} kernels in {images.path.name}"
+    return f"{what}; {cuda.device().images.says}"  # type: ignore[attr-defined]
 
 
 def version(package: str) -> str:

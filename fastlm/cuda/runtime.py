@@ -23,6 +23,7 @@ class Device:
     stream = 0
     dlpack = (2, 0)  # DLPack's type and number of the device
     shared_memory = 227 << 10  # bytes that one block may have
+    twin = "cuda"  # of an operation that has both, where FASTLM_KERNEL says nothing
 
     def block(self, bytes: int) -> Any:
         """Memory with `.pointer`, aligned to 256 bytes, freed with its last reference."""
@@ -188,7 +189,9 @@ class Cuda(Device):
         self.stream = _cuda.create_stream()
         from fastlm.cuda.images import Images
 
-        self.images = Images(self.capability)
+        self.images = Images(self.capability, _cuda.status()[2])
+        if not self.images.count("cuda"):  # built without nvcc, or the driver is too old
+            self.twin = "triton"
         self._runs: dict[Any, Run] = {}
 
     @property

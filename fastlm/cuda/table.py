@@ -51,9 +51,9 @@ class Gpu:
 
     @property
     def twin(self) -> str:
-        """The twin to use: FASTLM_KERNEL's choice, else CUDA C++ where the operation has one."""
+        """The twin to use: FASTLM_KERNEL's choice, else CUDA C++ where the operation and this build have one."""
         choice = chosen()
-        twin = choice.get(self.op, choice.get("*", "cuda"))
+        twin = choice.get(self.op, choice.get("*", self.device.twin))
         return twin if (KERNELS / self.op / f"{self.op}_cuda.cu").exists() or twin == "triton" else "triton"
 
     def triton(

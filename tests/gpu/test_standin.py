@@ -145,6 +145,32 @@ graph.launch(stream)
     ]
 
 
+@pytest.mark.parametrize(("version", "kernel"), [("13000", "add_fp32_fp32"), ("12080", "add"), ("12040", "add")])
+def test_twin_of_an_older_driver(driver, tmp_path, version, kernel):
+    """Where the driver is too old for what nvcc made, Triton's kernels are launched."""
+    code = f"""
+import json, zipfile
+from pathlib import Path
+from fastlm.cuda import device, images
+from fastlm.cuda.images import variant
+images.FOLDER = Path({str(tmp_path)!r})
+class All(dict):
+    def get(self, key, default=None):
+        return self["cuda" if key.startswith("cuda") else "triton"]
+with zipfile.ZipFile(images.FOLDER / "sm_90.zip", "w") as archive:
+    archive.writestr("image", b"\\x7fELF")
+    archive.writestr("manifest.json", json.dumps({{
+        "cuda": {{"entry": "add_fp32_fp32", "driver": 13000, "file": "image"}},
+        "triton": {{"entry": "add", "driver": 12000, "file": "image", "signature": "pppii", "block": 128, "shared": 0}}}}))
+on = device()
+on.images.manifest = All(on.images.manifest)
+x = on.zeros((4, 8))
+on.table.add(x, x, x)
+"""
+    python(driver, code, STANDIN_LOG=str(tmp_path / "log"), STANDIN_VERSION=version)
+    assert (tmp_path / "log").read_text().startswith(f"launch {kernel} ")
+
+
 def test_dlpack():
     """Arrays come from other libraries and go to them without a copy, bfloat16 too; another device is refused."""
     import ml_dtypes
