@@ -197,6 +197,16 @@ def sum_to(x: Any, shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> Array
     return out
 
 
+def cast(x: Any, dtype: DTypeLike) -> Array:
+    """A device's x in float32 or bfloat16: itself where it is."""
+    if x.dtype == dtype:
+        same: Array = x
+        return same
+    out = empty(x.shape, dtype, like=x)
+    kernels(x).scale_add(out, contiguous(x), 1.0, False)
+    return out
+
+
 class Unrecordable(Exception):
     """Why a step cannot be run again without Python."""
 

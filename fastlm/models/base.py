@@ -55,7 +55,6 @@ class LanguageModel(Module):
 
     config: Any
     cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
-    host_only = ""  # why the model runs on the CPU alone, where it does
 
     @property
     def kept_dtype(self) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.nn import Linear, Module, parameter
 from fastlm.nn.attention import EVERYTHING
+from fastlm.ops import check
 from fastlm.tensor import data, record, recording
 
 
@@ -24,6 +25,10 @@ class Stream:
     mask: Array | None
     segments: Array | None
     key_segments: Array | None
+
+    def to(self, device: Any) -> Stream:
+        """The same there, once for all layers."""
+        return Stream(*(backend.put(x, device) for x in (self.starts, self.mask, self.segments, self.key_segments)))
 
 
 class RelativeAttention(Module):
@@ -116,12 +121,25 @@ def positions_of(target_mapping: Any, B: int, T: int) -> tuple[Array, Array]:
     return m.argmax(2), np.asarray(m.any(2))
 
 
+def joined(parts: Sequence[Any], axis: int) -> Array:
+    """Arrays one after another along axis 0 or 1, where they are."""
+    if not backend.on_device(parts[0]):
+        return np.concatenate(parts, axis)
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    out, at = backend.empty_like(parts[0], tuple(shape)), 0
+    for part in parts:
+        span = slice(at, at := at + part.shape[axis])
+        backend.assign(out[span] if axis == 0 else out[:, span], part)
+    return out
+
+
 def after(memory: Array, x: Any) -> Any:
     """memory (B, M, C), which has no gradient, then x (B, T, C)."""
-    both = np.concatenate([memory, data(x)], 1)
+    both = joined([memory, data(x)], 1)
     if not recording(x):
         return both
-    return record(both, (x,), lambda dy: (np.ascontiguousarray(dy[:, memory.shape[1] :]),))
+    return record(both, (x,), lambda dy: (backend.contiguous(dy[:, memory.shape[1] :]),))
 
 
 def distances_of(T: int, S: int, C: int, clamp_len: int) -> Array:
@@ -134,9 +152,20 @@ def distances_of(T: int, S: int, C: int, clamp_len: int) -> Array:
     return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
 
-def mems_of(mems: Sequence[Any], n_layer: int, B: int, C: int) -> list[Array]:
-    """The memories that were given, one a layer, as arrays (B, M, C)."""
-    found = [np.ascontiguousarray(data(m), np.float32) for m in mems]
+def as_states(x: Any, like: Any) -> Array:
+    """An array of the host where the states `like` are, in their dtype."""
+    states: Array = backend.put(np.ascontiguousarray(x, like.dtype), backend.device_of(like))
+    return states
+
+
+def mems_of(mems: Sequence[Any], n_layer: int, like: Any) -> list[Array]:
+    """The memories that were given, one a layer, as arrays (B, M, C) where the states `like` (B, T, C) are; the host's are put there."""
+    B, C = like.shape[0], like.shape[2]
+    found = [m if backend.on_device(m) else as_states(m, like) for m in map(data, mems)]
+    for m in found:
+        check.together("xlnet", "the model", like, mems=m)
+        if m.dtype != like.dtype and backend.on_device(m):
+            raise TypeError(f"[xlnet] mems on a device must be {like.dtype}, as the model is, got {m.dtype}.")
     want = (B, found[0].shape[1] if found and found[0].ndim == 3 else 0, C)
     if len(found) != n_layer or any(m.shape != want for m in found):
         raise ValueError(f"[xlnet] mems must be {n_layer} arrays (B, M, C) = {want}, got {[m.shape for m in found]!s:.80}.")
@@ -146,5 +175,5 @@ def mems_of(mems: Sequence[Any], n_layer: int, B: int, C: int) -> list[Array]:
 def kept_of(x: Array, memory: Array | None, c: Any) -> Array:
     """What a layer's next memory is: of this one and the first c.reuse_len positions of x (B, T, C), the last c.mem_len."""
     x = x[:, : c.reuse_len]
-    x = x if memory is None else np.concatenate([memory, x], 1)
+    x = x if memory is None else joined([memory, x], 1)
     return (x if c.mem_len is None else x[:, -c.mem_len :]).copy()

@@ -22,8 +22,6 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[to] dtype must be None, 'float32' or 'bfloat16', got {dtype!r}.")
     parameters = model.named_parameters()
-    if device is not None and (why := getattr(model, "host_only", "")):
-        raise NotImplementedError(f"[to] {type(model).__name__} runs on the CPU alone: {why}.")
     for name, p in parameters.items():
         if isinstance(p.data, Declared):
             raise ValueError(f"[to] {name} has no value yet: load or initialise the model first.")

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
-from fastlm.models.base import CausalLM, as_ids, check_config
+from fastlm.models.base import CausalLM, as_ids, check_config, host_float
 from fastlm.models.heads import labels_of
 from fastlm.models.permutation import (
     Memories,
@@ -26,8 +26,10 @@ from fastlm.models.permutation import (
     Row,
     Stream,
     after,
+    as_states,
     distances_of,
     hidden_from,
+    joined,
     kept_of,
     mems_of,
     positions_of,
@@ -90,9 +92,8 @@ class Block(Module):
 class XLNet(CausalLM):
     """Inputs of every call: ids (B, T). mems: what `run` returned for earlier tokens, a list of (B, M, C) for each layer. perm_mask
     (B, T, T): not 0 where the query (axis 1) must not see the key. target_mapping (B, N, T): row n has a 1 at the position that is
-    asked, or is all 0; no position twice. mask (B, T): 0 is padding. segments (B, T) integers; those of memories are 0."""
-
-    host_only = "its position scores and memories have no kernels for a GPU"
+    asked, or is all 0; no position twice. mask (B, T): 0 is padding. segments (B, T) integers; those of memories are 0.
+    All of these are NumPy arrays; memories of a model on a device are there."""
 
     def __init__(self, config: XLNetConfig) -> None:
         c = self.config = check_config(config)
@@ -117,7 +118,8 @@ class XLNet(CausalLM):
         """The last states, of g (B, N, C) if something is asked, else of h (B, T, C); and the memories for what follows."""
         ids = as_ids("ids", ids)
         B, T = ids.shape
-        mems = None if mems is None else mems_of(mems, self.config.n_layer, B, self.config.d_model)
+        x = self.token_embedding(ids)
+        mems = None if mems is None else mems_of(mems, self.config.n_layer, data(x))
         M = 0 if mems is None else mems[0].shape[1]
         hidden = hidden_from(B, T, M, self.config.attn_type == "uni", perm_mask, mask)
         if segments is not None:
@@ -125,7 +127,7 @@ class XLNet(CausalLM):
         key_segments = None if segments is None else np.concatenate([np.zeros((B, M), np.int32), segments], 1)
         starts = np.repeat(np.arange(T, 0, -1, dtype=np.int32)[None], B, 0)
         own = None if hidden is None else hidden & ~np.eye(T, M + T, M, dtype=bool)
-        streams, xs = [Stream(starts, scores_of(own), segments, key_segments)], [self.token_embedding(ids)]
+        streams, xs = [Stream(starts, scores_of(own), segments, key_segments)], [x]
         if target_mapping is not None:
             at, asked = positions_of(target_mapping, B, T)
             rows = np.arange(B)[:, None]
@@ -135,7 +137,8 @@ class XLNet(CausalLM):
                 seen[~asked] = -np.inf
             streams.append(Stream(starts[rows, at], seen, None if segments is None else segments[rows, at], key_segments))
             xs.append(self.mask_embedding(np.zeros(at.shape, np.int32)))
-        distances, kept = distances_of(T, M + T, self.config.d_model, self.config.clamp_len), []
+        streams = [stream.to(self.device) for stream in streams]
+        distances, kept = as_states(distances_of(T, M + T, self.config.d_model, self.config.clamp_len), data(x)), []
         for layer, block in enumerate(self.blocks):
             memory = None if mems is None else mems[layer]
             kept.append(kept_of(data(xs[0]), memory, self.config))
@@ -160,7 +163,7 @@ class XLNet(CausalLM):
         """As the call, but nothing is recorded. With a cache and last=True: (B, V), of the token after ids."""
         with no_grad():
             if cache is None:
-                out: Array = data(self(ids, **given))
+                out = host_float(data(self(ids, **given)))
                 return out[:, -1] if last else out
             if not last or given:
                 raise ValueError(
@@ -172,7 +175,7 @@ class XLNet(CausalLM):
         """`logits`, and the memories that the next call takes as its mems."""
         with no_grad():
             x, mems = self.run(ids, **given)
-            return data(self._project(x)), mems
+            return host_float(data(self._project(x))), mems
 
     def loss(self, ids: Any, targets: Any, ignore_index: int = -100, **given: Any) -> Tensor:
         """Mean cross-entropy. targets: (B, N) the tokens asked for by target_mapping, or (B, T) without it; -100 is left out."""
@@ -202,12 +205,12 @@ class XLNet(CausalLM):
             new = np.stack([[*row.last, *ids[i], 0] for i, row in zip(chosen, rows, strict=True)]).astype(np.int32)
             mems = None
             if length >= 0:
-                mems = [np.concatenate(layer)[:, :-2] for layer in zip(*(row.mems or [] for row in rows), strict=True)]
+                mems = [joined(layer, 0)[:, :-2] for layer in zip(*(row.mems or [] for row in rows), strict=True)]
             B, T = new.shape
             perm_mask, asked = np.zeros((B, T, T), bool), np.zeros((B, 1, T), bool)
             perm_mask[:, :, -1] = asked[:, 0, -1] = True
             x, kept = self.run(new, mems=mems, perm_mask=perm_mask, target_mapping=asked)
-            out[chosen] = data(self._project(x))[:, 0]
+            out[chosen] = host_float(data(self._project(x)))[:, 0]
             for b, row in enumerate(rows):
                 row.mems, row.last = [layer[b : b + 1] for layer in kept], [int(new[b, -2])]
                 row.length += ids.shape[1]

@@ -72,7 +72,9 @@ def embedding(ids: Any, weight: Any, dtype: Any = None) -> Any:
     def backward(dy: Array) -> Sequence[Array | None]:
         target, dweight = accumulator(weight)
         kernels(rows).embedding_backward(target, ids, contiguous(dy))
-        return (dweight,)
+        if dweight is None or not backend.on_device(dweight):
+            return (dweight,)
+        return (backend.cast(dweight, wd.dtype),)  # what was computed in bfloat16 has such a gradient
 
     return record(y, (weight,), backward)
 

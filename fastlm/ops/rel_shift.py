@@ -76,6 +76,7 @@ def rel_shift(
     def backward(dout: Array) -> Sequence[Array | None]:
         dq = backend.empty_like(qd)
         dr = backend.empty_like(rd) if needs_grad(r) else None
+        dout = dout if device is None else backend.cast(dout, np.float32)
         dterm = None if term is None else backend.empty((B, H, T, 2), like=qd)
         kernels(qd).rel_shift_backward(dq, dr, dterm, contiguous(dout), qd, ud, rd, at, qs, ks, scale)
         if device is not None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 BLOCK = 1024
+SERIAL = 64  # elements
+ENOUGH = 1 << 15  # outputs, a thread each
 
 
 def add(gpu: Any, out: Any, x: Any, y: Any) -> None:
@@ -19,7 +21,7 @@ def add(gpu: Any, out: Any, x: Any, y: Any) -> None:
 
 
 def scale_add(gpu: Any, y: Any, x: Any, a: float, add: bool) -> None:
-    """y = a x, or y += a x; x and y of one dtype, y may be x."""
+    """y = a x, or y += a x; y may be x. x and y of one dtype, but for y = a x."""
     arguments = {"y": y, "x": x, "z": y if add else None, "n": x.size, "a": float(a)}
     gpu.triton("scale_add", (-(-x.size // BLOCK),), arguments, plain=("n",), BLOCK=BLOCK)
 
@@ -49,16 +51,23 @@ def add_broadcast(gpu: Any, out: Any, x: Any, y: Any) -> None:
 
 
 def sum_to(gpu: Any, out: Any, x: Any) -> None:
-    """out = x summed over the axes along which out was repeated to x's shape; at most four axes, out contiguous."""
-    shape, kept = _four(x.shape), _four(out.shape)
+    """out = x summed over the axes along which out was repeated to x's shape; at most four axes, out contiguous.
+
+    A thread sums at most SERIAL elements where there are too few outputs to fill a card: into pieces, which are summed in their order.
+    """
+    shape, kept, n = _four(x.shape), _four(out.shape), out.size
     strides = _strides(x, shape)
     summed = [n if k == 1 else 1 for n, k in zip(shape, kept, strict=True)]
     count = summed[0] * summed[1] * summed[2] * summed[3]
-    arguments = {"out": out, "x": x, "n": out.size} | {f"K{i}": kept[i] for i in (1, 2, 3)}
+    pieces = 1 if count <= SERIAL or n >= ENOUGH else -(-count // SERIAL)
+    to = out if pieces == 1 else gpu.empty((pieces, n))
+    arguments = {"out": to, "x": x, "n": n, "pieces": pieces} | {f"K{i}": kept[i] for i in (1, 2, 3)}
     arguments |= {f"k{i}": 0 if kept[i] == 1 else strides[i] for i in range(4)} | {"count": count}
     arguments |= {f"R{i}": summed[i] for i in (1, 2, 3)} | {f"r{i}": strides[i] for i in range(4)}
     plain = tuple(k for k in arguments if k not in ("out", "x"))
-    gpu.triton("sum_to", (-(-out.size // 256),), arguments, plain=plain, BLOCK=256)
+    gpu.triton("sum_to", (-(-n * pieces // 256),), arguments, plain=plain, BLOCK=256)
+    if pieces > 1:
+        sum_to(gpu, out.reshape(n), to)
 
 
 def _four(shape: Sequence[int]) -> tuple[int, ...]:

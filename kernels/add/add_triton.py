@@ -75,21 +75,23 @@ def add_broadcast(out, x, y, n, D1, D2, D3, x0, x1, x2, x3, y0, y1, y2, y3, BLOC
 
 
 @triton.jit
-def sum_to(out, x, n, K1, K2, K3, k0, k1, k2, k3, count, R1, R2, R3, r0, r1, r2, r3, BLOCK: tl.constexpr):
-    """out (K0, K1, K2, K3), of n elements, = x summed over (R0, R1, R2, R3), of `count`, in their order; strides of x in elements."""
+def sum_to(out, x, n, pieces, K1, K2, K3, k0, k1, k2, k3, count, R1, R2, R3, r0, r1, r2, r3, BLOCK: tl.constexpr):
+    """out (pieces, K0, K1, K2, K3), of `pieces` times n elements: x summed over (R0, R1, R2, R3), of `count`, in their order; a piece
+    takes every pieces-th of them. Strides of x in elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d3, rest = at % K3, at // K3
+    inside, piece, place = at < n.to(tl.int64) * pieces, at // n, at % n
+    d3, rest = place % K3, place // K3
     d2, rest = rest % K2, rest // K2
     d1, d0 = rest % K1, rest // K1
     first = x + d0 * k0 + d1 * k1 + d2 * k2 + d3 * k3
     sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(count):
-        j = tl.cast(i, tl.int64)
+    for i in range(0, count, pieces):
+        j = i + piece
         e3, rest_ = j % R3, j // R3
         e2, rest_ = rest_ % R2, rest_ // R2
         e1, e0 = rest_ % R1, rest_ // R1
-        sum += tl.load(first + (e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3), mask=at < n, other=0.0).to(tl.float32)
-    tl.store(out + at, sum.to(out.dtype.element_ty), mask=at < n)
+        sum += tl.load(first + (e0 * r0 + e1 * r1 + e2 * r2 + e3 * r3), mask=inside & (j < count), other=0.0).to(tl.float32)
+    tl.store(out + at, sum.to(out.dtype.element_ty), mask=inside)
 
 
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
@@ -103,12 +105,14 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
             yield "scale_add", {"y": f, "x": f, "z": z, "n": "i32", "a": "fp32"}, block, OPTIONS
         yield "tanh", {"y": f, "x": f, "n": "i32"}, block, OPTIONS
         yield "tanh_backward", {"dx": f, "dy": f, "y": f, "n": "i32"}, block, OPTIONS
+    for y, x in (("*fp32", "*bf16"), ("*bf16", "*fp32")):
+        yield "scale_add", {"y": y, "x": x, "z": None, "n": "i32", "a": "fp32"}, block, OPTIONS
     for i in ("*i32", "*i64"):
         yield "advance", {"y": i, "x": i, "n": "i32", "by": "i32"}, block, OPTIONS
     numbers = dict.fromkeys(("n", "D1", "D2", "D3", "x0", "x1", "x2", "x3", "y0", "y1", "y2", "y3"), "i32")
     yield "add_broadcast", {"out": "*fp32", "x": "*fp32", "y": "*fp32"} | numbers, block, OPTIONS
     numbers = dict.fromkeys(
-        ("n", "K1", "K2", "K3", "k0", "k1", "k2", "k3", "count", "R1", "R2", "R3", "r0", "r1", "r2", "r3"), "i32"
+        ("n", "pieces", "K1", "K2", "K3", "k0", "k1", "k2", "k3", "count", "R1", "R2", "R3", "r0", "r1", "r2", "r3"), "i32"
     )
-    for out, x in (("*fp32", "*fp32"), ("*fp32", "*bf16"), ("*bf16", "*bf16")):
+    for out, x in product(("*fp32", "*bf16"), repeat=2):
         yield "sum_to", {"out": out, "x": x} | numbers, {"BLOCK": 256}, OPTIONS

@@ -1,4 +1,5 @@
-"""Position and segment scores of Transformer-XL in Triton. The contract is rel_shift.h; arrays are float32 or bfloat16.
+"""Position and segment scores of Transformer-XL in Triton. The contract is rel_shift.h; arrays are float32 or bfloat16, but for the
+scores' gradient, which attention gives in float32.
 
 A program multiplies ROWS queries with POINTS neighbouring rows of r on the tensor cores; the shift is in the addresses of the scores,
 s = p - start. Tiles that no query of the program sees are left out.
@@ -126,12 +127,11 @@ def rel_shift_backward_q(
         g = tl.load(dout + bh * T * S + (t[:, None] * S + s), mask=inside, other=0.0)
         at = p[:, None] * (H * D) + c[None, :]
         y = tl.load(r + h * D + at, mask=(p < P)[:, None] & (c < D)[None, :], other=0.0)
-        sums = tl.dot(g, y, sums, input_precision="ieee")
+        sums = tl.dot(g.to(y.dtype), y, sums, input_precision="ieee")
         if segmented:
             same = _same(query_segments, key_segments, b, t, s, inside, T, S)
-            wide = g.to(tl.float32)
-            equal += tl.sum(tl.where(same, wide, 0.0), 1)
-            other += tl.sum(tl.where(same, 0.0, wide), 1)
+            equal += tl.sum(tl.where(same, g, 0.0), 1)
+            other += tl.sum(tl.where(same, 0.0, g), 1)
     at = t[:, None] * (H * D) + c[None, :]
     tl.store(dq + (b * T * H + h) * D + at, (sums * scale).to(dq.dtype.element_ty), mask=(t < T)[:, None] & (c < D)[None, :])
     if segmented != 0 and tl.program_id(1) == 0:
@@ -160,8 +160,8 @@ def rel_shift_backward_r(
                 s = p[:, None] - start[None, :]
                 inside = (t < T)[None, :] & (s >= 0) & (s < S)
                 g = tl.load(dout + (b * H + h) * T * S + (t[None, :] * S + s), mask=inside, other=0.0)
-                x = _queries(q + (b * T * H + h) * D, u + h * D, t, T, H, D, c).to(g.dtype)
-                sums = tl.dot(g, x, sums, input_precision="ieee")
+                x = _queries(q + (b * T * H + h) * D, u + h * D, t, T, H, D, c).to(q.dtype.element_ty)
+                sums = tl.dot(g.to(x.dtype), x, sums, input_precision="ieee")
     at = p[:, None] * (H * D) + c[None, :]
     tl.store(dr + h * D + at, (sums * scale).to(dr.dtype.element_ty), mask=(p < P)[:, None] & (c < D)[None, :])
 
@@ -240,9 +240,9 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
             {"ROWS": 32, "POINTS": 64, "COLUMNS": 32},
             options,
         )
-        types = {"dq": f, "dterm": F, "dout": f, "r": f, "starts": "*i32", "query_segments": "*i32", "key_segments": "*i32"} | sizes
+        types = {"dq": f, "dterm": F, "dout": F, "r": f, "starts": "*i32", "query_segments": "*i32", "key_segments": "*i32"} | sizes
         yield "rel_shift_backward_q", types | {"segmented": "i32", "scale": "fp32"}, tile, options
-        types = {"dr": f, "dout": f, "q": f, "u": f, "starts": "*i32", "B": "i32"} | sizes | {"scale": "fp32"}
+        types = {"dr": f, "dout": F, "q": f, "u": f, "starts": "*i32", "B": "i32"} | sizes | {"scale": "fp32"}
         yield "rel_shift_backward_r", types, tile | {"ROWS": 16}, options
         some: dict[str, str | None] = {"rows": "i32", "T": "i32", "H": "i32", "D": "i32", "scale": "fp32"}
         yield "rel_shift_term", {"term": F, "q": f, "bias": f, "embedding": f} | some, rows, options

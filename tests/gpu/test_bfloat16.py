@@ -66,6 +66,7 @@ CALLS = {
         for interleaved in (False, True)
     },
     **{f"embedding {C}": (lambda weight: ops.embedding(np.array([3, 1, 3, 0]), weight), [normal(5, C)]) for C in (33, 48)},
+    "rows of a product": (lambda x, w: ops.embedding(np.array([3, 1, 3, 0]), ops.linear(x, w)), [coarse(5, 16), coarse(33, 16)]),
     **{f"{op}, {C}": (getattr(ops, op), [coarse(5, C), coarse(5, C), normal(C)]) for C in (33, 48) for op in ADDING},
 }
 

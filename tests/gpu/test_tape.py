@@ -71,6 +71,21 @@ def test_structure(f, shapes, on):
         np.testing.assert_allclose(b, a, rtol=3e-7, atol=6e-7)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((5, 300), ()), ((3, 70, 2, 33), (1, 1, 2, 1)), ((130, 7), (1, 7)), ((64, 3), (1, 3)), ((4999,), (1,))]
+)
+def test_sum_to_in_pieces(shape, kept, on):
+    """Where few outputs sum many elements: every one of them once, and in bfloat16 one rounding, at the end."""
+    x = normal(*shape).astype(ml_dtypes.bfloat16).astype(np.float32)
+    whole = tuple(i for i, n in enumerate((*kept, *(1,) * (len(shape) - len(kept)))) if n == 1)
+    exact = x.astype(np.float64).sum(whole, keepdims=True).reshape(kept)
+    got = backend.sum_to(on.put(x), kept)
+    np.testing.assert_allclose(got.numpy(), exact, rtol=1e-6, atol=1e-5)
+    assert got.numpy().tobytes() == backend.sum_to(on.put(x), kept).numpy().tobytes()
+    half = backend.sum_to(on.put(x.astype(ml_dtypes.bfloat16)), kept, ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(half.numpy(), got.numpy().astype(ml_dtypes.bfloat16))
+
+
 def test_tanh_digits(on):
     x = np.concatenate([np.geomspace(1e-6, 30, 900), [0, -0.5, 90, -90, np.inf, -np.inf]]).astype(np.float32)
     np.testing.assert_allclose(ops.tanh(on.put(x)).numpy(), np.tanh(x.astype(np.float64)), rtol=3e-7)
