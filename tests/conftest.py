@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +34,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = {layer: reason for layer, reason in (layers() | {"a real device": "" if usable else why}).items() if reason}
     for layer, reason in skipped.items():
         terminalreporter.write_line(f"GPU kernels without {layer}: {reason.rstrip('.')}.")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nvcc is, no test of the GPU's kernels may be skipped for want of a tool."""
+    from tests.gpu.build import gpu_build
+
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or gpu_build().nvcc() is None:
+        return
+    skipped = [r for r in reporter.stats.get("skipped", []) if r.nodeid.startswith("tests/gpu/")]
+    wanting = sorted(
+        {r.nodeid.split("[")[0] for r in skipped if re.search(r"triton|nvcc|toolkit|cuda\.h|g\+\+", str(r.longrepr), re.I)}
+    )
+    if wanting:
+        reporter.write_line(f"\nskipped although nvcc is here: {', '.join(wanting)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -173,6 +173,7 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
     made = []
     module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
     letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    how = {"enable_fp_fusion": True}  # what 3.6 does by itself
     seen: set[str] = set()
     for kernel, types, constants, options in module.variants():
         if one_each and kernel in seen:
@@ -188,7 +189,9 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
             (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t and (t[0] == "*" or t.endswith(":16"))
         }
         source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32), options=dict(options))
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32), options=how | dict(options)
+        )
         meta = compiled.metadata
         image = compiled.asm["ptx"].encode() if arch == "ptx" else compiled.asm["cubin"]
         entry = {
@@ -221,11 +224,13 @@ def resources(cubin: bytes, triton: Any) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])} | counts
 
 
-def job(arguments: tuple[str, str, str, bool]) -> tuple[str, str, str, list[tuple[dict[str, Any], bytes]]]:
+def job(arguments: tuple[str, str, str, bool]) -> tuple[str, str, str, list[tuple[dict[str, Any], bytes]], float]:
+    """The arguments, what was compiled, and the processor's seconds that it took."""
     twin, op, arch, one_each = arguments
+    start = sum(os.times()[:4])
     kept = CACHE / f"{twin}-{op}-{arch}-{key(*arguments)}"
     if kept.exists():
-        return twin, op, arch, pickle.loads(kept.read_bytes())
+        return twin, op, arch, pickle.loads(kept.read_bytes()), 0.0
     if twin == "triton":
         made = compile_triton(op, arch, one_each)
     else:
@@ -238,7 +243,7 @@ def job(arguments: tuple[str, str, str, bool]) -> tuple[str, str, str, list[tupl
     with tempfile.NamedTemporaryFile(dir=CACHE, delete=False) as file:
         file.write(pickle.dumps(made))
     Path(file.name).replace(kept)
-    return twin, op, arch, made
+    return twin, op, arch, made, sum(os.times()[:4]) - start
 
 
 @cache
@@ -308,7 +313,7 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, 
     images: dict[str, dict[str, bytes]] = {a: {} for a in archs}
     names: dict[str, set[str]] = {op: set() for op in ops}
     with ProcessPoolExecutor(jobs) as pool:
-        for twin, op, arch, made in pool.map(job, work):
+        for twin, op, arch, made, seconds in pool.map(job, work):
             for entry, image in made:
                 name = hashlib.sha256(image).hexdigest()[:16]
                 images[arch][name] = image
@@ -316,7 +321,7 @@ def build(ops: list[str], archs: list[str], check: bool, pack: bool, jobs: int, 
                 archives[arch][entry["key"]] = {k: v for k, v in entry.items() if k != "key"} | rest
                 problems += over_budget(op, entry, arch) if check else []
                 names[op].add(entry["key"].partition(" ")[2])
-            print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels", file=sys.stderr)
+            print(f"{twin:<7} {op:<22} {arch:<4} {len(made)} kernels, {seconds:.1f} s", file=sys.stderr)
     if check and nvcc() and not one_each:
         problems += [p for op in ops for p in unmatched(op, names[op])]
     if pack:

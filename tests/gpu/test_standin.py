@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from fastlm.cuda.emulated import emulated
 from fastlm.cuda.runtime import status
+from tests.gpu.build import gpu_build, toolkit
 
 pytest.importorskip("fastlm._cuda", reason="built without a CUDA toolkit")
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """The stand-in, compiled."""
-    include = next((p for p in [Path("/usr/local/cuda/include"), Path("/usr/include")] if (p / "cuda.h").exists()), None)
+    include = toolkit()
     if include is None:
         pytest.skip("no cuda.h")
     library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
@@ -112,14 +112,11 @@ del recording
     assert (tmp_path / "log").read_text().splitlines() == ["begin capture", "end capture", "launch graph", "launch graph"]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(gpu_build().nvcc() is None, reason="needs nvcc")
 def test_launch(driver, tmp_path):
     """A compiled kernel is loaded, and the driver gets the grid and every argument as given."""
     image = tmp_path / "add.cubin"
-    source = ROOT / "kernels/add/add_cuda.cu"
-    subprocess.run(
-        ["nvcc", "-std=c++17", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}", source, "-o", image], check=True
-    )
+    image.write_bytes(gpu_build().compile_cuda("add", "90")[0])
     log = tmp_path / "log"
     code = f"""
 from fastlm import _cuda
