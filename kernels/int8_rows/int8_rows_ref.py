@@ -11,7 +11,8 @@ from fastlm.checkpoint.quantized import QuantizedArray
 CASES: list[dict[str, Any]] = [
     {"rows": rows, "out": out, "in": K}
     for rows, out, K in (
-        (1, 1, 1), (0, 5, 3), (2, 31, 33), (3, 33, 8), (4, 64, 12), (7, 18, 1023), (13, 70, 257), (33, 130, 96), (5, 0, 4), (3, 20, 0), (67, 100, 770)
+        (1, 1, 1), (0, 5, 3), (2, 31, 33), (3, 33, 8), (4, 64, 12), (7, 18, 1023), (13, 70, 257), (33, 130, 96), (5, 0, 4), (3, 20, 0),
+        (67, 100, 770)
     )
 ] + [
     {"rows": rows, "out": out, "in": K, "bench": True}
