@@ -13,7 +13,7 @@ CASES = [
     {"model": "smollm2", "task": "prompt", "kind": "q4_1", "tokens": 512},
     *({"model": "gpt2", "task": "decode", "kind": kind, "batch": 1} for kind in ("f32", "bf16", "q8_0", "q4_0")),
     *({"model": "gpt2", "task": "decode", "kind": kind, "batch": 8} for kind in ("q8_0", "q4_0")),
-    *({"model": "gpt2", "task": "prompt", "kind": kind, "tokens": 512} for kind in ("f32", "q8_0")),
+    *({"model": "gpt2", "task": "prompt", "kind": kind, "tokens": 512} for kind in ("f32", "int8")),
     {"model": "gpt2", "task": "train", "batch": 4, "context": 256},
     {"model": "gpt2", "task": "train", "batch": 1, "context": 1024},
     {"model": "gpt-char-6x384", "task": "train", "batch": 12, "context": 256},

@@ -213,11 +213,12 @@ NAMES = {  # a part's name in a Hugging Face file -> in a GGUF file
 
 
 def gguf_file(case: dict[str, Any]) -> Path | None:
-    """The model as a GGUF file of the case's kind: SmolLM2 as published, others written here from their folder. Matrices are quantised;
-    positions and what is not a matrix stay float32. None without the package gguf."""
+    """The model as a GGUF file of the case's kind (int8: q8_0): SmolLM2 as published, others written here from their folder. Matrices are
+    quantised; positions and what is not a matrix stay float32. None without the package gguf."""
     if case["model"] == "smollm2":
         return smollm2()
-    path = shared(f"{case['model']}-{case['kind']}.gguf")
+    stored = {"int8": "q8_0"}.get(case["kind"], case["kind"])
+    path = shared(f"{case['model']}-{stored}.gguf")
     if path.exists():
         return path
     try:
@@ -225,7 +226,7 @@ def gguf_file(case: dict[str, Any]) -> Path | None:
         from safetensors.numpy import load_file
     except ImportError:
         return None
-    kind = gguf.GGMLQuantizationType[case["kind"].upper()]
+    kind = gguf.GGMLQuantizationType[stored.upper()]
     config = json.loads((folder(case) / "config.json").read_text())
     llama = config["model_type"] == "llama"
 

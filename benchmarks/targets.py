@@ -91,7 +91,7 @@ def _table() -> Iterator[Target]:
     yield row("model", "gpt2-decode-q8_0-8", 1.8)
     yield row("model", "gpt2-decode-q4_0-8", 1.8)
     yield row("model", "gpt2-prompt-f32-512", 1.4)
-    yield row("model", "gpt2-prompt-q8_0-512", 1.5)
+    yield row("model", "gpt2-prompt-int8-512", 1.5)
     yield row("model", "smollm2-decode-q4_1-1", 1.2)
     yield row("model", "smollm2-prompt-q4_1-512", 1.4)
     yield row("model", "smollm2-decode-q4_1-8", 2.5)
