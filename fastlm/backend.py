@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import DTypeLike, NDArray
 from fastlm import _C
 
 Array: TypeAlias = NDArray[Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 _POOLED = 1 << 16  # bytes; below this malloc is as good and cheaper
 
@@ -344,6 +347,24 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Sets the number of threads, 1 to 1024. Results do not depend on it, bit for bit."""
     _C.set_num_threads(n)
+
+
+def each(f: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """[f(item) for item in items], as many at a time as there are threads, each on one thread from its first kernel to its last.
+
+    For parts that do not need each other: what a thread has computed is read again from its own cache, and nobody waits at the end of
+    a kernel. The results have the same bits. What f raises is raised here.
+    """
+    count = min(num_threads(), len(items))
+    if count < 2:
+        return [f(item) for item in items]
+
+    def alone(item: T) -> R:
+        _C.compute_alone(True)
+        return f(item)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(alone, items))
 
 
 def isa() -> str:

@@ -207,8 +207,8 @@ class LM:
 
         The mean over the tokens or the first token's state, of length 1 or not, as the checkpoint's sentence-transformers files say
         (`model.pooling`); the plain mean where there are none. Longer texts are cut to the longest that these files or the model
-        allow. Texts lie one behind the other without padding, up to `batch_tokens` tokens at a time; a text has the same vector alone
-        and in company.
+        allow. Texts lie one behind the other without padding, up to `batch_tokens` tokens at a time, each thread its own; a text has the
+        same vector alone and in company.
         """
         if not isinstance(self.model, Encoder):
             raise ValueError(f"[embed] the model must be an encoder, got {type(self.model).__name__}")
@@ -226,10 +226,14 @@ class LM:
         pooling, longest = self.model.pooling, self.model.max_tokens
         longest = min(longest, pooling.max_tokens or longest)
         ids = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in ids]  # keeps [SEP]
-        pooled = []
-        for part in _parts([len(row) for row in ids], batch_tokens):
+        model = self.model
+
+        def vectors(part: slice) -> Array:
             rows = ids[part]
-            pooled.append(pooling(self.model.packed_states(rows), np.array([len(row) for row in rows])))
+            return pooling(model.packed_states(rows), np.array([len(row) for row in rows]))
+
+        parts = list(_parts([len(row) for row in ids], batch_tokens, backend.num_threads()))
+        pooled = backend.each(vectors, parts) if model.device is None else [vectors(part) for part in parts]
         return np.concatenate(pooled) if pooled else np.empty((0, self.model.config.d_model), np.float32)
 
     # Ids
@@ -395,15 +399,24 @@ def _batch(name: str, ids: Any) -> tuple[Array, bool]:
     return (array[None], True) if array.ndim == 1 else (array, False)
 
 
-def _parts(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
-    """Texts in their order, in runs of at most batch_tokens tokens, or one text."""
-    first = total = 0
+ENOUGH = 256  # tokens for a thread that works on texts of its own
+
+
+def _parts(lengths: Sequence[int], batch_tokens: int, threads: int) -> Iterator[slice]:
+    """Texts in their order, in runs of at most batch_tokens tokens, or one text: about equal, and as many for each thread."""
+    total, room = sum(lengths), max(batch_tokens - max(lengths, default=0), (batch_tokens + 1) // 2)
+    count = max(1 if total <= batch_tokens else -(-total // room), min(threads, total // ENOUGH))
+    count = -(-count // threads) * threads if count > 1 else 1
+    first = size = before = part = 0
     for i, length in enumerate(lengths):
-        if total and total + length > batch_tokens:
+        here = (2 * before + length) * count // (2 * total)  # where its middle lies
+        if size and (here > part or size + length > batch_tokens):
             yield slice(first, i)
-            first, total = i, 0
-        total += length
-    if total:
+            first, size = i, 0
+        part = here
+        size += length
+        before += length
+    if size:
         yield slice(first, len(lengths))
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import fastlm
-from fastlm import LM, Tokenizer, evaluate
+from fastlm import _C, LM, Tokenizer, evaluate
 from fastlm.checkpoint import convert_llama2c
-from fastlm.lm import Text
+from fastlm.lm import Text, _parts
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "stories260k"
@@ -247,3 +247,29 @@ def test_public_names() -> None:
     assert callable(fastlm.train)
     with pytest.raises(AttributeError, match="no attribute 'no_such'"):
         fastlm.no_such  # noqa: B018
+
+
+def test_parts_are_about_equal_and_as_many_for_each_thread():
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 90, 300)]
+    for threads, batch in ((1, 1024), (2, 1024), (3, 500), (2, 10), (2, 1 << 20)):
+        parts = list(_parts(lengths, batch, threads))
+        assert [i for p in parts for i in range(p.start, p.stop)] == list(range(300))
+        sizes = [sum(lengths[p]) for p in parts]
+        assert all(size <= batch or p.stop - p.start == 1 for size, p in zip(sizes, parts, strict=True))
+        if batch >= 500:
+            assert len(parts) % threads == 0
+            assert max(sizes) - min(sizes) < 2 * 90
+    assert list(_parts([5, 5], 1024, 2)) == [slice(0, 2)]
+
+
+def test_embeddings_are_the_same_on_any_number_of_threads(threads: None) -> None:
+    lm = fastlm.load(DATA / "encoders" / "bert.bare")
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 37, n).tolist() for n in rng.integers(1, 15, 90)]
+    _C.set_num_threads(1)
+    alone = lm.embed(rows)
+    _C.set_num_threads(3)
+    np.testing.assert_array_equal(lm.embed(rows), alone)
+    np.testing.assert_array_equal(lm.embed(rows, batch_tokens=100), alone)
+    with pytest.raises(ValueError, match="ids"):
+        lm.embed([*rows, [10**6]])

@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", &cpu_features);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"), py::call_guard<Prepare>());
+    m.def("compute_alone", &compute_alone, py::arg("on"));
     bind_gguf(m);
     bind_plan(m);
     py::list ops;

@@ -111,6 +111,7 @@ class Pool {
 };
 
 thread_local bool inside = false;
+thread_local bool alone = false;
 
 void Pool::run(int index) {
     inside = true;  // a kernel inside a kernel runs on its own thread alone
@@ -198,7 +199,10 @@ int default_num_threads() {
     return cpus < quota ? cpus : quota;
 }
 
+void compute_alone(bool on) { alone = on; }
+
 int num_threads() {
+    if (alone) return 1;
     int n = wanted.load();
     if (n == 0) wanted.store(n = default_num_threads());
     return n;

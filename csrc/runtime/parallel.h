@@ -18,8 +18,9 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction f, void* context);
 // shrinks.
 void* scratch(size_t bytes);
 
-int num_threads();
+int num_threads();            // 1 on a thread that computes alone
 void set_num_threads(int n);  // 1 to 1024
+void compute_alone(bool on);  // on: what this thread calls runs on it alone
 int default_num_threads();    // FASTLM_NUM_THREADS, else the CPUs that affinity and cgroup quota leave
 
 namespace {
