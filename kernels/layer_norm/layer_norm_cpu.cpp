@@ -59,7 +59,10 @@ void forward(const LayerNormForward& p) {
     });
 }
 
-void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
+// From this size on dx goes past the caches, where x and dy of the next rows are wanted: a store that misses reads first.
+constexpr int64_t kPast = 4 << 20;  // numbers
+
+void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias, bool past) {
     const float *dy = p.dy + r * p.C, *x = p.x + r * p.C, *stats = p.stats + 3 * r;
     const vf mean = set(stats[0]), shift = set(stats[1]), scale = set(stats[2]);
     vf sum_g[4] = {zero(), zero(), zero(), zero()}, sum_gn[4] = {zero(), zero(), zero(), zero()};
@@ -75,20 +78,24 @@ void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* 
     const vf mean_g = set(reduce_add_4(sum_g) / float(p.C)), mean_gn = set(reduce_add_4(sum_gn) / float(p.C));
     const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
     float* dx = p.dx + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+    const auto gradient = [&](int64_t c, auto v) FASTLM_LAMBDA {
         const vf g = v.load(dy + c) * v.load(p.weight + c), normal = fma(v.load(x + c) - mean, scale, shift);
         const vf d = scale * (g - fma(normal, mean_gn, mean_g));
-        v.store(dx + c, dtotal ? d + v.load(dtotal + c) : d);
-    });
+        return dtotal ? d + v.load(dtotal + c) : d;
+    };
+    if (past) each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { stream(dx + c, gradient(c, v)); });
+    else each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(dx + c, gradient(c, v)); });
 }
 
 void backward(const LayerNormBackward& p) {
     const bool parameters = p.dweight || p.dbias;
+    const bool past = p.R * p.C >= kPast && p.C % W == 0 && reinterpret_cast<uintptr_t>(p.dx) % (W * sizeof(float)) == 0;
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = parameters ? p.partial + begin / kLayerNormRows * 2 * p.C : nullptr;
         float* dbias = parameters ? dweight + p.C : nullptr;
         if (parameters) std::memset(dweight, 0, size_t(2 * p.C) * sizeof(float));
-        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias);
+        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias, past);
+        if (past) fence();
     });
     if (!parameters) return;
     const int64_t pieces = (p.R + kLayerNormRows - 1) / kLayerNormRows;

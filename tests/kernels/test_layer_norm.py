@@ -121,3 +121,17 @@ def test_refuses():
         ops.layer_norm(x.astype(np.float64), np.zeros(768, np.float32))
     with pytest.raises(ValueError, match=r"\[add_layer_norm\] residual must be the shape of x = \(4, 128, 768\), got \(128, 768\)"):
         ops.add_layer_norm(x, x[0], np.zeros(768, np.float32))
+
+
+def test_a_large_gradient_past_the_caches(isa):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 5500, 768), np.float32)
+    weight, bias = rng.standard_normal((2, 768), np.float32)
+
+    def gradient(rows):
+        t = Tensor(x[rows].copy(), True)
+        ops.layer_norm(t, weight, bias, 1e-5).backward(dy[rows].copy())
+        return t.grad
+
+    parts = np.concatenate([gradient(slice(i, i + 1100)) for i in range(0, 5500, 1100)])
+    np.testing.assert_array_equal(gradient(slice(None)), parts)
