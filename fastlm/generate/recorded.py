@@ -91,13 +91,19 @@ class Decoder:
     def ahead(self, most: int, ends: Array, seconds: float) -> list[list[int]]:
         """Up to `most` steps that each choose ids, no new one once `seconds` have passed or an id is among `ends` (int32) or below 0, as
         it is where logits are nan. Returns the ids (B,) of each; none where the next step is one for `step` to take."""
+        recording = self.recording
+        if (
+            recording is None
+            or recording.threads != backend.num_threads()
+            or self.choose is None
+            or self._kind not in self._verdicts
+        ):
+            return []
         most = min(most, self._room)
-        current = self.recording is not None and self.recording.threads == backend.num_threads()
-        if self._python or self.choose is None or not current or most < 1 or self._kind not in self._verdicts:
+        if self._python or most < 1:
             return []
         found = np.empty((most, len(self.ids)), np.int32)
-        assert self.recording is not None
-        rows: list[list[int]] = found[: self.recording.run_on(found, self.ids, ends, seconds)].tolist()
+        rows: list[list[int]] = found[: recording.run_on(found, self.ids, ends, seconds)].tolist()
         return rows
 
     def refresh(self) -> None:
