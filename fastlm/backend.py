@@ -113,8 +113,23 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32, like: Any = Non
         there: Array = like.device.zeros(shape, dtype)
         return there
     a = empty(shape, dtype)
-    a.fill(0)
+    if recording():
+        _C.zero(a)  # in every run
+    else:
+        a.fill(0)
     return a
+
+
+_numbers = np.arange(1024, dtype=np.int32)
+
+
+def numbers(count: int) -> Array:
+    """0 .. count - 1, int32, in memory that lasts and is not to be written to: recorded steps may read it."""
+    global _numbers
+    if count > len(_numbers):
+        _numbers = np.arange(2 * count, dtype=np.int32)
+    found: Array = _numbers[:count]
+    return found
 
 
 def memory() -> dict[str, int]:
@@ -144,6 +159,10 @@ def ones_like(x: Any) -> Array:
 
 def copy(x: Any) -> Array:
     """A C-contiguous copy of x, where x is."""
+    if recording() and isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.c_contiguous:
+        again = empty(x.shape)
+        _C.scale_add(again, x, 1.0, False)
+        return again
     there: Array = np.array(x, order="C") if isinstance(x, np.ndarray) else x.copy()
     return there
 
@@ -154,8 +173,11 @@ def add(x: Any, y: Any, out: Any = None) -> Array:
         if out is None:
             out = empty(x.shape, x.dtype)
         total: Array = out
-        plain = x.size >= _POOLED // 4 and x.flags.c_contiguous and y.flags.c_contiguous and x.dtype == y.dtype == np.float32
-        if plain and out is x:
+        plain = x.flags.c_contiguous and y.flags.c_contiguous and x.dtype == y.dtype == np.float32
+        if plain and recording():
+            _C.add(total, y, x)
+            return total
+        if plain and out is x and x.size >= _POOLED // 4:
             _C.scale_add(x, y, 1.0, True)  # the same sum, on all threads
             return total
         np.add(x, y, out=total)

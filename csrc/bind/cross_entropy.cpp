@@ -5,6 +5,21 @@
 FASTLM_KERNELS(CrossEntropyKernels, cross_entropy)
 
 namespace fastlm {
+namespace {
+
+struct SumLosses {
+    float* y;
+    const float* loss;  // (n,)
+    int64_t n;
+    double scale;
+};
+void sum_losses(const SumLosses& p) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.n; ++i) sum += double(p.loss[i]);
+    *p.y = float(sum * p.scale);
+}
+
+}  // namespace
 
 void bind_cross_entropy(py::module_& m) {
     // How many targets count, and the index of the first that is neither in [0, V) nor ignore_index (-1 where all are good).
@@ -32,11 +47,9 @@ void bind_cross_entropy(py::module_& m) {
         launch(cross_entropy_kernels().backward, p);
     });
     // The sum in row order, in float64.
-    m.def("cross_entropy_sum", [](const py::array& loss) {
-        const float* x = f32(loss);
-        double sum = 0;
-        for (int64_t i = 0; i < int64_t(loss.size()); ++i) sum += double(x[i]);
-        return sum;
+    // y () = scale * the sum of the losses, which is taken in order in float64.
+    m.def("cross_entropy_sum", [](const py::array& y, const py::array& loss, double scale) {
+        launch(&sum_losses, {f32(y), f32(loss), int64_t(loss.size()), scale});
     });
     m.def("log_softmax", [](const py::array& y, const py::array& logits) {
         const LogSoftmax p{f32(y), f32(logits), rows(logits), last(logits)};

@@ -49,8 +49,7 @@ void bind_matmul(py::module_& m) {
         launch(matmul_kernels().linear_backward, p);
     });
     m.def("linear_activation", [](const py::array& y, const py::array& z, int activation) {
-        NoGil nogil;
-        matmul_kernels().activate(f32(y), f32(z), int64_t(z.size()), Activation(activation));
+        launch(matmul_kernels().activate, {f32(y), f32(z), int64_t(z.size()), Activation(activation)});
     });
     // ys[i] (K, N) = the weights of groups[i] (N_j, K), transposed, side by side: what a recorded step reads, itself no part of it.
     m.def("turn", [](const std::vector<py::array>& ys, const std::vector<std::vector<py::array>>& groups) {

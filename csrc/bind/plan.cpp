@@ -33,6 +33,21 @@ void positions(const Positions& p) {
         for (int64_t t = 0; t < p.time; ++t) p.y[i * p.time + t] = p.starts[i] + int32_t(t);
 }
 
+struct Widen {
+    int64_t* y;
+    const int32_t* x;
+    int64_t n;
+};
+void widen(const Widen& p) {
+    for (int64_t i = 0; i < p.n; ++i) p.y[i] = p.x[i];
+}
+
+struct Zero {
+    void* y;
+    int64_t bytes;
+};
+void zero(const Zero& p) { std::memset(p.y, 0, size_t(p.bytes)); }
+
 struct PyPlan {
     Plan plan;
     py::list arrays;
@@ -63,6 +78,9 @@ void bind_plan(py::module_& m) {
     m.def("positions", [](const py::array& y, const py::array& starts) {
         launch(&positions, {data<int32_t>(y), data<int32_t>(starts), int64_t(starts.size()), last(y)});
     });
+    m.def("widen",
+          [](const py::array& y, const py::array& x) { launch(&widen, {data<int64_t>(y), data<int32_t>(x), int64_t(x.size())}); });
+    m.def("zero", [](const py::array& y) { launch(&zero, {data<void>(y), int64_t(y.nbytes())}); });
     py::class_<PyPlan>(m, "Plan")
         .def(py::init<>())
         .def("begin", &PyPlan::begin)

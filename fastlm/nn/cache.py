@@ -241,7 +241,7 @@ class Context:
         if self.positions is None and self.device is not None:
             numbers: Array = self.device.numbers(self.time)
             return numbers
-        return np.arange(self.time, dtype=np.int32) if self.positions is None else self.positions
+        return backend.numbers(self.time) if self.positions is None else self.positions
 
     @property
     def queries(self) -> Array:

@@ -79,7 +79,9 @@ def loss_scale(targets: Array, count: int, ignore_index: int, reduction: str) ->
 def reduced(loss: Array, scale: Any) -> Array:
     """The sum of the losses times `loss_scale`, () float32."""
     if isinstance(loss, np.ndarray):
-        return np.array(_C.cross_entropy_sum(loss) * scale, np.float32)
+        mean = backend.empty(())
+        _C.cross_entropy_sum(mean, loss, scale)
+        return mean
     total = backend.empty((), like=loss)
     kernels(loss).cross_entropy_total(total, loss, scale)
     return total
@@ -116,6 +118,10 @@ def check_targets(
         got = td.dtype if isinstance(td, np.ndarray) else type(td).__name__
         raise TypeError(f"[{op}] targets must be a NumPy array of int32 or int64, got {got}.")
     check.shape(op, "targets", td, "(...)", shape, note)
+    if td.dtype == np.int32 and td.flags.c_contiguous:
+        wide = backend.empty(td.shape, np.int64)
+        _C.widen(wide, td)
+        td = wide
     td = np.ascontiguousarray(td, np.int64)
     count, bad = _C.cross_entropy_check(td, V, ignore_index)
     if bad >= 0:

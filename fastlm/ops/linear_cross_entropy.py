@@ -73,7 +73,7 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
             product(dx[at], logits, back, n, C, V)
         if dw is not None:
             product(dw, logits, piece, V, C, n, a_transposed=True, accumulate=begin > 0)
-    y = np.array(_C.cross_entropy_sum(loss) * scale, np.float32)
+    y = reduced(loss, scale)
     if not recorded:
         return wrap(y, x, weight)
 

@@ -135,6 +135,9 @@ def add(x: Any, y: Any) -> Any:
         kernels(xd).add(out, contiguous(xd), contiguous(yd))
     elif xd.shape == yd.shape and xd.flags.c_contiguous and yd.flags.c_contiguous:
         _C.add(out, yd, xd)
+    elif (repeats := _repeats(xd, yd)) is not None:
+        for part, of_x in zip(out.reshape(-1, *yd.shape), repeats, strict=True):
+            _C.add(part, yd, of_x)
     else:
         np.add(xd, yd, out=out)
     if not recording(x, y):
@@ -149,13 +152,30 @@ def add(x: Any, y: Any) -> Any:
     return record(out, (x, y), backward)
 
 
+def _by_kernels(n: int, size: int) -> bool:
+    """Whether n launches on `size` numbers each are better than NumPy: few and long they take less time, and a recording has them."""
+    return n > 0 and size > 0 and (backend.recording() or (n <= 64 and size >= 1024))
+
+
+def _repeats(xd: Array, yd: Array) -> Array | None:
+    """x as (n, *y.shape) where kernels are to add each of these and y; else None."""
+    n = xd.size // max(yd.size, 1)
+    plain = xd.flags.c_contiguous and yd.flags.c_contiguous
+    return xd.reshape(n, *yd.shape) if plain and _by_kernels(n, yd.size) else None
+
+
 def _repeats_summed(dy: Array, shape: tuple[int, ...]) -> Array:
     """dy summed over the axes before the last ones, which are `shape`."""
     rows = dy.reshape(-1, *shape)
-    if isinstance(rows, np.ndarray):
-        total: Array = rows.sum(0)
-        return total
-    return backend.sum_to(rows, (1, *shape)).reshape(shape)
+    if not isinstance(rows, np.ndarray):
+        return backend.sum_to(rows, (1, *shape)).reshape(shape)
+    if rows.flags.c_contiguous and _by_kernels(len(rows), rows[:1].size):
+        summed = backend.copy(rows[0])
+        for row in rows[1:]:
+            _C.scale_add(summed, row, 1.0, True)
+        return summed
+    total: Array = rows.sum(0)
+    return total
 
 
 def add_broadcast(x: Any, y: Any) -> Any:

@@ -21,6 +21,7 @@ from fastlm.tensor import no_grad
 from fastlm.train import checkpoint
 from fastlm.train.ondevice import DeviceStep
 from fastlm.train.optimizer import AdamW
+from fastlm.train.recorded import HostStep
 from fastlm.train.schedule import default_lr, warmup_cosine
 from fastlm.train.sources import Cost, Data, asked, cost, source
 
@@ -122,6 +123,7 @@ def train(
     model.train()
     optimizer = AdamW(model, betas, eps, weight_decay)
     there = None if model.device is None else DeviceStep(model, optimizer, accumulate, clip)
+    here = HostStep(model, optimizer, accumulate)
     settings: dict[str, Any] = {"seed": seed, "batch": batch, "context": context, "accumulate": accumulate}
     if objective is not None:
         settings["objective"] = repr(objective)
@@ -151,7 +153,7 @@ def train(
             start = time.perf_counter()
             backend.reset_peak()
             rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
-            loss, norm, tokens, flops = _update(model, optimizer, batches.batch, costs, n, accumulate, rate, clip, there)
+            loss, norm, tokens, flops = _update(optimizer, batches.batch, costs, n, accumulate, rate, clip, there, here)
             seconds, memory = time.perf_counter() - start, backend.memory()["peak"] if there is None else there.device.memory()
             validation = None
             if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
@@ -195,7 +197,6 @@ def _place(model: Any, device: Any, dtype: str) -> bool:
 
 
 def _update(
-    model: Any,
     optimizer: AdamW,
     batches: Callable[[int], Any],
     costs: Cost,
@@ -204,27 +205,21 @@ def _update(
     lr: float,
     clip: float | None,
     there: DeviceStep | None,
+    here: HostStep,
 ) -> tuple[float, float, int, float]:
     """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
-    total, tokens, flops = 0.0, 0, 0.0
+    tokens, flops = 0, 0.0
+    given = [batches(n * accumulate + i) for i in range(accumulate)]
     if there is not None:
-        given = [batches(n * accumulate + i) for i in range(accumulate)]
         total, norm = there(given, lr)
-        for batch in given:
-            used = costs(batch)
-            tokens, flops = tokens + used[0], flops + used[1]
-        return total / accumulate, norm, tokens, flops
-    optimizer.zero_grad()
-    share = np.array(1.0 / accumulate, np.float32)
-    for i in range(accumulate):
-        batch = batches(n * accumulate + i)
-        loss = model.loss(**batch._asdict())
-        loss.backward(share)
-        total += loss.item()
+    else:
+        optimizer.zero_grad()
+        total = here(given)
+        norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
+        optimizer.zero_grad()
+    for batch in given:
         used = costs(batch)
         tokens, flops = tokens + used[0], flops + used[1]
-    norm = optimizer.update(lr, clip) if math.isfinite(total) else math.nan
-    optimizer.zero_grad()
     return total / accumulate, norm, tokens, flops
 
 

@@ -48,6 +48,13 @@ struct LinearBackward {
     Activation activation;
 };
 
+struct Activate {
+    float* y;        // (n,) = act(z), with the bits of `matmul`
+    const float* z;  // (n,)
+    int64_t n;
+    Activation activation;
+};
+
 // A weight's transpose, columns of a wider matrix.
 struct Turn {
     float* y;        // (K, stride), its first N columns
@@ -62,7 +69,7 @@ struct MatmulKernels {
     void (*matmul)(const Matmul&);
     void (*matmuls)(const Matmuls&);
     void (*linear_backward)(const LinearBackward&);
-    void (*activate)(float* y, const float* z, int64_t n, Activation activation);  // y = act(z), with the bits of `matmul`
+    void (*activate)(const Activate&);
     void (*turn)(const Turn&);
 };
 

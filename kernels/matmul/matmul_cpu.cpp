@@ -357,9 +357,9 @@ void linear_backward(const LinearBackward& p) {
     });
 }
 
-void activate_all(float* y, const float* z, int64_t n, Activation activation) {
-    parallel_for(n, 8192, [&](int64_t begin, int64_t end) {
-        finish_tiles[int(activation)](y + begin, z + begin, nullptr, 0, 1, end - begin);
+void activate_all(const Activate& p) {
+    parallel_for(p.n, 8192, [&](int64_t begin, int64_t end) {
+        finish_tiles[int(p.activation)](p.y + begin, p.z + begin, nullptr, 0, 1, end - begin);
     });
 }
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastlm import _C, ops
+from fastlm import _C, backend, ops
 from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
@@ -84,6 +84,29 @@ def test_bits(isa, threads):
             np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(seen[0][0], seen[0][1])
     np.testing.assert_array_equal(seen[0][0][77:78], ops.layer_norm(x[77:78], w, b))
+
+
+def test_large(isa):
+    """Outputs that go past the caches have the bits of their rows a few at a time: fresh, or in the place of a gradient."""
+    rng = np.random.default_rng(7)
+    R, C = (1 << 22) // 1024 + 64, 1024
+    x, dy = rng.standard_normal((R, C), np.float32), rng.standard_normal((R, C), np.float32)
+    weight, bias = rng.standard_normal(C, np.float32), rng.standard_normal(C, np.float32)
+    few = slice(R - 70, R)
+    for b in (bias, None):
+        np.testing.assert_array_equal(ops.layer_norm(x, weight, b)[few], ops.layer_norm(x[few], weight, b))
+        stats, y, dx = np.empty((R, 3), np.float32), np.empty((R, C), np.float32), backend.empty((R, C))
+        _C.layer_norm_forward(y, None, stats, x, None, weight, b, 1e-5)
+        small = np.empty((70, C), np.float32)
+        _C.layer_norm_backward(small, None, None, None, dy[few], None, x[few], weight, stats[few])
+        _C.layer_norm_backward(dx, None, None, None, dy, None, x, weight, stats)
+        np.testing.assert_array_equal(dx[few], small)
+        dx[...] = dy
+        _C.layer_norm_backward(dx, None, None, None, dx, None, x, weight, stats)
+        np.testing.assert_array_equal(dx[few], small)
+        summed = small + dy[few]
+        _C.layer_norm_backward(dx, None, None, None, dy, dy, x, weight, stats)
+        np.testing.assert_array_equal(dx[few], summed)
 
 
 def test_constant_row(isa):
