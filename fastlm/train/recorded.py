@@ -22,10 +22,10 @@ LONGEST = 0.1  # seconds of a step from which on Python does not count, and the 
 class HostStep:
     """Gradients of a model on the CPU. `why_not`: why they are computed from Python; "" where the recording is run.
 
-    The first two steps are done as they are, so that what is made once is there and the time is known; the third is recorded while it runs;
-    the fourth is done both ways, the recording first and with nan in its memory, and is compared bit for bit. Batches of other shapes
-    than the recorded one's, or with targets that are ignored, are computed from Python, and so is everything once a parameter's array
-    is another one or it is frozen.
+    The first two steps are done as they are, so that what is made once is there and the time is known. In the third a pass over the
+    second's batches is recorded, and run with the third's and with nan in its memory: what it gives is compared bit for bit with what
+    Python gave. Batches of other shapes than the recorded ones, or with targets that are ignored, are computed from Python, and so is
+    everything once a parameter's array is another one or it is frozen.
     """
 
     def __init__(self, model: Any, optimizer: AdamW, accumulate: int) -> None:
@@ -33,6 +33,7 @@ class HostStep:
         self._share = np.array(1.0 / accumulate, np.float32)
         self._recording: Any = None
         self._buffers: list[dict[str, Array]] = []
+        self._before: list[dict[str, Any]] = []  # the batches of the second step
         self._gradients: list[Array | None] = []
         self._weights: list[Array] = []
         self._steps = 0
@@ -44,17 +45,16 @@ class HostStep:
         if self.why_not or not enabled() or not self._fits(given):
             return self._sum(self._pass(given))
         self._steps += 1
-        if self._steps <= 2:
+        if self._steps <= 2 or _shapes(given) != _shapes(self._before):
             start = time.perf_counter()
             total = self._sum(self._pass(given))
             if self._steps == 2 and time.perf_counter() - start > LONGEST:
                 self.why_not = "the step is long"
+            self._before = given
             return total
         if self._recording is None or self._recording.threads != backend.num_threads():
             return self._record(given)
         self._fill(given)
-        if self._steps == 4:
-            return self._compare(given)
         self._recording.run()
         return self._take()
 
@@ -74,40 +74,44 @@ class HostStep:
         return total
 
     def _record(self, given: list[dict[str, Any]]) -> float:
-        self._buffers = [{k: np.array(v, np.int32) for k, v in fields.items()} for fields in given]
-        self._steps = 3
+        expected = self._bits(self._pass(given))
+        self._drop()
+        self._buffers = [{k: np.array(v, np.int32) for k, v in fields.items()} for fields in self._before]
         try:
             self._recording = backend.Recording(lambda: self._pass(self._buffers))
         except backend.Unrecordable as e:
-            self._refuse(str(e))
-            for p in self.parameters:
-                p.grad = None
-            return self._sum(self._pass(given))
+            self._drop()
+            return self._refuse(str(e), given)
         self._gradients = [p.grad for p in self.parameters]
         self._weights = [p.data for p in self.parameters]
-        return self._sum(self._recording.result)
+        self._fill(given)
+        self._recording.spoil()
+        self._recording.run()
+        total = self._take()
+        if self._bits(self._recording.result) != expected:
+            self._drop()
+            return self._refuse("run again, the recorded step gives other gradients: it computes outside kernels", given)
+        return total
+
+    def _bits(self, losses: list[Array]) -> list[bytes]:
+        return [a.tobytes() for a in (*losses, *(p.grad for p in self.parameters if p.grad is not None))]
+
+    def _drop(self) -> None:
+        """The gradients; the memory of what Python computed goes back, since a recording has its own."""
+        for p in self.parameters:
+            p.grad = None
+        backend.release()
 
     def _take(self) -> float:
         for p, gradient in zip(self.parameters, self._gradients, strict=True):
             p.grad = gradient
         return self._sum(self._recording.result)
 
-    def _compare(self, given: list[dict[str, Any]]) -> float:
-        self._recording.spoil()
-        self._recording.run()
-        found = [a.tobytes() for a in (*self._recording.result, *(g for g in self._gradients if g is not None))]
-        losses = self._pass(given)
-        expected = [a.tobytes() for a in (*losses, *(p.grad for p in self.parameters if p.grad is not None))]
-        if found != expected:
-            self._refuse("run again, the recorded step gives other gradients: it computes outside kernels")
-        total = self._sum(losses)
-        losses.clear()
-        backend.release()  # the recording has its own memory
-        return total
-
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, given: list[dict[str, Any]]) -> float:
+        """From here on, and for these batches, Python computes."""
         self._recording, self._gradients, self.why_not = None, [], reason
         log.info("%s: training steps run in Python, slower: %s", type(self.model).__name__, reason)
+        return self._sum(self._pass(given))
 
     def _fits(self, batches: list[dict[str, Any]]) -> bool:
         """Whether a recorded step is right for these, and for the model as it is."""
@@ -123,10 +127,9 @@ class HostStep:
                     return False
                 if _C.embedding_first_outside(np.ascontiguousarray(x), V) >= 0:
                     return False  # ignored, or an error that the step explains
-        if self._recording is not None and any(
-            p.data is not w or not p.requires_grad for p, w in zip(self.parameters, self._weights, strict=True)
-        ):
-            self._refuse("a parameter is another one than when the step was recorded")
+        if any(p.data is not w or not p.requires_grad for p, w in zip(self.parameters, self._weights, strict=False)):
+            self._recording, self._gradients = None, []
+            self.why_not = "a parameter is another one than when the step was recorded"
             return False
         return True
 
@@ -134,3 +137,7 @@ class HostStep:
         for fields, buffer in zip(batches, self._buffers, strict=True):
             for name, x in fields.items():
                 buffer[name][...] = x
+
+
+def _shapes(batches: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    return [x.shape for fields in batches for x in fields.values()]

@@ -97,8 +97,8 @@ def test_what_it_is_not_right_for(seen: Seen, threads: None) -> None:
     def batch(rows: int = 3) -> Any:
         return Causal()(rng.integers(0, 97, (rows, 17)), 0, 0, np.arange(rows))
 
-    for _ in range(6):
-        given = [batch()]
+    for rows in (3, 3, 2, 3, 3, 3, 3):
+        given = [batch(rows)]
         assert gradients(step, given) == gradients(plain, given)
     assert step._recording is not None
     ignored = batch()
