@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 IMAGES = ROOT / "fastlm/cuda/images"
 CACHE = ROOT / "build/gpu"
-INSTRUCTIONS = {n: n for n in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")} | {"UTCMMA": r"UTC\w*MMA"}
+INSTRUCTIONS = {n: n for n in ("HGMMA", "HMMA", "IMMA", "IGMMA", "UTMALDG", "LDGSTS", "LDL", "STL")} | {"UTCMMA": r"UTC\w*MMA"}
 ARCHS = ("80", "90", "100")  # 90 and 100 are compiled as 90a and 100a, which run nowhere else; "ptx" is for the rest
 sys.path.insert(0, str(ROOT))
 

@@ -25,12 +25,13 @@ class QuantizedArray:
 
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K" or "Q8_ROW". shape: (out, in), or more axes before `in`; `in`
     is a multiple of the kind's block (Q8_ROW: any). blocks: (rows, bytes of a row) uint8 with rows = the product of all axes but the
-    last, possibly memory-mapped, or an array on a device (not Q8_ROW). cache: where an operation keeps a repacked copy; it takes no part
+    last, possibly memory-mapped, or an array on a device. cache: where an operation keeps a repacked copy; it takes no part
     in comparison.
     activations: what `linear` multiplies the weights with: "float32", the default (every bit as if they had been dequantised), or
     "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it. Q8_ROW has
     "int8" alone, and rounds whole rows of x, of which two numbers stay exact.
-    columns: of Q8_ROW, (in,) float32 or None: a weight is scale * code * column, and x is multiplied by them before it is rounded.
+    columns: of Q8_ROW, (in,) float32 or None, where blocks are: a weight is scale * code * column, and x is multiplied by them before it
+    is rounded.
 
     Raises TypeError and ValueError for arguments that do not fit together.
     """
@@ -64,7 +65,7 @@ class QuantizedArray:
         for n in shape[:-1]:
             rows *= n
         expected = (rows, shape[-1] // values * size + (4 if kind == ROW else 0))
-        there = kind != ROW and hasattr(blocks, "device") and hasattr(blocks, "pointer")  # on a device (fastlm.cuda)
+        there = hasattr(blocks, "device") and hasattr(blocks, "pointer")  # on a device (fastlm.cuda)
         if not (isinstance(blocks, np.ndarray) or there) or blocks.dtype != np.uint8:
             got = blocks.dtype if isinstance(blocks, np.ndarray) else type(blocks).__name__
             raise TypeError(f"[QuantizedArray] blocks must be a uint8 array, got {got}.")
@@ -85,7 +86,7 @@ class QuantizedArray:
         set_(self, "activations", activations)
         if columns is not None and (kind != ROW or columns.dtype != np.float32 or columns.shape != shape[-1:]):
             raise ValueError(f"[QuantizedArray] columns are for {ROW}, float32 of shape {shape[-1:]}, got {columns.shape}.")
-        set_(self, "columns", None if columns is None else np.ascontiguousarray(columns))
+        set_(self, "columns", columns if columns is None or there else np.ascontiguousarray(columns))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"[QuantizedArray] {name} cannot be set: the array is read-only.")
@@ -137,7 +138,7 @@ class QuantizedArray:
         """The weights as float32, (out, in), where the blocks are: the bits of ggml's reference."""
         if not isinstance(self.blocks, np.ndarray):
             there = self.blocks.device.empty(self.shape)
-            self.blocks.device.table.dequantize(there, self.blocks, None, FORMATS[self.kind][0])
+            expand(there, self)
             return there
         if self.kind == ROW:
             return _rows(self.blocks, self.columns).reshape(self.shape)
@@ -165,6 +166,15 @@ class QuantizedArray:
         w = _empty((flat.size, self.shape[1]))
         _C.dequantize(w, self.blocks, flat, FORMATS[self.kind][0])
         return w.reshape(*index.shape, self.shape[1])
+
+
+def expand(w: Any, weight: QuantizedArray) -> None:
+    """w = the weight, both on one device, w in float32 or bfloat16."""
+    table = w.device.table
+    if weight.kind == ROW:
+        table.int8_rows_weight(w.reshape(weight.blocks.shape[0], -1), weight.blocks, weight.columns)
+    else:
+        table.dequantize(w, weight.blocks, None, FORMATS[weight.kind][0])
 
 
 def quantize(w: Any, kind: str) -> QuantizedArray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastlm import backend
 from fastlm.backend import BFLOAT16
-from fastlm.checkpoint.quantized import ROW, QuantizedArray
+from fastlm.checkpoint.quantized import QuantizedArray
 from fastlm.nn.linear import Embedding
 from fastlm.nn.module import Declared, Module
 from fastlm.tensor import Tensor
@@ -47,10 +47,6 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
 
 def _check(name: str, w: QuantizedArray) -> None:
     """NotImplementedError for quantised weights that only the CPU multiplies."""
-    if w.kind == ROW:
-        raise NotImplementedError(f"[to] {name} is {ROW}, which only the CPU multiplies: lm.quantize('Q8_0', 'float32') first.")
-    if w.activations == "int8":
-        raise NotImplementedError(f"[to] {name} has int8 activations, which are for the CPU alone: set lm.activations = 'float32'.")
     if "experts" in name.split("."):
         raise NotImplementedError(f"[to] {name} is quantised, and experts are not on a device yet: load with dtype='bfloat16'.")
 
@@ -73,7 +69,7 @@ def placed_blocks(w: QuantizedArray, device: Any) -> QuantizedArray:
     """The quantised weight there; itself where it is there."""
     if w.device is device:
         return w
-    return QuantizedArray(w.kind, w.shape, backend.put(w.blocks, device), w.activations, w.columns)
+    return QuantizedArray(w.kind, w.shape, backend.put(w.blocks, device), w.activations, backend.put(w.columns, device))
 
 
 def placed(array: Any, device: Any, dtype: Any) -> Any:

@@ -62,6 +62,7 @@ def embedding(ids: Any, weight: Any, dtype: Any = None) -> Any:
         if recording(weight):
             raise TypeError("[embedding] weight is quantised and has no gradient. Train a dequantised copy: weight.dequantize().")
         if wd.kind not in FORMATS:
+            check.on_host("embedding", "a weight with one scale a row", rows)
             return wrap(wd.dequantize_rows(ids), weight)
         kernels(rows).dequantize(y, rows, ids, FORMATS[wd.kind][0])
         return wrap(y, weight)

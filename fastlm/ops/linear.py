@@ -11,7 +11,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
 from fastlm.checkpoint.mapping import release
-from fastlm.checkpoint.quantized import FORMATS, ROW, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, ROW, QuantizedArray, expand
 from fastlm.ops import check
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import Spare, accumulator, data, keep, leaf, needs_grad, record, recording, remade, wrap
@@ -26,7 +26,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     get no gradient.
     bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
     On a device x, bias and residual may be bfloat16, then weight too; bfloat16 weights are trained there, with float32 gradients.
-    A QuantizedArray lies there as it is in the file; 8-bit activations are the CPU's alone (NotImplementedError).
+    A QuantizedArray lies there as it is in the file.
     Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
     """
     xd = check.array("linear", "x", data(x), at_least=1)
@@ -103,9 +103,12 @@ def multiply(y: Array, z: Array | None, x: Array, weight: QuantizedArray, bias: 
     if backend.device_of(weight) is not backend.device_of(x):
         raise TypeError("[linear] weight must be on the device that x is on.")
     if on_device(x):
-        if weight.activations == "int8":
-            raise NotImplementedError("[linear] int8 activations are for the CPU alone: weight.with_activations('float32').")
-        kernels(x).quantized_matmul(y, z, x, weight.blocks, bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
+        if weight.kind == ROW:
+            kernels(x).int8_rows(y, z, x, weight.blocks, weight.columns, bias, residual, M, N, K, kind)
+            return
+        rounds = weight.activations == "int8"
+        there = kernels(x).int8_matmul if rounds else kernels(x).quantized_matmul
+        there(y, z, x, weight.blocks, bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
         return
     if weight.kind == ROW:
         _C.int8_rows(y, z, x, packed(weight), weight.columns, bias, residual, M, N, K, kind)
@@ -119,7 +122,7 @@ def _dequantized(weight: QuantizedArray, like: Array) -> Array:
     if isinstance(like, np.ndarray):
         return weight.dequantize()
     w = backend.empty_like(like, weight.shape)
-    kernels(like).dequantize(w, weight.blocks, None, FORMATS[weight.kind][0])
+    expand(w, weight)
     return w
 
 

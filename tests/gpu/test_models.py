@@ -109,14 +109,6 @@ def test_refusals(on):
     wide = LM(models.create(models.GPTConfig(**SIZES | {"d_model": 32})))
     with pytest.raises(ValueError, match=r"\[quantize\] token_embedding.weight: it is on emulated, .* call lm\.to\('cpu'\) first"):
         LM(models.create(wide.model.config, device="cuda")).quantize("Q8_0")
-    wide.quantize("Q8_0", activations="int8")
-    with pytest.raises(
-        NotImplementedError, match=r"\[to\] blocks.0.attention.qkv.weight has int8 activations, .* for the CPU alone"
-    ):
-        wide.to("cuda")
-    assert wide.device == "cpu"
-    with pytest.raises(NotImplementedError, match=r"\[to\] blocks.0.attention.qkv.weight is Q8_ROW, which only the CPU multiplies"):
-        wide.quantize("Q8_ROW").to("cuda")
     experts = LM(
         models.create(models.preset("mixtral-8x7b", **SIZES | {"d_model": 32}, d_ff=32, n_kv_head=2, head_dim=16, n_expert=2))
     )

@@ -130,3 +130,14 @@ def test_kept():
     assert repr(other) == "QuantizedArray(Q4_1, (40, 64), 1600 bytes, int8 activations)"
     with pytest.raises(ValueError, match="activations must be 'float32' or 'int8', got 'int4'"):
         weight.with_activations("int4")
+
+
+def check_on_device(case, put):
+    """The twin for tests/gpu. Sums of integers are exact, so tiles have the definition's bits; a few rows are summed in another order."""
+    inputs = ref.inputs(case, rng(case))
+    weight, want = inputs["weight"], ref.forward(**inputs)
+    got = ops.linear(put(inputs["x"]), QuantizedArray(weight.kind, weight.shape, put(weight.blocks), "int8")).numpy()
+    if case["rows"] > 8:
+        same_bits(got, want)
+    size = np.abs(inputs["x"]) @ np.abs(weight.dequantize()).T
+    np.testing.assert_array_less(np.abs(got - want), 4e-6 * size + 1e-30)

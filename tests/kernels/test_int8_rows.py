@@ -182,3 +182,17 @@ def test_several_together():
     weights, x = [ref.random_weight((n, 64), g) for n in (48, 16)], g.standard_normal((2, 64), np.float32)
     for y, w in zip(ops.linears(x, weights), weights, strict=True):
         same_bits(y, ref.forward(x, w))
+
+
+def there(weight, put):
+    """The weight with its blocks and columns on a device."""
+    columns = None if weight.columns is None else put(weight.columns)
+    return QuantizedArray("Q8_ROW", weight.shape, put(weight.blocks), columns=columns)
+
+
+def check_on_device(case, put):
+    """The twin for tests/gpu: the bits of the definition."""
+    inputs = ref.inputs(case, rng(case))
+    weight = there(inputs["weight"], put)
+    same_bits(ops.linear(put(inputs["x"]), weight).numpy(), ref.forward(**inputs))
+    same_bits(weight.dequantize().numpy(), inputs["weight"].dequantize())

@@ -1,0 +1,143 @@
+"""Products with rows of 8 bits and rounded rows of x in Triton: the operations of int8_rows.h, compiled without fused multiply-adds, so
+that every row has the CPU's bits. x is float32 or bfloat16.
+
+`int8_rows_codes` rounds x and finds the two numbers of a row that stay exact. What they are multiplied with comes from the tensor cores,
+too: a row of codes that is one at their place and else zero picks it out, where a column read from memory would be N strided bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fastlm.kernels.int8_matmul.int8_matmul_triton import rounded
+from fastlm.kernels.int8_rows import int8_rows_gpu as host
+from fastlm.kernels.quantized_matmul.quantized_matmul_triton import _finish
+
+
+@triton.jit
+def _numbers(x, columns, k, K):
+    """x times its columns, float32; 0 outside."""
+    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if columns is not None:
+        v *= tl.load(columns + k, mask=k < K, other=0.0)
+    return v
+
+
+@triton.jit
+def _magnitude(key):
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def int8_rows_codes(codes, scales, exact, places, x, columns, K, wide, BLOCK: tl.constexpr):
+    """A row: codes (wide,), zeros from K on, its scale, nan where a number is not finite, the two numbers that are largest, the first of
+    equal ones, and their places."""
+    m, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x += m * K
+    # A key is a magnitude's bits and, below, how far its place is from the largest possible; 0 where there is no number. Each lane keeps
+    # its three largest.
+    first, second, third = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, K, BLOCK):
+        k = start + i
+        size = tl.abs(_numbers(x, columns, k, K))
+        finite = size < float("inf")
+        wrong |= (finite == 0).to(tl.int32)
+        key = size.to(tl.int32, bitcast=True).to(tl.int64) << 32 | (0x7FFFFFFF - k).to(tl.int64)
+        key = tl.where(finite & (k < K), key, 0)
+        low = tl.minimum(first, key)
+        first = tl.maximum(first, key)
+        lower = tl.minimum(second, low)
+        second = tl.maximum(second, low)
+        third = tl.maximum(third, lower)
+    sane = tl.max(wrong, 0) == 0
+    one = tl.max(first, 0)
+    mine = first == one
+    first, second = tl.where(mine, second, first), tl.where(mine, third, second)
+    two = tl.max(first, 0)
+    largest = _magnitude(tl.max(tl.where(first == two, second, first), 0))
+    for e in tl.static_range(2):
+        key = one if e == 0 else two
+        place = tl.where(key > 0, 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32), 0)
+        value = _numbers(x, columns, place, tl.where(sane & (key > 0), K, 0))
+        tl.store(exact + m * 2 + e, value)
+        tl.store(places + m * 2 + e, place)
+    at, other = 0x7FFFFFFF - (one & 0x7FFFFFFF).to(tl.int32), 0x7FFFFFFF - (two & 0x7FFFFFFF).to(tl.int32)
+    largest = tl.where(sane, largest, 0.0)
+    for start in range(0, wide, BLOCK):
+        k = start + i
+        v = tl.where((k == at) | (k == other), 0.0, _numbers(x, columns, k, K))
+        q, _ = rounded(v, largest)
+        tl.store(codes + m * wide + k, q.to(tl.int8), mask=k < wide)
+    _, scale = rounded(largest, largest)
+    tl.store(scales + m, tl.where(sane, scale, float("nan")))
+
+
+@triton.jit
+def _row_scale(row, known):
+    """The float32 at the beginning of a row, which lies at any byte."""
+    bits = tl.load(row, mask=known, other=0).to(tl.int32)
+    for b in tl.static_range(1, 4):
+        bits |= tl.load(row + b, mask=known, other=0).to(tl.int32) << (8 * b)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def int8_rows_tile(
+    c, z, codes, scales, exact, places, blocks, bias, residual, flags, activation, M, N, K, wide,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of c, (BM, BN); tiles of the same weights follow one another, eight at a time."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
+    height = tl.minimum(tiles_m - 8 * band, 8)
+    m, n = (8 * band + within % height) * BM + tl.arange(0, BM), within // height * BN + tl.arange(0, BN)
+    i, known = tl.arange(0, BK), n < N
+    row = blocks + n.to(tl.int64) * (K + 4)
+    here, there = codes + m.to(tl.int64)[:, None] * wide + i[None, :], row[None, :] + 4 + i[:, None]
+    at, other = tl.load(places + 2 * m, mask=m < M, other=-1), tl.load(places + 2 * m + 1, mask=m < M, other=-1)
+    sums = tl.zeros([BM, BN], tl.int32)
+    one = tl.zeros([BM, BN], tl.int32)
+    two = tl.zeros([BM, BN], tl.int32)
+    for k in range(0, K, BK):
+        a = tl.load(here + k, mask=(m < M)[:, None] & (i < wide - k)[None, :], other=0)
+        b = tl.load(there + k, mask=known[None, :] & (i < K - k)[:, None], other=0).to(tl.int8, bitcast=True)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        one = tl.dot((i[None, :] == (at - k)[:, None]).to(tl.int8), b, one, out_dtype=tl.int32)
+        two = tl.dot((i[None, :] == (other - k)[:, None]).to(tl.int8), b, two, out_dtype=tl.int32)
+    d, s = _row_scale(row, known)[None, :], tl.load(scales + m, mask=m < M, other=0.0)[:, None]
+    e = tl.load(exact + 2 * m, mask=m < M, other=0.0)[:, None] * one.to(tl.float32)
+    e += tl.load(exact + 2 * m + 1, mask=m < M, other=0.0)[:, None] * two.to(tl.float32)
+    total = sums.to(tl.float32) * (d * s) + d * e
+    n, inside = n[None, :], (m < M)[:, None] & known[None, :]
+    _finish(c, z, bias, residual, total, n, m.to(tl.int64)[:, None] * N + n, n < N, inside, flags, activation)
+
+
+@triton.jit
+def int8_rows_weight(w, blocks, columns, K, BLOCK: tl.constexpr):
+    """BLOCK weights of a row."""
+    n, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = blocks + n * (K + 4)
+    v = tl.load(row + 4 + k, mask=k < K, other=0).to(tl.int8, bitcast=True).to(tl.float32) * _row_scale(row, True)
+    if columns is not None:
+        v *= tl.load(columns + k, mask=k < K, other=0.0)
+    tl.store(w + n * K + k, v.to(w.dtype.element_ty), mask=k < K)
+
+
+def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, Any]]]:
+    """Every form that int8_rows_gpu.py may ask for: kernel, types, constants, options."""
+    F, options = "*fp32", {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+    for f in (F, "*bf16"):
+        for columns in (F, None):
+            types: dict[str, str | None] = {"codes": "*i8", "scales": F, "exact": F, "places": "*i32", "x": f, "columns": columns}
+            yield "int8_rows_codes", types | {"K": "i32", "wide": "i32:16"}, {"BLOCK": host.BLOCK}, options
+            yield "int8_rows_weight", {"w": f, "blocks": "*u8", "columns": columns, "K": "i32"}, {"BLOCK": host.WEIGHTS}, options
+        types = {"c": f, "z": f, "codes": "*i8", "scales": F, "exact": F, "places": "*i32", "blocks": "*u8", "bias": f}
+        types |= {"residual": f, "flags": "i32", "activation": "i32", "M": "i32", "N": "i32"}
+        for _, tile in host.TILES:
+            for K in ("i32:16", "i32"):
+                yield "int8_rows_tile", types | {"K": K, "wide": "i32:16"}, tile, options
