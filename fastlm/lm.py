@@ -108,8 +108,7 @@ class LM:
 
         "float32" or "bfloat16" is that of the matrices on the CPU, where vectors stay float32, and of all weights and activations on
         the GPU. None keeps it. Every weight is copied once. Quantised matrices go to the GPU as they are, with `dtype` for the rest
-        and for activations; quantised experts are the CPU's alone (NotImplementedError). Raises
-        RuntimeError that says why where there is no GPU.
+        and for activations. Raises RuntimeError that says why where there is no GPU.
         """
         if device in ("float32", "bfloat16") and dtype is None:
             device, dtype = self.model.device, device

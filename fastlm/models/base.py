@@ -69,8 +69,7 @@ class LanguageModel(Module):
 
         dtype: "float32" or "bfloat16", of all parameters on a GPU, where activations have it too, and of the matrices on the CPU; None:
         as the matrices are. Quantised matrices stay what they are; dtype is that of the rest. Raises RuntimeError that says why where
-        there is no GPU, ValueError for a dtype or weights without a value, NotImplementedError for what only the CPU computes:
-        quantised experts.
+        there is no GPU, ValueError for a dtype or weights without a value.
         """
         place_model(self, backend.device(device), dtype)
         return self

@@ -25,8 +25,6 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
     for name, p in parameters.items():
         if isinstance(p.data, Declared):
             raise ValueError(f"[to] {name} has no value yet: load or initialise the model first.")
-        if isinstance(p.data, QuantizedArray) and device is not None:
-            _check(name, p.data)
     matrices = DTYPES[dtype] if dtype is not None else _storage(parameters)
     for p in parameters.values():
         if isinstance(p.data, QuantizedArray):
@@ -43,12 +41,6 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
         )
     for table in _embeddings(model):
         table.dtype = matrices if device is not None and isinstance(table.weight.data, QuantizedArray) else None
-
-
-def _check(name: str, w: QuantizedArray) -> None:
-    """NotImplementedError for quantised weights that only the CPU multiplies."""
-    if "experts" in name.split("."):
-        raise NotImplementedError(f"[to] {name} is quantised, and experts are not on a device yet: load with dtype='bfloat16'.")
 
 
 def _embeddings(model: Module) -> Iterator[Embedding]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array, contiguous, kernels, on_device
-from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, QuantizedArray, expand
 from fastlm.ops import check
 from fastlm.ops.linear import ACTIVATIONS, packed
 from fastlm.ops.matmul import STORAGE
@@ -205,7 +205,8 @@ def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str
     whole = data(weights) if stacked else None
     each = [data(w) for w in weights] if whole is None else [whole[e] for e in range(whole.shape[0])]
     for e, w in enumerate(each):
-        if not on_device(w) or w.ndim != 2 or tuple(w.shape) != (each[0].shape[0], xd.shape[1]):
+        blocks = w.blocks if isinstance(w, QuantizedArray) else w
+        if not on_device(blocks) or w.ndim != 2 or tuple(w.shape) != (each[0].shape[0], xd.shape[1]):
             raise TypeError(f"[{op}] weights[{e}] must be (N, K) on the device with K = {xd.shape[1]}, all alike, got {w!r:.80}.")
     if len(each) != counts.size or not each:
         raise ValueError(f"[{op}] weights must be as many matrices as counts, {counts.size}, at least 1, got {len(each)}.")
@@ -215,8 +216,11 @@ def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str
     shape = xd.shape[0], int(each[0].shape[0])
     y = backend.empty_like(xd, shape)
     z = backend.empty_like(xd, shape) if recorded and kind else None
-    none = [0] * len(each)
-    kernels(xd).grouped_linear(y, z, xd, counts, each, none, none, kind)
+    if isinstance(each[0], QuantizedArray):
+        _quantized_there(y, z, xd, counts, each, kind)
+    else:
+        none = [0] * len(each)
+        kernels(xd).grouped_linear(y, z, xd, counts, each, none, none, kind)
     if not recorded:
         return wrap(y, *parents)
 
@@ -229,13 +233,36 @@ def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str
         dx = None
         if needs_grad(x):
             dx = backend.empty_like(xd)
-            kernels(xd).grouped_linear_dx(dx, dz, counts, each)
+            kernels(xd).grouped_linear_dx(dx, dz, counts, [_plain_there(w, dz) for w in each])
         into, returned = _stacked_buffer(weights) if stacked else _buffers(weights)
         if all(b is not None for b in into):
             kernels(xd).grouped_linear_dweights(into, dz, xd, counts)
         return dx, *returned
 
     return record(y, parents, backward)
+
+
+def _quantized_there(y: Array, z: Array | None, x: Array, counts: Array, weights: list[Any], kind: int) -> None:
+    first = weights[0]
+    for e, w in enumerate(weights):
+        if not isinstance(w, QuantizedArray) or (w.kind, w.activations) != (first.kind, first.activations) or w.kind not in FORMATS:
+            raise NotImplementedError(
+                f"[grouped_linear] weights[{e}] must be {first.kind} on a device, as weights[0] is, got {w.dtype}."
+            )
+    if first.activations == "int8":
+        rounded = backend.empty_like(x)
+        kernels(x).int8_round(rounded, x)
+        x = rounded
+    kernels(x).grouped_quantized(y, z, x, counts, [w.blocks for w in weights], FORMATS[first.kind][0], kind)
+
+
+def _plain_there(w: Any, like: Array) -> Array:
+    """A weight as float32 or bfloat16."""
+    plain: Array = w
+    if isinstance(w, QuantizedArray):
+        plain = backend.empty_like(like, w.shape)
+        expand(plain, w)
+    return plain
 
 
 def _stacked_buffer(weights: Any) -> tuple[list[Array | None], list[Array | None]]:
@@ -263,8 +290,6 @@ def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | N
 def _multiplied(w: Any) -> tuple[Array, int, int]:
     """What the kernel reads of a weight, how it multiplies, and the type."""
     if isinstance(w, QuantizedArray):
-        if w.device is not None:
-            raise NotImplementedError("[grouped_linear] quantised experts have no product on a device yet.")
         return packed(w), 2 if w.activations == "int8" else 1, FORMATS[w.kind][0]
     return w, 0, STORAGE[w.dtype]
 

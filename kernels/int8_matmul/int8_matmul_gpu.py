@@ -43,6 +43,13 @@ def int8_matmul(
     )  # fmt: skip
 
 
+def int8_round(gpu: Any, y: Any, x: Any) -> None:
+    """y = x as its codes and scales say, in x's dtype; the last axis is a multiple of 32."""
+    gpu.triton(
+        "int8_round", (-(-x.size // (32 * CODES)),), {"y": y, "x": x, "n": x.size // 32}, plain=("n",), fused=False, COUNT=CODES
+    )
+
+
 def constants(family: int, tile: dict[str, int]) -> dict[str, int]:
     """A form's constants: a row's groups are the weights under one scale."""
     if "COLUMNS" not in tile:

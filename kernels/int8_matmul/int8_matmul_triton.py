@@ -27,21 +27,35 @@ def rounded(v, largest):
 
 
 @triton.jit
-def int8_codes(codes, scales, sums, x, n, each, M, COUNT: tl.constexpr):
-    """codes (n, 32) of the n groups of x, `each` to a row of M; scales and sums (each, M): scale * sum of the codes. A group with what is
-    not finite has the scale nan."""
-    group = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    inside = group < n
-    at = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+def _groups(x, at, inside, COUNT: tl.constexpr):
+    """Codes (COUNT, 32) and scales (COUNT,) of groups; one with what is not finite has the scale nan."""
     v = tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
     sane = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) != 0
     v = tl.where(sane[:, None], v, 0.0)
     q, scale = rounded(v, tl.max(tl.abs(v), 1)[:, None])
+    return q, tl.where(sane, tl.reshape(scale, [COUNT]), float("nan"))
+
+
+@triton.jit
+def int8_codes(codes, scales, sums, x, n, each, M, COUNT: tl.constexpr):
+    """codes (n, 32) of the n groups of x, `each` to a row of M; scales and sums (each, M): scale * sum of the codes."""
+    group = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    inside = group < n
+    at = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+    q, scale = _groups(x, at, inside, COUNT)
     tl.store(codes + at, q.to(tl.int8), mask=inside[:, None])
-    scale = tl.where(sane, tl.reshape(scale, [COUNT]), float("nan"))
     to = group % each * M + group // each
     tl.store(scales + to, scale, mask=inside)
     tl.store(sums + to, scale * tl.sum(q, 1), mask=inside)
+
+
+@triton.jit
+def int8_round(y, x, n, COUNT: tl.constexpr):
+    """y = x, n groups of 32, with the rounding of its codes: what products of other kinds read."""
+    group = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    at = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+    q, scale = _groups(x, at, group < n, COUNT)
+    tl.store(y + at, (q * scale[:, None]).to(y.dtype.element_ty), mask=(group < n)[:, None])
 
 
 @triton.jit
@@ -151,6 +165,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
     for f in (F, "*bf16"):
         types: dict[str, str | None] = {"codes": "*i8", "scales": F, "sums": F, "x": f, "n": "i32", "each": "i32", "M": "i32"}
         yield "int8_codes", types, {"COUNT": host.CODES}, plain
+        yield "int8_round", {"y": f, "x": f, "n": "i32"}, {"COUNT": host.CODES}, plain
         types = {"c": f, "z": f, "codes": "*i8", "scales": F, "sums": F, "blocks": "*u8", "bias": f, "residual": f}
         types |= {"flags": "i32", "activation": "i32", "M": "i32", "N": "i32", "K": "i32:16", "form": "i32"}
         for family in host.FAMILIES:

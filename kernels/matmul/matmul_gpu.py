@@ -152,8 +152,6 @@ def linear_activation(gpu: Any, y: Any, z: Any, activation: int) -> None:
 
 def grouped_linear(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: Any, how: Any, types: Any, activation: int) -> None:
     """y (P, N) = act(x_e W_e^T) by runs of rows; counts (E,) int64 on the device, weights E arrays (N, K). z as in `matmul`."""
-    if any(how):
-        raise TypeError("[grouped_linear] quantised experts have no product on a device yet.")
     _rows(gpu, y, z, x, counts, weights, True, activation)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlm.kernels.matmul.matmul_gpu import _offsets
+from fastlm.kernels.matmul.matmul_tiles import EXPERTS as _EXPERTS
+
 # Forms by the dtype of x: the most rows, the kernel, its constants (COLUMNS of a part in a step), options. The first that fits is taken.
 # float32 has no tensor cores to feed: its tiles are small, and few rows are read one by one.
 FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
@@ -52,6 +55,23 @@ def quantized_matmul(
     gpu.triton(
         kernel, (grid,), arguments, plain=("M", "N", "form", "flags", "activation"),
         warps=options["num_warps"], stages=options["num_stages"], **_constants(family, sizes),
+    )  # fmt: skip
+
+
+def grouped_quantized(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: Any, kind: int, activation: int) -> None:
+    """y (P, N) = act(x_e W_e^T) by runs of rows; counts (E,) int64 on the device, weights the blocks of E matrices of one kind."""
+    E, (P, N), K = len(weights), y.shape, x.shape[1]
+    if not (E and P and N):
+        return
+    family, form = _KINDS[kind]
+    tiles = [f for f in FORMS[x.dtype.name] if f[1] == "quantized_tile"]
+    _, _, sizes, options = tiles[-1 if P > 16 * E else 0]
+    arguments = {"c": y, "z": y if z is None else z, "x": x, "blocks": weights[0], "offsets": _offsets(gpu, weights)}
+    arguments |= {"counts": counts, "E": E, "N": N, "K": K, "form": form, "flags": 0 if z is None else 2, "activation": activation}
+    most = -(-P // sizes["BM"]) + min(E, P)  # tiles of rows: every run may leave one that is not full
+    gpu.triton(
+        "quantized_group", (most * -(-N // sizes["BN"]),), arguments, plain=("E", "N", "form", "flags", "activation"),
+        warps=options["num_warps"], stages=options["num_stages"], EXPERTS=_EXPERTS, **_constants(family, sizes),
     )  # fmt: skip
 
 

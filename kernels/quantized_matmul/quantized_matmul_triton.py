@@ -14,6 +14,8 @@ import triton.language as tl
 
 from fastlm.kernels.activation.activation_triton import activate
 from fastlm.kernels.dequantize.dequantize_triton import _byte, _scale_and_minimum, _signed
+from fastlm.kernels.matmul import matmul_tiles as tiles
+from fastlm.kernels.matmul.matmul_triton import _run
 from fastlm.kernels.quantized_matmul import quantized_matmul_gpu as host
 
 
@@ -142,15 +144,11 @@ def quantized_row(
 
 
 @triton.jit
-def quantized_tile(
-    c, z, x, blocks, bias, residual, M, N, K, form, flags, activation,
+def _tile(
+    c, z, x, blocks, bias, residual, top, left, M, N, K, form, flags, activation,
     FAMILY: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of c, (BM, BN); tiles of the same weights follow one another, eight at a time."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * band, 8)
-    top, left = (8 * band + within % height) * BM, within // height * BN
+    """The tile of c (M, N) that begins at (top, left)."""
     i, n = tl.arange(0, BM)[:, None], left + tl.arange(0, BN)
     row = i < M - top
     x += top.to(tl.int64) * K
@@ -170,6 +168,35 @@ def quantized_tile(
     _finish(c, z, bias, residual, sums, n, to, n < N, row & (n < N), flags, activation)
 
 
+@triton.jit
+def quantized_tile(
+    c, z, x, blocks, bias, residual, M, N, K, form, flags, activation,
+    FAMILY: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of c, (BM, BN); tiles of the same weights follow one another, eight at a time."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
+    height = tl.minimum(tiles_m - 8 * band, 8)
+    top, left = (8 * band + within % height) * BM, within // height * BN
+    _tile(c, z, x, blocks, bias, residual, top, left, M, N, K, form, flags, activation, FAMILY, HIGH, WIDTH, BM, BN, GROUPS)
+
+
+@triton.jit
+def quantized_group(
+    c, z, x, blocks, offsets, counts, E, N, K, form, flags, activation,
+    FAMILY: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Runs of rows: a tile of c (P, N) = x (P, K) times each expert's blocks, which begin at offsets[e]; flags: 2 z is kept."""
+    tiles_n = tl.cdiv(N, BN)
+    expert, first, rows, tile = _run(counts, E, tl.program_id(0) // tiles_n, BM, EXPERTS)
+    if rows > 0:
+        at, left = first.to(tl.int64) * N, tl.program_id(0) % tiles_n * BN
+        blocks += tl.load(offsets + expert)
+        _tile(c + at, z + at, x + first.to(tl.int64) * K, blocks, x, c, tile * BM, left, rows, N, K, form, flags, activation,
+              FAMILY, HIGH, WIDTH, BM, BN, GROUPS)  # fmt: skip
+
+
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
     """Every form that quantized_matmul_gpu.py may ask for: kernel, types, constants, options."""
     for dtype, forms in host.FORMS.items():
@@ -179,3 +206,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         for family in host.FAMILIES:
             for _, kernel, form, options in forms:
                 yield kernel, types, host._constants(family, form), options
+                if kernel == "quantized_tile":
+                    several = {"c": f, "z": f, "x": f, "blocks": "*u8", "offsets": "*i64", "counts": "*i64", "E": "i32", "N": "i32"}
+                    several |= {n: types[n] for n in ("K", "form", "flags", "activation")}
+                    yield "quantized_group", several, host._constants(family, form) | {"EXPERTS": tiles.EXPERTS}, options

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
 
 import numpy as np
 import pytest
 
-from fastlm import ops
+from fastlm import models, ops
 from fastlm.backend import BFLOAT16
 from fastlm.cuda.emulated import Emulated, emulated
+from fastlm.cuda.images import variant
 from fastlm.cuda.recording import Recording
+from fastlm.generate import Settings, generate
+from fastlm.generate.recorded import why_not
+from fastlm.kernels.quantized_matmul import quantized_matmul_ref as float_ref
+from fastlm.lm import LM
+from fastlm.models.place import placed_blocks
 from fastlm.tensor import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -97,3 +105,79 @@ def test_z_of_bfloat16(on):
     for loss in losses:
         loss.backward()
     np.testing.assert_allclose(np.asarray(there.grad.numpy(), np.float32), here.grad, rtol=1e-2, atol=1e-4)
+
+
+def experts_of(kind, E, N, K, activations, rng):
+    return [float_ref.random_weight(kind, (N, K), rng).with_activations(activations) for _ in range(E)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "dtype"),
+    [
+        ("Q4_0", (3, 0, 1, 36), np.float32),
+        ("Q8_0", (2, 5), np.float32),
+        ("Q5_1", (0, 70, 2), BFLOAT16),
+        ("Q4_K", (0, 0, 3), BFLOAT16),
+        ("Q6_K", (33, 1), BFLOAT16),
+    ],
+)
+def test_quantised_experts(on, kind, counts, dtype):
+    """The CPU's numbers and gradients; the last rows belong to nobody."""
+    rng = np.random.default_rng(sum(counts))
+    E, K, rows = len(counts), 512 if "K" in kind else 96, sum(counts)
+    weights = experts_of(kind, E, 41, K, "float32", rng)
+    x, dy = (rng.standard_normal(s).astype(dtype).astype(np.float32) for s in ((rows, K), (rows, 41)))
+    here = Tensor(x, requires_grad=True)
+    activation = "silu" if kind != "Q6_K" else None  # whose numbers are too large for a curve
+    want = ops.grouped_linear(here, weights, np.array(counts), activation)
+    want.backward(dy)
+    there = Tensor(on.put(np.concatenate([x, np.full((2, K), np.nan, np.float32)]).astype(dtype)), requires_grad=True)
+    taken = on.put(np.array(counts, np.int64))
+    got = ops.grouped_linear(there, [placed_blocks(w, on) for w in weights], taken, activation)
+    got.backward(on.put(np.concatenate([dy, np.zeros((2, 41), np.float32)]).astype(dtype)))
+    error = 1e-5 if dtype == np.float32 else 2.0**-6
+    for g, w in ((got.data, want.data), (there.grad, here.grad)):
+        np.testing.assert_allclose(g.numpy()[:rows].astype(np.float32), w, rtol=error, atol=error * np.abs(w).max())
+    listed = {variant(*v) for v in importlib.import_module("fastlm.kernels.quantized_matmul.quantized_matmul_triton").variants()}
+    assert on.launched["quantized_matmul"] <= listed
+
+
+def test_experts_of_int8_activations(on):
+    """x is rounded in groups of 32 before the products."""
+    rng = np.random.default_rng(4)
+    weights, x, counts = experts_of("Q4_1", 3, 37, 64, "int8", rng), rng.standard_normal((9, 64), np.float32), np.array([4, 0, 5])
+    want = ops.grouped_linear(x, weights, counts)
+    got = ops.grouped_linear(on.put(x), [placed_blocks(w, on) for w in weights], on.put(counts))
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
+    exact = ops.grouped_linear(x, [w.with_activations("float32") for w in weights], counts)
+    assert np.abs(got.numpy() - exact).max() > 1e-3
+
+
+def test_experts_of_different_kinds(on):
+    rng = np.random.default_rng(4)
+    weights = [
+        placed_blocks(w, on) for w in experts_of("Q4_1", 1, 8, 32, "float32", rng) + experts_of("Q8_0", 1, 8, 32, "float32", rng)
+    ]
+    with pytest.raises(
+        NotImplementedError, match=r"\[grouped_linear\] weights\[1\] must be Q4_1 on a device, as weights\[0\] is, got Q8_0"
+    ):
+        ops.grouped_linear(on.put(np.ones((2, 32), np.float32)), weights, on.put(np.array([1, 1])))
+
+
+@pytest.mark.parametrize(("name", "kind", "how"), [("mixtral-8x7b", "Q4_1", "float32"), ("glam-0.1b-64e", "Q8_0", "int8")])
+def test_quantised_mixtures(on, name, kind, how):
+    """Logits and greedy ids of the host, from a recorded step."""
+    sizes = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 2, "context": 16, "d_ff": 32, "n_kv_head": 1, "head_dim": 16}
+    sizes |= {"n_expert": 4}
+    fields = {f.name for f in dataclasses.fields(models.PRESETS[name])}
+    config = models.preset(name, **{k: v for k, v in sizes.items() if k in fields})
+    host, lm = (LM(models.create(config, seed=3)).quantize(kind, how) for _ in range(2))
+    lm.to("cuda")
+    experts = [k for k, p in lm.model.named_parameters().items() if "experts" in k.split(".") and p.dtype == kind]
+    assert len(experts) >= 4
+    ids = np.arange(12).reshape(2, 6)
+    np.testing.assert_allclose(lm.model.logits(ids), host.model.logits(ids), rtol=1e-5, atol=1e-5)
+    settings = Settings(max_tokens=3)
+    prompts = [[1, 2, 3], [9]]
+    assert [o.ids for o in generate(lm.model, prompts, settings)] == [o.ids for o in generate(host.model, prompts, settings)]
+    assert why_not(lm.model) == []
