@@ -6,8 +6,8 @@ from typing import Any
 
 from fastlm.kernels.int8_matmul import int8_matmul_gpu as _groups
 
-# The most rows, the tile; the first that fits is taken.
-TILES = [(16, {"BM": 16, "BN": 16, "BK": 256}), (1 << 31, {"BM": 64, "BN": 64, "BK": 64})]
+# The most rows, the tile, warps: three sums of a tile lie in registers. The first that fits is taken.
+TILES = [(16, {"BM": 16, "BN": 16, "BK": 128}, 4), (1 << 31, {"BM": 64, "BN": 32, "BK": 64}, 8)]
 BLOCK = 1024  # numbers of x that a program reads in a step
 WEIGHTS = 1024  # that a program expands
 
@@ -29,11 +29,11 @@ def int8_rows(
     codes, scales, exact, places = gpu.empty((M, wide), "int8"), gpu.empty((M,)), gpu.empty((M, 2)), gpu.empty((M, 2), "int32")
     given = {"codes": codes, "scales": scales, "exact": exact, "places": places, "x": x, "columns": columns, "K": K, "wide": wide}
     gpu.triton("int8_rows_codes", (M,), given, plain=("K",), fused=False, BLOCK=BLOCK)
-    tile = next(t for most, t in TILES if most >= M)
+    _, tile, warps = next(t for t in TILES if t[0] >= M)
     arguments = {"c": c, "z": c if z is None else z, "codes": codes, "scales": scales, "exact": exact, "places": places}
     arguments |= {"blocks": blocks} | _groups.rest(c, z, x, bias, residual, activation) | {"M": M, "N": N, "K": K, "wide": wide}
     grid = -(-M // tile["BM"]) * -(-N // tile["BN"])
-    gpu.triton("int8_rows_tile", (grid,), arguments, plain=("flags", "activation", "M", "N"), fused=False, **tile)
+    gpu.triton("int8_rows_tile", (grid,), arguments, plain=("flags", "activation", "M", "N"), warps=warps, fused=False, **tile)
 
 
 def int8_rows_weight(gpu: Any, w: Any, blocks: Any, columns: Any) -> None:

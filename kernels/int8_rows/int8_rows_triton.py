@@ -138,6 +138,6 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
             yield "int8_rows_weight", {"w": f, "blocks": "*u8", "columns": columns, "K": "i32"}, {"BLOCK": host.WEIGHTS}, options
         types = {"c": f, "z": f, "codes": "*i8", "scales": F, "exact": F, "places": "*i32", "blocks": "*u8", "bias": f}
         types |= {"residual": f, "flags": "i32", "activation": "i32", "M": "i32", "N": "i32"}
-        for _, tile in host.TILES:
+        for _, tile, warps in host.TILES:
             for K in ("i32:16", "i32"):
-                yield "int8_rows_tile", types | {"K": K, "wide": "i32:16"}, tile, options
+                yield "int8_rows_tile", types | {"K": K, "wide": "i32:16"}, tile, options | {"num_warps": warps}
