@@ -121,14 +121,19 @@ def argmax(logits: Any, out: Array | None = None) -> Any:
 def top_k(values: Any, k: int) -> tuple[Array, Array]:
     """The k largest values over the last axis, in descending order, ties to the lowest index, and their indices.
 
-    values: (..., N) float32, 1 <= k <= N. Returns (..., k) float32 and (..., k) int32. Raises ValueError for k, and where a row has nan.
+    values: (..., N) float32, 1 <= k <= N. Returns (..., k) float32 and (..., k) int32. Raises ValueError for k, and where a row has nan;
+    on a device such a row has the indices -1.
     """
-    check.on_host("top_k", "values", data(values))
     xd = check.array("top_k", "values", data(values), at_least=1)
     _, N = _two_axes("top_k", "values", xd)
     if not 1 <= k <= N:
         raise ValueError(f"[top_k] k must be from 1 to N = {N}, got {k}. values is {xd.shape}.")
-    top, indices = np.empty((*xd.shape[:-1], k), np.float32), np.empty((*xd.shape[:-1], k), np.int32)
+    shape = *xd.shape[:-1], k
+    if on_device(xd):
+        found = backend.empty(shape, like=xd), backend.empty(shape, np.int32, like=xd)
+        kernels(xd).top_k(*found, xd)
+        return found
+    top, indices = np.empty(shape, np.float32), np.empty(shape, np.int32)
     bad = _C.top_k(top, indices, xd)
     if bad >= 0:
         _refuse("top_k", "values", bad, -1)

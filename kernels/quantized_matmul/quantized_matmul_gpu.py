@@ -20,14 +20,21 @@ FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
         (1 << 31, "quantized_tile", {"BM": 64, "BN": 64, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
     ],
 }
+# Of runs of rows: the most rows an expert has on the average, the tile. Their addresses take registers, so float32 has smaller tiles.
+GROUPED: dict[str, list[tuple[int, dict[str, int]]]] = {
+    "float32": [(1 << 31, {"BM": 16, "BN": 32, "COLUMNS": 32})],
+    "bfloat16": [(16, {"BM": 16, "BN": 32, "COLUMNS": 64}), (1 << 31, {"BM": 64, "BN": 64, "COLUMNS": 32})],
+}
 # Kinds that one kernel decodes -> how far the high part lies behind the low one, weights of a group's part.
 FAMILIES = {2: (16, 16), 8: (16, 16), 12: (32, 32), 14: (64, 16)}
 # ggml's number of a kind -> its family, form: 1 there are minima, 2 there are fifth bits.
 _KINDS = {2: (2, 0), 3: (2, 1), 6: (2, 2), 7: (2, 3), 8: (8, 0), 12: (12, 1), 13: (12, 3), 14: (14, 0)}
 
 # Tiles of bfloat16 must use tensor cores: tools/gpu_build.py --check.
-EXPECTS = {"quantized_tile * x:?bf16 *": {"80": "HMMA"}, "quantized_tile * x:?bf16 * BM=16 *": {"90": "HMMA"}}
-EXPECTS |= {"quantized_tile * x:?bf16 * BM=64 *": {"90": "HGMMA"}}
+EXPECTS: dict[str, dict[str, str]] = {}
+for _kernel in ("quantized_tile", "quantized_group"):
+    EXPECTS |= {f"{_kernel} * x:?bf16 *": {"80": "HMMA"}, f"{_kernel} * x:?bf16 * BM=16 *": {"90": "HMMA"}}
+    EXPECTS |= {f"{_kernel} * x:?bf16 * BM=64 *": {"90": "HGMMA"}}
 
 
 def quantized_matmul(
@@ -64,14 +71,13 @@ def grouped_quantized(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: An
     if not (E and P and N):
         return
     family, form = _KINDS[kind]
-    tiles = [f for f in FORMS[x.dtype.name] if f[1] == "quantized_tile"]
-    _, _, sizes, options = tiles[-1 if P > 16 * E else 0]
+    sizes = next(t for most, t in GROUPED[x.dtype.name] if most * E >= P)
     arguments = {"c": y, "z": y if z is None else z, "x": x, "blocks": weights[0], "offsets": _offsets(gpu, weights)}
     arguments |= {"counts": counts, "E": E, "N": N, "K": K, "form": form, "flags": 0 if z is None else 2, "activation": activation}
     most = -(-P // sizes["BM"]) + min(E, P)  # tiles of rows: every run may leave one that is not full
     gpu.triton(
         "quantized_group", (most * -(-N // sizes["BN"]),), arguments, plain=("E", "N", "form", "flags", "activation"),
-        warps=options["num_warps"], stages=options["num_stages"], EXPERTS=_EXPERTS, **_constants(family, sizes),
+        EXPERTS=_EXPERTS, **_constants(family, sizes),
     )  # fmt: skip
 
 

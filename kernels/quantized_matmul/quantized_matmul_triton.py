@@ -206,7 +206,16 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         for family in host.FAMILIES:
             for _, kernel, form, options in forms:
                 yield kernel, types, host._constants(family, form), options
-                if kernel == "quantized_tile":
-                    several = {"c": f, "z": f, "x": f, "blocks": "*u8", "offsets": "*i64", "counts": "*i64", "E": "i32", "N": "i32"}
-                    several |= {n: types[n] for n in ("K", "form", "flags", "activation")}
-                    yield "quantized_group", several, host._constants(family, form) | {"EXPERTS": tiles.EXPERTS}, options
+            several: dict[str, str | None] = {
+                "c": f,
+                "z": f,
+                "x": f,
+                "blocks": "*u8",
+                "offsets": "*i64",
+                "counts": "*i64",
+                "E": "i32",
+            }
+            several |= {n: types[n] for n in ("N", "K", "form", "flags", "activation")}
+            for _, form in host.GROUPED[dtype]:
+                constants = host._constants(family, form) | {"EXPERTS": tiles.EXPERTS}
+                yield "quantized_group", several, constants, {"num_warps": 4, "num_stages": 3}

@@ -61,6 +61,14 @@ def argmax(gpu: Any, index: Any, x: Any) -> None:
     gpu.triton("argmax", (index.size,), named, plain=("V",), warps=8, BLOCK=4096)
 
 
+def top_k(gpu: Any, values: Any, indices: Any, x: Any) -> None:
+    """values, indices (..., k) of x (..., V); in either twin by Triton."""
+    k = values.shape[-1]
+    if k and values.size:
+        named = {"values": values, "indices": indices, "x": x, "V": x.shape[-1], "k": k}
+        gpu.triton("top_k", (values.size // k,), named, plain=("V", "k"), warps=8, BLOCK=2048)
+
+
 def philox_uniforms(gpu: Any, u: Any, seeds: Any, steps: Any) -> None:
     named = {"u": u, "seeds": seeds, "steps": steps, "B": u.size}
     grid = (-(-u.size // 128),)

@@ -223,6 +223,29 @@ def argmax(index, x, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def top_k(values, indices, x, V, k, BLOCK: tl.constexpr):
+    """The k largest of a row of x and where they are, in k passes: each takes the greatest key below the last one's, a key being a value
+    and, below it, how far its place is from the largest possible. A row with nan has the index -1 throughout."""
+    row = tl.program_id(0).to(tl.int64)
+    first = row * V
+    _, bad = _scan(x, first, V, BLOCK)
+    last = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for j in range(k):
+        best = tl.full([BLOCK], -0x8000000000000000, tl.int64)
+        for start in range(0, V, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            v = tl.load(x + first + c, mask=c < V, other=0.0).to(tl.float32)
+            key = _key(tl.where(v == 0.0, 0.0, v)).to(tl.int64) << 32 | (0x7FFFFFFF - c).to(
+                tl.int64
+            )  # zeros of either sign are equal
+            best = tl.maximum(best, tl.where((c < V) & (key < last), key, -0x8000000000000000))
+        last = tl.max(best, 0)
+        place = 0x7FFFFFFF - (last & 0x7FFFFFFF).to(tl.int32)
+        tl.store(values + row * k + j, tl.load(x + first + place).to(tl.float32))
+        tl.store(indices + row * k + j, tl.where(bad > 0, -1, place))
+
+
+@triton.jit
 def philox_uniforms(u, seeds, steps, B, BLOCK: tl.constexpr):
     """csrc/runtime/philox.h, row 0."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -253,5 +276,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         types = {"row": "*fp32", "logits": f, "previous": "*i32", "begin": "*i64", "V": "i32", "penalty": "fp32"}
         yield "sample_penalise", types, {"BLOCK": 256}, {"num_warps": 4, "num_stages": 3}
         yield "argmax", {"index": "*i32", "x": f, "V": "i32"}, {"BLOCK": BLOCK}, {"num_warps": 8, "num_stages": 3}
+        types = {"values": "*fp32", "indices": "*i32", "x": f, "V": "i32", "k": "i32"}
+        yield "top_k", types, {"BLOCK": 2048}, {"num_warps": 8, "num_stages": 3}
     types = {"u": "*fp64", "seeds": "*u64", "steps": "*i64", "B": "i32"}
     yield "philox_uniforms", types, {"BLOCK": 128}, {"num_warps": 4, "num_stages": 3} | exact

@@ -93,6 +93,27 @@ def test_argmax(on, N):
     assert ops.argmax(on.put(x)).numpy().tolist() == [np.argmax(x[0]), N - 1, -1]
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("shape", "k"), [((2, 3, 5), 5), ((1, 1), 1), ((2, 4100), 7), ((0, 9), 2)])
+def test_top_k(on, shape, k):
+    """Values and indices of the CPU, with many equal ones and zeros of both signs; a row with nan has no indices."""
+    x = np.random.default_rng(k).integers(-3, 3, shape).astype(np.float32)
+    x[x == 1] = -0.0
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        values, indices = ops.top_k(on.put(x.astype(dtype)), k)
+        for got, want in zip((values, indices), ops.top_k(x, k), strict=True):
+            np.testing.assert_array_equal(got.numpy(), want)
+    x[..., -1] = -np.inf
+    np.testing.assert_array_equal(ops.top_k(on.put(x), k)[1].numpy(), ops.top_k(x, k)[1])
+    if x.size:
+        x.reshape(-1, shape[-1])[0, -1] = np.nan
+        indices = ops.top_k(on.put(x), k)[1].numpy().reshape(-1, k)
+        assert (indices[0] == -1).all()
+        assert (indices[1:] >= 0).all()
+    with pytest.raises(ValueError, match=r"\[top_k\] k must be from 1 to"):
+        ops.top_k(on.put(x), shape[-1] + 1)
+
+
 def test_top_p_at_the_boundary(on):
     row = np.log(np.array([0.2, 0.4, 0.1, 0.3], np.float32))
     uniform = np.array([0.05, 0.6, 0.9])
