@@ -106,8 +106,9 @@ def test_refusals(on):
         model.to("cuda", "float16")
     with pytest.raises(ValueError, match=r"\[to\] token_embedding.weight has no value yet"):
         models.declare(CONFIGS["gpt2"]).to("cuda")
+    wide = models.GPTConfig(**SIZES | {"d_model": 32})
     with pytest.raises(ValueError, match=r"\[quantize\] token_embedding.weight: it is on emulated, .* call lm\.to\('cpu'\) first"):
-        LM(models.create(CONFIGS["gpt2"], device="cuda")).quantize("Q8_0")
+        LM(models.create(wide, device="cuda")).quantize("Q8_0")
 
 
 @pytest.mark.skipif(status()[0], reason="there is a GPU")
