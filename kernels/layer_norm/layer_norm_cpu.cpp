@@ -9,19 +9,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kStream = int64_t(4) << 20;  // floats of an output that the caches do not hold until it is read
-
-// Whether rows of C floats at y go past the caches, so that no line is read in order to be overwritten; `fence` comes after.
-bool streams(const float* y, int64_t R, int64_t C) {
-    return R * C >= kStream && C % W == 0 && (reinterpret_cast<uintptr_t>(y) | uintptr_t(C * 4)) % 64 == 0;
-}
-
-template <bool kStreamed, class V> FASTLM_INLINE void put(const V& v, float* y, vf x) {
-    if constexpr (kStreamed) stream(y, x);
-    else v.store(y, x);
-}
-
-template <bool kStreamed> void forward_row(const LayerNormForward& p, int64_t r) {
+void forward_row(const LayerNormForward& p, int64_t r) {
     const float* x = p.x + r * p.C;
     vf sums[4] = {zero(), zero(), zero(), zero()};
     if (p.residual) {
@@ -58,22 +46,23 @@ template <bool kStreamed> void forward_row(const LayerNormForward& p, int64_t r)
     float* y = p.y + r * p.C;
     if (p.bias)
         each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-            put<kStreamed>(v, y + c, fma(fma(v.load(x + c) - m, scale, s), v.load(p.weight + c), v.load(p.bias + c)));
+            v.store(y + c, fma(fma(v.load(x + c) - m, scale, s), v.load(p.weight + c), v.load(p.bias + c)));
         });
     else
-        each_vector(p.C, [&](int64_t c, auto v)
-                             FASTLM_LAMBDA { put<kStreamed>(v, y + c, fma(v.load(x + c) - m, scale, s) * v.load(p.weight + c)); });
+        each_vector(
+            p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(y + c, fma(v.load(x + c) - m, scale, s) * v.load(p.weight + c)); });
 }
 
 void forward(const LayerNormForward& p) {
-    const bool streamed = streams(p.y, p.R, p.C);
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) streamed ? forward_row<true>(p, r) : forward_row<false>(p, r);
-        if (streamed) fence();
+        for (int64_t r = begin; r < end; ++r) forward_row(p, r);
     });
 }
 
-template <bool kStreamed> void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias) {
+// From this size on dx goes past the caches, where x and dy of the next rows are wanted: a store that misses reads first.
+constexpr int64_t kPast = 4 << 20;  // numbers
+
+void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias, bool past) {
     const float *dy = p.dy + r * p.C, *x = p.x + r * p.C, *stats = p.stats + 3 * r;
     const vf mean = set(stats[0]), shift = set(stats[1]), scale = set(stats[2]);
     vf sum_g[4] = {zero(), zero(), zero(), zero()}, sum_gn[4] = {zero(), zero(), zero(), zero()};
@@ -89,23 +78,26 @@ template <bool kStreamed> void backward_row(const LayerNormBackward& p, int64_t 
     const vf mean_g = set(reduce_add_4(sum_g) / float(p.C)), mean_gn = set(reduce_add_4(sum_gn) / float(p.C));
     const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
     float* dx = p.dx + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+    const auto gradient = [&](int64_t c, auto v) FASTLM_LAMBDA {
         const vf g = v.load(dy + c) * v.load(p.weight + c), normal = fma(v.load(x + c) - mean, scale, shift);
         const vf d = scale * (g - fma(normal, mean_gn, mean_g));
-        put<kStreamed>(v, dx + c, dtotal ? d + v.load(dtotal + c) : d);
-    });
+        return dtotal ? d + v.load(dtotal + c) : d;
+    };
+    if (past) each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { stream(dx + c, gradient(c, v)); });
+    else each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(dx + c, gradient(c, v)); });
 }
 
 void backward(const LayerNormBackward& p) {
     const bool parameters = p.dweight || p.dbias;
-    const bool streamed = streams(p.dx, p.R, p.C) && p.dx != p.dy && p.dx != p.dtotal;  // what is read has its lines already
+    const bool apart = p.dx != p.dy && p.dx != p.dtotal;  // what is read has its lines already
+    const bool aligned = p.C % W == 0 && reinterpret_cast<uintptr_t>(p.dx) % (W * sizeof(float)) == 0;
+    const bool past = p.R * p.C >= kPast && aligned && apart;
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = parameters ? p.partial + begin / kLayerNormRows * 2 * p.C : nullptr;
         float* dbias = parameters ? dweight + p.C : nullptr;
         if (parameters) std::memset(dweight, 0, size_t(2 * p.C) * sizeof(float));
-        for (int64_t r = begin; r < end; ++r)
-            streamed ? backward_row<true>(p, r, dweight, dbias) : backward_row<false>(p, r, dweight, dbias);
-        if (streamed) fence();
+        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias, past);
+        if (past) fence();
     });
     if (!parameters) return;
     const int64_t pieces = (p.R + kLayerNormRows - 1) / kLayerNormRows;
