@@ -33,7 +33,7 @@ AttentionInputs packed(const py::array& q, const py::array& k, const py::array& 
 }
 
 AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& v, const py::object& bias,
-                       const py::object& lengths, int64_t window, double scale, bool causal) {
+                       const py::object& lengths, int64_t window, double scale, bool causal, const py::object& table) {
     AttentionInputs p{};
     p.q = f32(q), p.k = data<void>(k), p.v = data<void>(v), p.bias = f32(bias), p.lengths = data<int32_t>(lengths);
     p.q_batch = stride(q, 0), p.q_time = stride(q, 1);
@@ -47,6 +47,11 @@ AttentionInputs inputs(const py::array& q, const py::array& k, const py::array& 
     p.kind = k.itemsize() == 4 ? CacheKind::float32 : k.itemsize() == 2 ? CacheKind::bfloat16 : CacheKind::int8;
     p.E = dim(v, 3) - (p.kind == CacheKind::int8 ? 4 : 0);
     p.rows = p.B * p.T, p.window = window, p.scale = scale, p.causal = causal;
+    if (!table.is_none()) {
+        const auto a = py::reinterpret_borrow<py::array>(table);
+        p.table = data<int32_t>(table), p.table_row = stride(a, 0), p.page = dim(k, 1), p.pages = dim(k, 0),
+        p.S = dim(a, 1) * p.page;
+    }
     return p;
 }
 
@@ -67,21 +72,21 @@ void run_backward(AttentionBackward& p, int64_t units) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    m.def("attention_forward",
-          [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k, const py::array& v,
-             const py::object& bias, const py::object& lengths, int64_t window, double scale, bool causal) {
-              const AttentionForward p{f32(y), f32(stats), nullptr, inputs(q, k, v, bias, lengths, window, scale, causal)};
-              const AttentionInputs& in = p.in;
-              const int64_t rows = in.T * (in.H / in.G);
-              if (!p.stats && rows <= attention_decode_kernels().max_rows) {
-                  AttentionForward most = p;
-                  if (recording()) most.in.lengths = nullptr;  // the lengths of a recorded step grow up to S
-                  const int64_t floats = attention_decode_kernels().workspace(most);
-                  launch(attention_decode_kernels().forward, p, &AttentionForward::partial, floats * int64_t(sizeof(float)));
-              } else {
-                  launch(attention_kernels().forward, p);
-              }
-          });
+    m.def("attention_forward", [](const py::array& y, const py::object& stats, const py::array& q, const py::array& k,
+                                  const py::array& v, const py::object& bias, const py::object& lengths, int64_t window,
+                                  double scale, bool causal, const py::object& table) {
+        const AttentionForward p{f32(y), f32(stats), nullptr, inputs(q, k, v, bias, lengths, window, scale, causal, table)};
+        const AttentionInputs& in = p.in;
+        const int64_t rows = in.T * (in.H / in.G);
+        if (!p.stats && rows <= attention_decode_kernels().max_rows) {
+            AttentionForward most = p;
+            if (recording()) most.in.lengths = nullptr;  // the lengths of a recorded step grow up to S
+            const int64_t floats = attention_decode_kernels().workspace(most);
+            launch(attention_decode_kernels().forward, p, &AttentionForward::partial, floats * int64_t(sizeof(float)));
+        } else {
+            launch(attention_kernels().forward, p);
+        }
+    });
     m.def("attention_backward",
           [](const py::array& dq, const py::array& dk, const py::array& dv, const py::object& dbias, const py::array& dy,
              const py::array& y, const py::array& stats, const py::array& q, const py::array& k, const py::array& v,
@@ -90,7 +95,7 @@ void bind_attention(py::module_& m) {
               p.dq = f32(dq), p.dk = f32(dk), p.dv = f32(dv), p.dbias = f32(dbias);
               p.dq_row = token_stride(dq), p.dk_row = token_stride(dk), p.dv_row = token_stride(dv);
               p.dy = f32(dy), p.y = f32(y), p.stats = f32(stats);
-              p.in = inputs(q, k, v, bias, lengths, window, scale, causal);
+              p.in = inputs(q, k, v, bias, lengths, window, scale, causal, py::none());
               const AttentionInputs& in = p.in;
               int64_t units = in.B * in.G;
               if (p.dbias) {

@@ -86,6 +86,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
+// The float of these bits.
+__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 // 2^x, to two units in the last place; 2^-inf is 0.
 __device__ __forceinline__ float exp2(float x) {
     float y;

@@ -12,6 +12,11 @@ inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<cons
 
 inline float widened(uint32_t word, int half) { return to_float(bfloat16{uint16_t(word >> (16 * half))}); }
 inline uint32_t pack(float low, float high) { return uint32_t(to_bfloat16(low).bits) | uint32_t(to_bfloat16(high).bits) << 16; }
+inline float from_bits(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
 inline float exp2(float x) { return std::exp2(x); }
 inline void barrier_sync(int id, int threads) { emulator::meet(state.named[id], unsigned(threads)); }
 

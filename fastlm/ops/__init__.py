@@ -4,7 +4,7 @@ from fastlm.ops.activation import activation, tanh
 from fastlm.ops.adamw import adamw, adamw_step, clip_scale, global_norm
 from fastlm.ops.advance import advance, positions
 from fastlm.ops.attention import attention, attention_packed
-from fastlm.ops.cache_append import SCALE, cache_append
+from fastlm.ops.cache_append import PAGE, SCALE, cache_append
 from fastlm.ops.cross_entropy import cross_entropy, log_softmax
 from fastlm.ops.distance_bias import distance_bias
 from fastlm.ops.distillation import cosine_distance, kl_divergence
@@ -33,6 +33,7 @@ from fastlm.ops.sample import argmax, sample, top_k
 from fastlm.ops.shape import add, add_broadcast, reshape, scale, split
 
 __all__ = [
+    "PAGE",
     "SCALE",
     "Routing",
     "activation",

@@ -10,7 +10,7 @@ import numpy as np
 from fastlm import backend
 from fastlm.backend import Array, contiguous, kernels
 from fastlm.ops import check
-from fastlm.ops.cache_append import CACHE_KINDS, SCALE, head_view
+from fastlm.ops.cache_append import CACHE_KINDS, SCALE, check_pages, head_view, page_table
 from fastlm.ops.shape import gradients_like
 from fastlm.tensor import data, leaf, needs_grad, record, recording, wrap
 
@@ -28,6 +28,7 @@ def attention(
     bias: Any = None,
     lengths: Any = None,
     window: int | None = None,
+    table: Any = None,
 ) -> Any:
     """softmax(scale q k^T + bias) v over the keys that each query sees.
 
@@ -39,37 +40,52 @@ def attention(
     lengths: (B,) int32, the valid keys of each sequence (default S); those beyond are never read. Query t stands at
     lengths[b] - T + t. causal: a query sees the keys up to itself, else all valid ones; window: only the last `window` of these.
     A query that sees nothing gives zeros, and has zero gradient.
+    table: (B, blocks) int32, where keys and values lie in pages: k is then (pages, page, G, D), v (pages, page, G, E), and key i of
+    sequence b is number i % page of page table[b, i // page]; S is blocks * page, page a multiple of 64. The bits are those of keys
+    that lie together. Numbers of blocks beyond a sequence's length may be anything. `cache_append` writes into pages. No gradient.
     Returns (B, T, H, E) float32, a Tensor where an input is one. Gradients for q, k, v and bias.
     On a device q, k, v and the result may be bfloat16, bias in either, and a row's bits may depend on T and S, but not on the batch;
-    there the values of `lengths` are not checked, since they would have to be waited for.
+    there the values of `lengths` and `table` are not checked, since they would have to be waited for; nothing outside of the pages is
+    read whatever they are.
     Raises TypeError for a dtype, ValueError for a shape or a value out of range.
     """
     qd = head_view("attention", "q", data(q))
     kd, vd, extra = _keys_values(data(k), data(v))
     B, T, H, D = qd.shape
     S, G, E = kd.shape[1], kd.shape[2], vd.shape[3] - extra
+    N, rows, first = B, S, "(B, S"  # of the arrays of keys and values
+    if table is not None:
+        if recording(q, k, v, bias):
+            raise ValueError("[attention] table must be None where a gradient is wanted: keys in pages have none.")
+        table = page_table("attention", table, B, kd)
+        N, S, first = kd.shape[0], table.shape[1] * rows, "(pages, page"
     if D == 0 or G == 0 or H % G:
         raise ValueError(f"[attention] q must be (B, T, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
-    if kd.shape != (B, S, G, D + extra):
-        check.shape("attention", "k", kd, f"(B, S, G, D{_EXTRA[extra]})", (B, S, G, D + extra), f"q is {qd.shape}.")
-    if vd.shape[:3] != (B, S, G) or E <= 0:
-        check.shape(
-            "attention", "v", vd, f"(B, S, G, E{_EXTRA[extra]})", (B, S, G, extra + (E if E > 0 else D)), f"k is {kd.shape}."
-        )
+    if kd.shape != (N, rows, G, D + extra):
+        check.shape("attention", "k", kd, f"{first}, G, D{_EXTRA[extra]})", (N, rows, G, D + extra), f"q is {qd.shape}.")
+    if vd.shape[:3] != (N, rows, G) or E <= 0:
+        wanted = (N, rows, G, extra + (E if E > 0 else D))
+        check.shape("attention", "v", vd, f"{first}, G, E{_EXTRA[extra]})", wanted, f"k is {kd.shape}.")
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
     ld = None if lengths is None else _lengths(lengths, B, S, qd)
     reach = _window("attention", window)
+    if table is not None:
+        if isinstance(table, np.ndarray):
+            used = np.full(B, S, np.int32) if ld is None else ld
+            if isinstance(used, np.ndarray):
+                check_pages("attention", table[np.arange(table.shape[1]) * rows < used[:, None]], kd)
+        table = _beside(qd, table)
 
     y = backend.empty((B, T, H, E), qd.dtype, like=qd)
     if not recording(q, k, v, bias):
-        kernels(qd).attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal)
+        kernels(qd).attention_forward(y, None, qd, kd, vd, bd, ld, reach, scale, causal, table)
         return wrap(y, q, k, v, bias)
     if kd.dtype != qd.dtype:
         raise TypeError(f"[attention] k and v must be {qd.dtype} where a gradient is wanted, got {kd.dtype}: a cache has none.")
     stats = backend.empty((B, T, H, 2), like=qd)
     ld = None if ld is None else ld.copy()  # a cache's own array, which moves on
-    kernels(qd).attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal)
+    kernels(qd).attention_forward(y, stats, qd, kd, vd, bd, ld, reach, scale, causal, None)
 
     def backward(dy: Array) -> Sequence[Array | None]:
         dq, dk, dv = _gradients(qd, kd, vd)

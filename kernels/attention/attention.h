@@ -19,10 +19,15 @@ struct AttentionInputs {
     const int32_t* lengths;  // (B,) or null: S
     const int32_t* offsets;  // (B + 1,) or null. Packed: sequence b has the rows offsets[b] .. offsets[b + 1] of q (R, H, D), of
                              // k, v (R, G, .) and of every output; T = S = the longest, no lengths, no bias, batch strides 0
-    int64_t rows;            // R; B T where not packed
+    const int32_t*
+        table;     // (B, blocks) or null. Pages: k and v are (pages, page, G, .), and key j of sequence b is number j % page
+                   // of page table[b][j / page], read as 0 or the last page where it is none; S = blocks page. Forward only
+    int64_t rows;  // R; B T where not packed
     int64_t q_batch, q_time, k_batch, k_time, v_batch, v_time;
     int64_t bias_batch, bias_head, bias_time;  // 0 where the axis is broadcast
     int64_t B, T, S, H, G, D, E;
+    int64_t table_row, page,
+        pages;       // from row to row of the table; a page's keys, a multiple of kAttentionKeys; how many there are
     int64_t window;  // 0: none
     double scale;
     bool causal;

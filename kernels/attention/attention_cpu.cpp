@@ -154,13 +154,14 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
             k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
             v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, in.E);
         });
-        each_store(in, [&](auto kind) {
-            using S = decltype(kind);
-            constexpr int64_t size = sizeof(typename S::T);
-            const int64_t next = most(0, least(kKeys, high - j - kKeys));
-            fetch_rows(key<S>(in, b, j + kKeys, g), in.k_time * size, next, (in.D + S::kExtra) * size);
-            fetch_rows(value<S>(in, b, j + kKeys, g), in.v_time * size, next, (in.E + S::kExtra) * size);
-        });
+        const int64_t next = least(kKeys, high - j - kKeys);
+        if (next > 0)
+            each_store(in, [&](auto kind) {
+                using S = decltype(kind);
+                constexpr int64_t size = sizeof(typename S::T);
+                fetch_rows(key<S>(in, b, j + kKeys, g), in.k_time * size, next, (in.D + S::kExtra) * size);
+                fetch_rows(value<S>(in, b, j + kKeys, g), in.v_time * size, next, (in.E + S::kExtra) * size);
+            });
         for (int64_t i = 0; i < tiles; ++i) {
             State& s = states[i];
             if (j >= s.t.high_max || j + n <= s.t.low_min) continue;

@@ -4,11 +4,12 @@
 // Forward: FlashAttention-2 (Dao 2023). A block shares the keys and values, whose next tile cp.async fetches while this one is
 // multiplied; scores, weights and sums never leave the registers.
 #include "kernels/attention/attention_cuda_backward.h"
+#include "kernels/attention/attention_cuda_decode.h"
 #include "kernels/attention/attention_cuda_tile.h"
 
 namespace attention {
 
-template <class T, int HEAD, int WARPS, int N, bool BIAS>
+template <class T, int HEAD, int WARPS, int N>
 __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bias bias, Given g, int tiles) {
     constexpr int STRIDE = kStride<T, HEAD>, THREADS = 32 * WARPS, ROWS = 16 * WARPS, STAGE = 2 * N * STRIDE;
     FASTLM_DYNAMIC_SHARED(room);
@@ -20,7 +21,7 @@ __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bia
     if (begin >= seq.queries) return;
     const T* const k0 = k.p + int64_t(b) * k.batch + int64_t(seq.first) * k.time + h / g.share * g.D;
     const T* const v0 = v.p + int64_t(b) * v.batch + int64_t(seq.first) * v.time + h / g.share * g.E;
-    const float steep = BIAS ? LOG2E : g.unit;
+    const float steep = bias.steep(g);
     const int last = smaller(begin + ROWS, seq.queries) - 1;
     const int from = seq.low(begin) / N * N, to = seq.high(last);  // keys that any row sees
     const int all_from = seq.low(last), all_to = seq.high(begin);  // keys that every row sees
@@ -45,8 +46,7 @@ __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bia
         const T* const ks = stages + (start - from) / N % 2 * STAGE;
         float s[N / 8][4];
         products<HEAD, N>(s, qs + warp * 16 * STRIDE, ks);
-        const float* const bias0 = BIAS ? bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head : nullptr;
-        finish<BIAS, false, N>(s, g, seq, bias0, bias.time, begin + warp * 16, start, start < all_from || start + N > all_to);
+        finish<false, N>(s, g, seq, bias, b, h, begin + warp * 16, start, start < all_from || start + N > all_to);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float largest = top[r];
@@ -92,42 +92,69 @@ __device__ void forward(T* y, float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bia
         lengths, form, T, S, H, share, D, E, causal, window, scale, unit        \
     }
 // X: the type of q, k, v, of a name; N: keys (kv: queries) of a tile.
-#define FASTLM_BIASED(X, NAME, HEAD, WARPS, N, BACK_WARPS, BACK_N, SUFFIX, BIAS)                                                   \
-    FASTLM_GLOBAL void __launch_bounds__(32 * WARPS, 1) attention_forward_##NAME##_##HEAD##SUFFIX(                                 \
-        X* y, float* stats, const X* q, const X* k, const X* v, const float* bias, FASTLM_GIVEN, int tiles) {                      \
-        attention::forward<X, HEAD, WARPS, N, BIAS>(y, stats, {q, q_batch, q_time}, {k, k_batch, k_time}, {v, v_batch, v_time},    \
-                                                    FASTLM_TAKEN, tiles);                                                          \
-    }                                                                                                                              \
-    FASTLM_KERNEL(attention_forward_##NAME##_##HEAD##SUFFIX)                                                                       \
-    FASTLM_GLOBAL void __launch_bounds__(32 * BACK_WARPS, 1) attention_backward_q_##NAME##_##HEAD##SUFFIX(                         \
-        X* dq, float* delta, const X* dy, const X* y, const float* stats, const X* q, const X* k, const X* v, const float* bias,   \
-        FASTLM_GIVEN, int dq_batch, int dq_time, int tiles) {                                                                      \
-        attention::backward_q<X, HEAD, BACK_WARPS, BACK_N, BIAS>(dq, dq_batch, dq_time, delta, dy, y, stats, {q, q_batch, q_time}, \
-                                                                 {k, k_batch, k_time}, {v, v_batch, v_time}, FASTLM_TAKEN, tiles); \
-    }                                                                                                                              \
-    FASTLM_KERNEL(attention_backward_q_##NAME##_##HEAD##SUFFIX)                                                                    \
-    FASTLM_GLOBAL void __launch_bounds__(32 * BACK_WARPS, 1) attention_backward_kv_##NAME##_##HEAD##SUFFIX(                        \
-        X* dk, X* dv, const float* delta, const X* dy, const float* stats, const X* q, const X* k, const X* v, const float* bias,  \
-        FASTLM_GIVEN, int dk_batch, int dk_time, int dv_batch, int dv_time, int tiles) {                                           \
-        attention::backward_kv<X, HEAD, BACK_WARPS, BACK_N, BIAS>(dk, dk_batch, dk_time, dv, dv_batch, dv_time, delta, dy, stats,  \
-                                                                  {q, q_batch, q_time}, {k, k_batch, k_time},                      \
-                                                                  {v, v_batch, v_time}, FASTLM_TAKEN, tiles);                      \
-    }                                                                                                                              \
-    FASTLM_KERNEL(attention_backward_kv_##NAME##_##HEAD##SUFFIX)
-#define FASTLM_FORM(X, NAME, HEAD, WARPS, N, BACK_WARPS, BACK_N)                                                                   \
-    FASTLM_BIASED(X, NAME, HEAD, WARPS, N, BACK_WARPS, BACK_N, , false)                                                            \
-    FASTLM_BIASED(X, NAME, HEAD, WARPS, N, BACK_WARPS, BACK_N, _bias, true)                                                        \
-    FASTLM_GLOBAL void __launch_bounds__(32 * BACK_WARPS, 1) attention_backward_bias_##NAME##_##HEAD(                              \
-        float* dbias, const float* delta, const X* dy, const float* stats, const X* q, const X* k, const X* v, const float* bias,  \
-        FASTLM_GIVEN, int B, int batches, int heads, int row_tiles, int key_tiles) {                                               \
-        attention::backward_bias<X, HEAD, BACK_WARPS, BACK_N>(dbias, delta, dy, stats, {q, q_batch, q_time}, {k, k_batch, k_time}, \
-                                                              {v, v_batch, v_time}, FASTLM_TAKEN, B, batches, heads, row_tiles,    \
-                                                              key_tiles);                                                          \
-    }                                                                                                                              \
-    FASTLM_KERNEL(attention_backward_bias_##NAME##_##HEAD)
+#define FASTLM_FORM(X, NAME, HEAD, WARPS, N, BACK_WARPS, BACK_N)                                                                  \
+    FASTLM_GLOBAL void __launch_bounds__(32 * WARPS, 1) attention_forward_##NAME##_##HEAD(                                        \
+        X* y, float* stats, const X* q, const X* k, const X* v, const float* bias, FASTLM_GIVEN, int tiles) {                     \
+        attention::forward<X, HEAD, WARPS, N>(y, stats, {q, q_batch, q_time}, {k, k_batch, k_time}, {v, v_batch, v_time},         \
+                                              FASTLM_TAKEN, tiles);                                                               \
+    }                                                                                                                             \
+    FASTLM_KERNEL(attention_forward_##NAME##_##HEAD)                                                                              \
+    FASTLM_GLOBAL void __launch_bounds__(32 * BACK_WARPS, 1) attention_backward_q_##NAME##_##HEAD(                                \
+        X* dq, float* delta, const X* dy, const X* y, const float* stats, const X* q, const X* k, const X* v, const float* bias,  \
+        FASTLM_GIVEN, int dq_batch, int dq_time, int tiles) {                                                                     \
+        attention::backward_q<X, HEAD, BACK_WARPS, BACK_N>(dq, dq_batch, dq_time, delta, dy, y, stats, {q, q_batch, q_time},      \
+                                                           {k, k_batch, k_time}, {v, v_batch, v_time}, FASTLM_TAKEN, tiles);      \
+    }                                                                                                                             \
+    FASTLM_KERNEL(attention_backward_q_##NAME##_##HEAD)                                                                           \
+    FASTLM_GLOBAL void __launch_bounds__(32 * BACK_WARPS, 1) attention_backward_kv_##NAME##_##HEAD(                               \
+        X* dk, X* dv, const float* delta, const X* dy, const float* stats, const X* q, const X* k, const X* v, const float* bias, \
+        FASTLM_GIVEN, int dk_batch, int dk_time, int dv_batch, int dv_time, int tiles) {                                          \
+        attention::backward_kv<X, HEAD, BACK_WARPS, BACK_N>(dk, dk_batch, dk_time, dv, dv_batch, dv_time, delta, dy, stats,       \
+                                                            {q, q_batch, q_time}, {k, k_batch, k_time}, {v, v_batch, v_time},     \
+                                                            FASTLM_TAKEN, tiles);                                                 \
+    }                                                                                                                             \
+    FASTLM_KERNEL(attention_backward_kv_##NAME##_##HEAD)
 FASTLM_FORM(bfloat16, bf16, 64, 4, 64, 4, 64)
 FASTLM_FORM(bfloat16, bf16, 128, 4, 64, 4, 32)
 FASTLM_FORM(bfloat16, bf16, 256, 4, 32, 2, 16)
 FASTLM_FORM(float, fp32, 64, 4, 32, 4, 32)
-FASTLM_FORM(float, fp32, 128, 2, 32, 2, 16)
+FASTLM_FORM(float, fp32, 128, 2, 16, 2, 16)
 FASTLM_FORM(float, fp32, 256, 1, 8, 1, 16)
+
+// The gradient of a bias is one form for all head dimensions.
+#define FASTLM_BIAS(X, NAME, WARPS, N)                                                                                            \
+    FASTLM_GLOBAL void __launch_bounds__(32 * WARPS, 1) attention_backward_bias_##NAME(                                           \
+        float* dbias, const float* delta, const X* dy, const float* stats, const X* q, const X* k, const X* v, const float* bias, \
+        FASTLM_GIVEN, int B, int batches, int heads, int row_tiles, int key_tiles) {                                              \
+        attention::backward_bias<X, 64, WARPS, N>(dbias, delta, dy, stats, {q, q_batch, q_time}, {k, k_batch, k_time},            \
+                                                  {v, v_batch, v_time}, FASTLM_TAKEN, B, batches, heads, row_tiles, key_tiles);   \
+    }                                                                                                                             \
+    FASTLM_KERNEL(attention_backward_bias_##NAME)
+FASTLM_BIAS(bfloat16, bf16, 4, 64)
+FASTLM_BIAS(float, fp32, 4, 32)
+
+// Decoding. WAY: Narrow or Exact; X: the cache's type.
+#define FASTLM_DECODE(WAY, NAME, X, CACHE, HEAD, WARPS)                                                                        \
+    FASTLM_GLOBAL void __launch_bounds__(32 * WARPS, 1) attention_decode_##NAME##_##CACHE##_##HEAD(                            \
+        float* partial, float* sums, const void* q, const X* k, const X* v, const float* bias, const int* table, FASTLM_GIVEN, \
+        int q_narrow, int k_head, int v_head, int splits, int chunk, int table_row, int page, int pages) {                     \
+        attention::decode<attention::WAY<X, HEAD>, X, HEAD, WARPS>(                                                            \
+            {partial, sums, q, q_narrow, q_batch, q_time, splits, chunk, {table, table_row, page, pages}},                     \
+            {k, k_batch, k_time, k_head}, {v, v_batch, v_time, v_head}, FASTLM_TAKEN);                                         \
+    }                                                                                                                          \
+    FASTLM_KERNEL(attention_decode_##NAME##_##CACHE##_##HEAD)
+#define FASTLM_DECODES(HEAD, WARPS)                          \
+    FASTLM_DECODE(Narrow, bf16, bfloat16, bf16, HEAD, WARPS) \
+    FASTLM_DECODE(Narrow, bf16, int8_t, i8, HEAD, WARPS)     \
+    FASTLM_DECODE(Exact, fp32, float, fp32, HEAD, WARPS)     \
+    FASTLM_DECODE(Exact, fp32, bfloat16, bf16, HEAD, WARPS)  \
+    FASTLM_DECODE(Exact, fp32, int8_t, i8, HEAD, WARPS)
+FASTLM_DECODES(64, 4)
+FASTLM_DECODES(128, 4)
+FASTLM_DECODES(256, 2)
+
+FASTLM_GLOBAL void __launch_bounds__(64)
+    attention_combine(void* y, int narrow, const float* partial, const float* sums, int splits, int E) {
+    attention::combine<64>(y, narrow, partial, sums, splits, E);
+}
+FASTLM_KERNEL(attention_combine)

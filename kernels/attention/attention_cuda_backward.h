@@ -22,9 +22,9 @@ struct Kept {
     }
 };
 
-template <class T, int HEAD, int WARPS, int N, bool BIAS>
-__device__ void backward_q(T* dq, int dq_batch, int dq_time, float* delta, const T* dy, const T* y, const float* stats, Rows<T> q,
-                           Rows<T> k, Rows<T> v, Bias bias, Given g, int tiles) {
+template <class T, int HEAD, int WARPS, int N> __device__ void backward_q(T* dq, int dq_batch, int dq_time, float* delta,
+                                                                          const T* dy, const T* y, const float* stats, Rows<T> q,
+                                                                          Rows<T> k, Rows<T> v, Bias bias, Given g, int tiles) {
     constexpr int STRIDE = kStride<T, HEAD>, THREADS = 32 * WARPS, ROWS = 16 * WARPS, STAGE = 2 * N * STRIDE;
     constexpr bool FINE = sizeof(T) == 4;
     FASTLM_DYNAMIC_SHARED(room);
@@ -36,8 +36,7 @@ __device__ void backward_q(T* dq, int dq_batch, int dq_time, float* delta, const
     if (begin >= seq.queries) return;
     const T* const k0 = k.p + int64_t(b) * k.batch + int64_t(seq.first) * k.time + h / g.share * g.D;
     const T* const v0 = v.p + int64_t(b) * v.batch + int64_t(seq.first) * v.time + h / g.share * g.E;
-    const float* const bias0 = BIAS ? bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head : nullptr;
-    const float steep = BIAS ? LOG2E : g.unit;
+    const float steep = bias.steep(g);
     const int last = smaller(begin + ROWS, seq.queries) - 1;
     const int from = seq.low(begin) / N * N, to = seq.high(last), all_from = seq.low(last), all_to = seq.high(begin);
     const int t0 = begin + warp * 16, count = seq.queries - t0;
@@ -79,7 +78,7 @@ __device__ void backward_q(T* dq, int dq_batch, int dq_time, float* delta, const
         const T* const ks = stages + i % 2 * STAGE;
         float p[N / 8][4], dp[N / 8][4];
         products<HEAD, N>(p, qs + warp * 16 * STRIDE, ks);
-        finish<BIAS, false, N>(p, g, seq, bias0, bias.time, t0, start, start < all_from || start + N > all_to);
+        finish<false, N>(p, g, seq, bias, b, h, t0, start, start < all_from || start + N > all_to);
         products<HEAD, N>(dp, dys + warp * 16 * STRIDE, ks + N * STRIDE);
         const bool first = FINE && i < tiles_of_keys;
 #pragma unroll
@@ -106,7 +105,7 @@ __device__ void backward_q(T* dq, int dq_batch, int dq_time, float* delta, const
 
 // A block owns 16 WARPS keys of one group, and goes through its heads in order, through each one's queries in order. Scores are
 // (keys, queries). Columns of dk and dv beyond 128 are another block's.
-template <class T, int HEAD, int WARPS, int N, bool BIAS>
+template <class T, int HEAD, int WARPS, int N>
 __device__ void backward_kv(T* dk, int dk_batch, int dk_time, T* dv, int dv_batch, int dv_time, const float* delta, const T* dy,
                             const float* stats, Rows<T> q, Rows<T> k, Rows<T> v, Bias bias, Given g, int tiles) {
     constexpr int STRIDE = kStride<T, HEAD>, THREADS = 32 * WARPS, KEYS = 16 * WARPS, STAGE = 2 * N * STRIDE;
@@ -120,7 +119,7 @@ __device__ void backward_kv(T* dk, int dk_batch, int dk_time, T* dv, int dv_batc
     const int begin = int(blockIdx.x) % tiles * KEYS, warp = warp_of();
     const int held = g.form == 2 ? seq.keys : g.S;  // keys whose gradients there are
     if (begin >= held) return;
-    const float steep = BIAS ? LOG2E : g.unit;
+    const float steep = bias.steep(g);
     // The queries that see any of these keys, in whole tiles.
     const int early = g.causal ? larger(begin - seq.keys + seq.queries, 0) / N * N : 0;
     const int reach = begin + KEYS + g.window - 1 - seq.keys + seq.queries;
@@ -158,8 +157,7 @@ __device__ void backward_kv(T* dk, int dk_batch, int dk_time, T* dv, int dv_batc
         const int h = group * g.share + i / tiles_of_rows, t0 = early + i % tiles_of_rows * N;
         float p[N / 8][4], ds[N / 8][4];
         products<HEAD, N>(p, ks + warp * 16 * STRIDE, qs);
-        const float* const bias0 = BIAS ? bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head : nullptr;
-        finish<BIAS, true, N>(p, g, seq, bias0, bias.time, t0, c0, seq.low(t0 + N - 1) > begin || seq.high(t0) < begin + KEYS);
+        finish<true, N>(p, g, seq, bias, b, h, t0, c0, seq.low(t0 + N - 1) > begin || seq.high(t0) < begin + KEYS);
         products<HEAD, N>(ds, vs + warp * 16 * STRIDE, dys);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
@@ -182,10 +180,11 @@ __device__ void backward_kv(T* dk, int dk_batch, int dk_time, T* dv, int dv_batc
 }
 
 // dbias (batches, heads, T, S) +=: a block owns 16 WARPS queries by N keys, and goes over the sequences and heads that share it.
-template <class T, int HEAD, int WARPS, int N>
+// Of a longer head dimension it multiplies PART elements after PART.
+template <class T, int PART, int WARPS, int N>
 __device__ void backward_bias(float* dbias, const float* delta, const T* dy, const float* stats, Rows<T> q, Rows<T> k, Rows<T> v,
                               Bias bias, Given g, int B, int batches, int heads, int row_tiles, int key_tiles) {
-    constexpr int STRIDE = kStride<T, HEAD>, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
+    constexpr int STRIDE = kStride<T, PART>, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
     FASTLM_DYNAMIC_SHARED(room);
     T *const qs = reinterpret_cast<T*>(room), *const dys = qs + ROWS * STRIDE;
     T *const ks = dys + ROWS * STRIDE, *const vs = ks + N * STRIDE;
@@ -197,27 +196,31 @@ __device__ void backward_bias(float* dbias, const float* delta, const T* dy, con
         const int b = at / heads + i / each, h = at % heads + i % each, t0 = begin + warp * 16;
         const Sequence seq(g, b);
         const int64_t row = seq.row(g, b);
-        fetch<T, HEAD, ROWS, THREADS>(qs, q.p + int64_t(b) * q.batch + int64_t(begin) * q.time + h * g.D, q.time, g.T - begin, g.D);
-        fetch<T, HEAD, ROWS, THREADS>(dys, dy + ((row + begin) * g.H + h) * g.E, wide, g.T - begin, g.E);
-        fetch<T, HEAD, N, THREADS>(ks, k.p + int64_t(b) * k.batch + int64_t(start) * k.time + h / g.share * g.D, k.time,
-                                   seq.keys - start, g.D);
-        fetch<T, HEAD, N, THREADS>(vs, v.p + int64_t(b) * v.batch + int64_t(start) * v.time + h / g.share * g.E, v.time,
-                                   seq.keys - start, g.E);
-        ptx::cp_async_commit();
+        const T* const q0 = q.p + int64_t(b) * q.batch + int64_t(begin) * q.time + h * g.D;
+        const T* const dy0 = dy + ((row + begin) * g.H + h) * g.E;
+        const T* const k0 = k.p + int64_t(b) * k.batch + int64_t(start) * k.time + h / g.share * g.D;
+        const T* const v0 = v.p + int64_t(b) * v.batch + int64_t(start) * v.time + h / g.share * g.E;
+        float p[N / 8][4] = {}, dp[N / 8][4] = {};
+        for (int d = 0; d < larger(g.D, g.E); d += PART) {
+            fetch<T, PART, ROWS, THREADS>(qs, q0 + d, q.time, g.T - begin, g.D - d);
+            fetch<T, PART, ROWS, THREADS>(dys, dy0 + d, wide, g.T - begin, g.E - d);
+            fetch<T, PART, N, THREADS>(ks, k0 + d, k.time, seq.keys - start, g.D - d);
+            fetch<T, PART, N, THREADS>(vs, v0 + d, v.time, seq.keys - start, g.E - d);
+            ptx::cp_async_commit();
+            ptx::cp_async_wait<0>();
+            __syncthreads();
+            products<PART, N, true>(p, qs + warp * 16 * STRIDE, ks);
+            products<PART, N, true>(dp, dys + warp * 16 * STRIDE, vs);
+            __syncthreads();
+        }
         const Kept kept(stats, delta, row + t0, g.H, h, g.T - t0);
-        ptx::cp_async_wait<0>();
-        __syncthreads();
-        float p[N / 8][4], dp[N / 8][4];
-        products<HEAD, N>(p, qs + warp * 16 * STRIDE, ks);
-        finish<true, false, N>(p, g, seq, bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head, bias.time, t0, start, true);
-        products<HEAD, N>(dp, dys + warp * 16 * STRIDE, vs);
+        finish<false, N>(p, g, seq, bias, b, h, t0, start, true);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 sums[n][j] = fmaf(weight<T>(p[n][j], kept.top[j / 2], LOG2E) * kept.inverse[j / 2], dp[n][j] - kept.delta[j / 2],
                                   sums[n][j]);
-        __syncthreads();
     }
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)

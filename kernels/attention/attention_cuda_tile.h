@@ -30,6 +30,8 @@ struct Given {
 struct Bias {
     const float* p;  // or null
     int batch, head, time;
+
+    __device__ float steep(const Given& g) const { return p ? LOG2E : g.unit; }  // of weights
 };
 
 // One sequence.
@@ -39,7 +41,7 @@ struct Sequence {
 
     __device__ Sequence(const Given& g, int b) : causal(g.causal), window(g.window) {
         first = g.form == 2 ? g.lengths[b] : 0;
-        keys = g.form == 0 ? g.S : g.form == 1 ? g.lengths[b] : g.lengths[b + 1] - first;
+        keys = g.form == 0 ? g.S : g.form == 1 ? larger(0, smaller(g.lengths[b], g.S)) : g.lengths[b + 1] - first;
         queries = g.form == 2 ? keys : g.T;
     }
     // Query t sees the keys [low, high).
@@ -73,12 +75,15 @@ struct alignas(8) Two {
 __device__ inline int lane_of() { return int(threadIdx.x) % 32; }
 __device__ inline int warp_of() { return int(threadIdx.x) / 32; }
 
-// s (16, N) = a (16, HEAD) b (N, HEAD)^T, both rows in shared memory.
-template <int HEAD, int N> __device__ inline void products(float (&s)[N / 8][4], const bfloat16* a, const bfloat16* b) {
+// s (16, N) = a (16, HEAD) b (N, HEAD)^T, both rows in shared memory; MORE: +=.
+template <int HEAD, int N, bool MORE = false>
+__device__ inline void products(float (&s)[N / 8][4], const bfloat16* a, const bfloat16* b) {
     constexpr int STRIDE = kStride<bfloat16, HEAD>;
     const int lane = lane_of();
+    if constexpr (!MORE) {
 #pragma unroll
-    for (int n = 0; n < N / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+        for (int n = 0; n < N / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+    }
 #pragma unroll
     for (int d = 0; d < HEAD; d += 16) {
         uint32_t x[4];
@@ -92,7 +97,8 @@ template <int HEAD, int N> __device__ inline void products(float (&s)[N / 8][4],
         }
     }
 }
-template <int HEAD, int N> __device__ inline void products(float (&s)[N / 8][4], const float* a, const float* b) {
+template <int HEAD, int N, bool MORE = false>
+__device__ inline void products(float (&s)[N / 8][4], const float* a, const float* b) {
     constexpr int STRIDE = kStride<float, HEAD>;
     const int g = lane_of() / 4, t = lane_of() % 4;
     Four chains[N / 8][4] = {};
@@ -117,7 +123,10 @@ template <int HEAD, int N> __device__ inline void products(float (&s)[N / 8][4],
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) s[n][j] = (chains[n][j].x + chains[n][j].z) + (chains[n][j].y + chains[n][j].w);
+        for (int j = 0; j < 4; ++j) {
+            const float sum = (chains[n][j].x + chains[n][j].z) + (chains[n][j].y + chains[n][j].w);
+            s[n][j] = MORE ? s[n][j] + sum : sum;
+        }
 }
 
 // Room for a warp's weights (16, N) where they must be read by other lanes: float32 only.
@@ -179,11 +188,10 @@ template <class T> __device__ inline float weight(float score, float largest, fl
     else return ptx::exp2(fmaf(score, steep, -largest * steep));
 }
 
-// The products become scores: the sign of the scale, a bias (scaled then), and -inf where hidden. Rows are queries from t0 on and
-// columns keys from c0 on; TURNED: the other way round.
-template <bool BIAS, bool TURNED, int N> __device__ inline void finish(float (&s)[N / 8][4], const Given& g, const Sequence& q,
-                                                                       const float* bias, int bias_time, int t0, int c0,
-                                                                       bool hides) {
+// The products become scores: the sign of the scale, the bias of sequence b and head h (scaled then), and -inf where hidden. Rows
+// are queries from t0 on and columns keys from c0 on; TURNED: the other way round.
+template <bool TURNED, int N> __device__ inline void finish(float (&s)[N / 8][4], const Given& g, const Sequence& q,
+                                                            const Bias& bias, int b, int h, int t0, int c0, bool hides) {
     const int row = lane_of() / 4, column = 2 * (lane_of() % 4);
     if (g.scale <= 0.0f) {
         const float sign = g.scale < 0.0f ? -1.0f : 0.0f;
@@ -192,13 +200,14 @@ template <bool BIAS, bool TURNED, int N> __device__ inline void finish(float (&s
 #pragma unroll
             for (int j = 0; j < 4; ++j) s[n][j] *= sign;
     }
-    if constexpr (BIAS) {
+    if (bias.p) {
+        const float* const from = bias.p + int64_t(b) * bias.batch + int64_t(h) * bias.head;
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int a = row + 8 * (j / 2), b = n * 8 + column + j % 2, t = t0 + (TURNED ? b : a), c = c0 + (TURNED ? a : b);
-                s[n][j] = fmaf(s[n][j], fabsf(g.scale), t < q.queries && c < q.keys ? bias[int64_t(t) * bias_time + c] : 0.0f);
+                const int x = row + 8 * (j / 2), y = n * 8 + column + j % 2, t = t0 + (TURNED ? y : x), c = c0 + (TURNED ? x : y);
+                s[n][j] = fmaf(s[n][j], fabsf(g.scale), t < q.queries && c < q.keys ? from[int64_t(t) * bias.time + c] : 0.0f);
             }
     }
     if (!hides) return;

@@ -37,7 +37,7 @@ template <class S> Ahead ahead_of(const AttentionInputs& p, int64_t b, int64_t g
     constexpr int64_t size = sizeof(typename S::T);
     const int64_t k = first / kKeys * kKeys + kKeys;
     Ahead a;
-    a.at = reinterpret_cast<const char*>(key<S>(p, b, k, g));
+    if (k < end) a.at = reinterpret_cast<const char*>(key<S>(p, b, k, g));
     a.rows = end - k, a.width = groups * (p.D + S::kExtra) * size, a.stride = p.k_time * size;
     a.next_at = reinterpret_cast<const char*>(value<S>(p, b, first, g));
     a.next_rows = end - first, a.next_width = groups * (p.E + S::kExtra) * size, a.next_stride = p.v_time * size;
@@ -58,7 +58,8 @@ void forward(const AttentionForward& p) {
     const int64_t blocks = (in.G + groups - 1) / groups, pieces = in.B * chunks * blocks;
     const int64_t cost = least(longest(in), kChunk) * groups * (in.D + in.E);
     const int64_t grain = small ? pieces : most(1, 8000 / most(1, cost));
-    const bool far = in.B * in.G * longest(in) * (in.D + in.E) > kNear;
+    const bool near = in.B * in.G * longest(in) * (in.D + in.E) <= kNear;
+    const bool far = !near && (!in.table || in.page % kChunk == 0);  // a chunk in one page lies as it does without pages
     parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t g = i % blocks * groups, n = least(groups, in.G - g), c = i / blocks % chunks, b = i / blocks / chunks;

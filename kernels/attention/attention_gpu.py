@@ -14,18 +14,18 @@ import numpy as np
 LOG2E = 1.4426950408889634
 
 HEADS = (64, 128, 256)  # head dimensions that kernels are compiled for
-# Triton: (rows, keys, warps, stages) by type, head dimension and whether there is a bias. They are held to 99 KB of shared memory,
+# Triton has forms with and without a bias for these: where it pays, or where being told at run time costs a register too many. The
+# others have one form.
+UNBIASED = (("bf16", 64), ("bf16", 128), ("fp32", 256))
+# Triton: (rows, keys, warps, stages) by type, head dimension and whether there may be a bias. They are held to 99 KB of shared memory,
 # so that the portable form runs on every card, and to no spilled register.
 FORWARD = {
     ("bf16", 64, False): (128, 64, 8, 3),
     ("bf16", 64, True): (128, 64, 8, 2),
     ("bf16", 128, False): (64, 64, 4, 2),
     ("bf16", 128, True): (64, 64, 8, 2),
-    ("bf16", 256, False): (64, 32, 8, 2),
     ("bf16", 256, True): (32, 32, 4, 2),
-    ("fp32", 64, False): (64, 32, 8, 2),
     ("fp32", 64, True): (32, 16, 4, 2),
-    ("fp32", 128, False): (32, 32, 8, 2),
     ("fp32", 128, True): (32, 32, 8, 2),
     ("fp32", 256, False): (16, 16, 8, 2),
     ("fp32", 256, True): (16, 16, 8, 2),
@@ -35,27 +35,21 @@ BACKWARD = {
     ("q", "bf16", 64, True): (64, 64, 4, 2),
     ("q", "bf16", 128, False): (64, 32, 4, 2),
     ("q", "bf16", 128, True): (64, 32, 4, 2),
-    ("q", "bf16", 256, False): (32, 32, 8, 1),
     ("q", "bf16", 256, True): (32, 32, 8, 1),
-    ("q", "fp32", 64, False): (32, 32, 8, 1),
     ("q", "fp32", 64, True): (32, 32, 4, 1),
-    ("q", "fp32", 128, False): (16, 16, 8, 1),
     ("q", "fp32", 128, True): (32, 16, 4, 1),
     ("q", "fp32", 256, False): (16, 16, 8, 1),
     ("q", "fp32", 256, True): (16, 16, 8, 1),
-    ("kv", "bf16", 64, False): (64, 64, 4, 2),
-    ("kv", "bf16", 64, True): (64, 64, 4, 2),
+    ("kv", "bf16", 64, False): (32, 64, 4, 2),
+    ("kv", "bf16", 64, True): (32, 64, 4, 2),
     ("kv", "bf16", 128, False): (32, 64, 8, 2),
     ("kv", "bf16", 128, True): (32, 64, 8, 2),
-    ("kv", "bf16", 256, False): (32, 32, 8, 1),
     ("kv", "bf16", 256, True): (32, 32, 8, 1),
-    ("kv", "fp32", 64, False): (16, 32, 4, 1),
     ("kv", "fp32", 64, True): (16, 32, 4, 1),
-    ("kv", "fp32", 128, False): (16, 32, 8, 1),
     ("kv", "fp32", 128, True): (16, 16, 8, 1),
     ("kv", "fp32", 256, False): (16, 16, 8, 1),
     ("kv", "fp32", 256, True): (16, 16, 8, 1),
-    ("bias", "bf16", 64, True): (64, 32, 4, 2),
+    ("bias", "bf16", 64, True): (64, 32, 8, 2),
     ("bias", "fp32", 64, True): (32, 16, 8, 1),
 }
 # By whether products are of bfloat16.
@@ -73,7 +67,7 @@ CUDA = {
     ("bf16", 128): (4, 64, 4, 32),
     ("bf16", 256): (4, 32, 2, 16),
     ("fp32", 64): (4, 32, 4, 32),
-    ("fp32", 128): (2, 32, 2, 16),
+    ("fp32", 128): (2, 16, 2, 16),
     ("fp32", 256): (1, 8, 1, 16),
 }
 COPIES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp32", "i8"), ("bf16", "i8"))  # to, from
@@ -84,19 +78,28 @@ EXPECTS = {
     for head in HEADS[:2]
 }
 EXPECTS |= {f"attention_{kernel}*_bf16_*": {"80": "HMMA", "90": "HMMA"} for kernel in ("forward", "backward")}
+EXPECTS |= {"attention_decode_bf16_*": {"80": "HMMA", "90": "HMMA", "100": "HMMA"}}
+# CUDA C++, decoding: (warps, keys of a warp's tile, rows of a block), by whether products are of bfloat16.
+CUDA_DECODE = {
+    **{(True, head): (2 if head == 256 else 4, 16, 16) for head in HEADS},
+    **{(False, head): (2 if head == 256 else 4, 8, 8) for head in HEADS},
+}
 SPLITS = 64  # at most; a chunk has CHUNK keys or more
 CHUNK = 256
 DECODE_QUERIES = 16  # up to so many queries without a gradient, the keys are split
 
 
 def attention_forward(
-    gpu: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool
-) -> None:
-    (B, T, _, _), S = q.shape, k.shape[1]
+    gpu: Any, y: Any, stats: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool,
+    table: Any = None,
+) -> None:  # fmt: skip
+    (B, T, _, _), S = q.shape, k.shape[1] if table is None else table.shape[1] * k.shape[1]
     bias = None if bias is None else _float32(gpu, bias)
     if stats is None and 0 < T <= DECODE_QUERIES and S:
-        _decode(gpu, y, q, k, v, bias, lengths, window, scale, causal)
+        _decode(gpu, y, q, k, v, bias, lengths, window, scale, causal, table)
         return
+    if table is not None:
+        k, v = (_gathered(gpu, x, q.dtype, table, lengths) for x in (k, v))
     seen = {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}
     _forward(gpu, y, stats, q, k, v, bias, seen, B, T, S, window, scale, causal)
 
@@ -145,7 +148,20 @@ _PLAIN = (
     "bias_time",
     "causal",
 )
-_PLAIN += ("window", "batches", "heads", "row_tiles", "key_tiles", "rows", "width", "out_width")
+_PLAIN += (
+    "paged",
+    "table_row",
+    "page",
+    "pages",
+    "window",
+    "batches",
+    "heads",
+    "row_tiles",
+    "key_tiles",
+    "rows",
+    "width",
+    "out_width",
+)
 
 
 def _forward(
@@ -159,16 +175,16 @@ def _forward(
     k, v = (_aligned(gpu, x, q.dtype, seen) for x in (k, v))
     stats = gpu.empty((*q.shape[:3], 2), np.float32) if stats is None else stats
     head = _head(q.shape[3], E)
-    given = {"q": q, "k": k, "v": v, "bias": bias} | seen | _sizes(q, k, v, T, S)
+    given = {"q": q, "k": k, "v": v} | _bias(gpu, bias, q, head, stats) | seen | _sizes(q, k, v, T, S)
     strides, masks = _strides(q=q, k=k, v=v), _masks(bias, causal, window, scale)
     if gpu.twin == "cuda":
         warps, keys = CUDA[_name(q), head][:2]
         tiles = -(-T // (16 * warps))
         arguments = {"y": whole, "stats": stats} | given | strides | masks | {"tiles": tiles}
-        _cuda(gpu, "forward", bias, (tiles * B * H,), warps, keys, arguments, q, head, 16 * warps + 4 * keys)
+        _cuda(gpu, "forward", (tiles * B * H,), warps, keys, arguments, q, head, 16 * warps + 4 * keys)
         _into(gpu, y, whole)
         return
-    rows, keys, warps, stages = FORWARD[_name(q), head, bias is not None]
+    rows, keys, warps, stages = FORWARD[_name(q), head, given["bias"] is not None]
     tiles = -(-T // rows)
     arguments = {"y": whole, "stats": stats} | given | {"tiles": tiles} | strides | masks
     gpu.triton(
@@ -190,8 +206,8 @@ def _backward(
     def tile(kernel: str) -> tuple[int, ...]:
         """Rows, keys, warps, stages."""
         if not cuda:
-            return BACKWARD[kernel, _name(q), HEADS[0] if kernel == "bias" else head, bias is not None]
-        warps, other = CUDA[_name(q), head][2:]
+            return BACKWARD[kernel, _name(q), HEADS[0] if kernel == "bias" else head, shared["bias"] is not None]
+        warps, other = CUDA[_name(q), HEADS[0] if kernel == "bias" else head][2:]
         return (other, 16 * warps, warps, 2) if kernel == "kv" else (16 * warps, other, warps, 2)
 
     delta = gpu.empty(q.shape[:3], np.float32)
@@ -205,16 +221,18 @@ def _backward(
             parts = -(-head // (128 if _name(q) == "bf16" else 64)) if kernel == "kv" else 1
             own, other = 16 * warps, rows if kernel == "kv" else keys
             held = 2 * own + (2 if kernel == "bias" else 4) * other
-            _cuda(gpu, name, None if kernel == "bias" else bias, (programs, parts), warps, other, arguments, q, head, held)
+            form = None if kernel == "bias" else head
+            _cuda(gpu, name, (programs, parts), warps, other, arguments, q, form, held)
             return
         first = {"B": after.pop("B")} if "B" in after else {}
-        arguments = before | shared | first | sizes | after | strides | inputs | masks
+        told = {n: x for n, x in shared.items() if kernel != "bias" or n != "biased"}
+        arguments = before | told | first | sizes | after | strides | inputs | masks
         constants = {"HEAD": HEADS[0] if kernel == "bias" else head, "ROWS": rows, "KEYS": keys}
         parts = 4 if kernel == "kv" and _name(q) == "fp32" and head == 256 else 1  # LARGE
         gpu.triton(f"attention_{name}", (programs, parts), arguments, plain=_PLAIN, warps=warps, stages=stages, **constants)
 
     inputs = _strides(q=q, k=k, v=v)
-    shared = {"q": q, "k": k, "v": v, "bias": bias} | seen
+    shared = {"q": q, "k": k, "v": v} | _bias(gpu, bias, q, head, delta) | seen
     given, tiles = {"dq": dq, "delta": delta, "dy": dy, "y": y, "stats": stats}, -(-T // tile("q")[0])
     launch("q", tiles * B * H, given, {"tiles": tiles}, _strides(dq=dq))
     given, tiles = {"dk": dk, "dv": dv, "delta": delta, "dy": dy, "stats": stats}, -(-S // tile("kv")[1])
@@ -229,46 +247,98 @@ def _backward(
         _into(gpu, out, whole)
 
 
-def _decode(gpu: Any, y: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool) -> None:
+def _decode(
+    gpu: Any, y: Any, q: Any, k: Any, v: Any, bias: Any, lengths: Any, window: int, scale: float, causal: bool, table: Any
+) -> None:
+    """Chunks of keys into partial sums, then their sum. What is launched depends on shapes alone: lengths and pages are in memory."""
     if not y.size:
         return
-    E, whole = y.shape[3], _whole(gpu, y)
-    q, bytes_ = _aligned(gpu, q), _is_bytes(k)
+    E, whole, bytes_ = y.shape[3], _whole(gpu, y), _is_bytes(k)
+    cuda, narrow = gpu.twin == "cuda", _name(q) == "bf16" and _name(k) != "fp32"
+    q = _aligned(gpu, q, q.dtype if cuda or narrow else np.float32)
     seen = {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}
     fits = bytes_ and q.shape[3] == k.shape[3] - 4 and E % 16 == 0 and all(_fits(x, 4) for x in (k, v))
-    if not fits:
-        k, v = (_aligned(gpu, x, q.dtype if bytes_ else x.dtype, seen) for x in (k, v))
-    (B, T, H, D), S, G, E = q.shape, k.shape[1], k.shape[2], whole.shape[3]
+    if not fits:  # pages are copied whole
+        k, v = (_aligned(gpu, x, q.dtype if bytes_ else x.dtype, None if table is not None else seen) for x in (k, v))
+        narrow = _name(q) == "bf16" and _name(k) != "fp32"
+    (B, T, H, D), G, E = q.shape, k.shape[2], whole.shape[3]
+    S = k.shape[1] if table is None else table.shape[1] * k.shape[1]
     chunk = max(CHUNK, -(-S // (64 * SPLITS)) * 64)
-    splits, head = -(-S // chunk), _head(D, E)
-    rows, keys, warps, stages = DECODE[_name(q) == "bf16" and _name(k) != "fp32", head]
+    splits, head, rows = -(-S // chunk), _head(D, E), T * (H // G)
     partial, sums = gpu.empty((B * T * H, splits, E), np.float32), gpu.empty((B * T * H, splits, 2), np.float32)
+    sizes = {"T": T, "S": S, "H": H, "share": H // G, "D": D, "E": E}
+    places = {"k_head": k.shape[3], "v_head": v.shape[3]}
+    pages = _pages(gpu, k, table)
+    strides, masks = _strides(q=q, k=k, v=v), _masks(bias, causal, window, scale)
+    if cuda:
+        arguments: dict[str, Any] = {"partial": partial, "sums": sums, "q": q, "k": k, "v": v, "bias": bias, "table": table}
+        arguments |= seen | sizes | strides | masks | {"q_narrow": int(_name(q) == "bf16")} | places
+        arguments |= {"splits": splits, "chunk": chunk} | {n: pages[n] for n in ("table_row", "page", "pages")}
+        warps, keys, each = CUDA_DECODE[narrow, head]
+        entry = f"attention_decode_{'bf16' if narrow else 'fp32'}_{_name(k)}_{head}"
+        grid, shared = (splits * G * B, -(-rows // each)), _decode_shared(narrow, k.dtype.itemsize, head)
+        gpu.cuda(entry, grid, 32 * warps, list(arguments.values()), shared=shared)
+        gpu.cuda("attention_combine", (B * T * H,), 64, [whole, int(_name(whole) == "bf16"), partial, sums, splits, E])
+        _into(gpu, y, whole)
+        return
+    each, keys, warps, stages = DECODE[narrow, head]
     unit = 4 if fits else 1
-    strides = _strides(q=q) | {
-        f"{n}_{axis}": s // unit
-        for n, x in (("k", k), ("v", v))
-        for axis, s in (("batch", _stride(x, 0)), ("time", _stride(x, 1)), ("head", x.shape[3]))
-    }
-    arguments = {"partial": partial, "sums": sums, "q": q, "k": k, "v": v, "bias": sums if bias is None else bias} | seen
-    arguments |= {"biased": int(bias is not None), "T": T, "S": S, "H": H, "share": H // G, "D": D, "E": E}
-    arguments |= {"splits": splits, "chunk": chunk} | strides | _masks(bias, causal, window, scale)
+    strides |= {n: s // unit for n, s in strides.items() if n[0] in "kv"} | {n: s // unit for n, s in places.items()}
+    order = (*(f"q_{a}" for a in ("batch", "time")), *(f"{n}_{a}" for n in "kv" for a in ("batch", "time", "head")))
+    arguments = {"partial": partial, "sums": sums, "q": q, "k": k, "v": v, "bias": sums if bias is None else bias} | seen | pages
+    arguments |= (
+        {"biased": int(bias is not None)} | sizes | {"splits": splits, "chunk": chunk} | {n: strides[n] for n in order} | masks
+    )
     del arguments["unit"]
-    plain = _PLAIN + (tuple(n for n in strides if n[0] in "kv") if fits else ())
-    grid = (splits * G * B, -(-T * (H // G) // rows))
-    gpu.triton("attention_decode", grid, arguments, plain=plain, warps=warps, stages=stages, HEAD=head, ROWS=rows, KEYS=keys)
+    plain = _PLAIN + (tuple(n for n in order if n[0] in "kv") if fits else ())
+    grid = (splits * G * B, -(-rows // each))
+    gpu.triton("attention_decode", grid, arguments, plain=plain, warps=warps, stages=stages, HEAD=head, ROWS=each, KEYS=keys)
     arguments = {"y": whole, "partial": partial, "sums": sums, "splits": splits, "E": E}
     gpu.triton("attention_combine", (B * T * H, -(-E // 64)), arguments, plain=("splits",), SPLITS=SPLITS, BLOCK=64)
     _into(gpu, y, whole)
 
 
+def _decode_shared(narrow: bool, size: int, head: int) -> int:
+    """Bytes of shared memory, as attention_cuda_decode.h lays it out: the queries, and for each warp two tiles of keys and values."""
+    warps, keys, rows = CUDA_DECODE[narrow, head]
+    wide = head * size
+    row = wide + 16 if narrow and size > 1 else wide if wide % 128 else wide + 64
+    tile = keys * row + (4 * keys if size == 1 else 0)
+    queries = rows * (head + 8) * 2 if narrow else rows * head * 4
+    extra = (keys * (head + 8) * 2 if size == 1 else 0) if narrow else (keys + 1) * rows * 4
+    return int(queries + warps * (4 * tile + extra))
+
+
+def _pages(gpu: Any, k: Any, table: Any) -> dict[str, Any]:
+    """Where keys are: in pages by a table (B, blocks), or as they lie."""
+    row, page, pages = (0, 1, 1) if table is None else (table.strides[0] // 4, k.shape[1], k.shape[0])
+    paged = int(table is not None)
+    return {"table": _numbers(gpu, table), "paged": paged, "table_row": row, "page": page, "pages": pages}
+
+
+def _gathered(gpu: Any, x: Any, dtype: Any, table: Any, lengths: Any) -> Any:
+    """Pages (pages, page, G, width) as (B, S, G, width), of this dtype, no further than the lengths."""
+    (B, blocks), width = table.shape, x.shape[3] - 4 * _is_bytes(x)
+    out = gpu.empty((B, blocks * x.shape[1], x.shape[2], -(-width // 16) * 16), dtype)
+    _copy(gpu, out, x, width, {"lengths": _numbers(gpu, lengths), "form": int(lengths is not None)}, table)
+    return out
+
+
 def _cuda(
-    gpu: Any, name: str, bias: Any, grid: tuple[int, ...], warps: int, keys: int, arguments: dict[str, Any], q: Any, head: int,
+    gpu: Any,
+    name: str,
+    grid: tuple[int, ...],
+    warps: int,
+    keys: int,
+    arguments: dict[str, Any],
+    q: Any,
+    head: int | None,
     rows: int,
-) -> None:  # fmt: skip
-    """rows: of q, k, v, dy in shared memory, each 16 bytes longer than the head dimension."""
+) -> None:
+    """head: None where one form is for all. rows: of q, k, v, dy in shared memory, each 16 bytes longer than the head dimension."""
     weights = 16 * warps * (keys + 1) * 4 if _name(q) == "fp32" else 0
-    shared = rows * (head * q.dtype.itemsize + 16) + weights
-    entry = f"attention_{name}_{_name(q)}_{head}{'' if bias is None else '_bias'}"
+    shared = rows * ((head or HEADS[0]) * q.dtype.itemsize + 16) + weights
+    entry = f"attention_{name}_{_name(q)}{'' if head is None else f'_{head}'}"
     gpu.cuda(entry, grid, 32 * warps, list(arguments.values()), shared=shared)
 
 
@@ -310,6 +380,15 @@ def _masks(bias: Any, causal: bool, window: int, scale: float) -> dict[str, Any]
     unit = abs(scale) * LOG2E if scale else LOG2E
     masks = {"causal": int(causal), "window": window, "scale": float(scale), "unit": unit}
     return dict(zip(names, strides, strict=True)) | masks
+
+
+def _bias(gpu: Any, bias: Any, q: Any, head: int, some: Any) -> dict[str, Any]:
+    """The bias as a kernel takes it; `some` array of float32 stands for none in Triton's forms that are told so at run time."""
+    if gpu.twin == "cuda":
+        return {"bias": bias}
+    if (_name(q), head) in UNBIASED:
+        return {"bias": bias, "biased": None}
+    return {"bias": some if bias is None else bias, "biased": int(bias is not None)}
 
 
 def _numbers(gpu: Any, x: Any) -> Any:
@@ -360,22 +439,16 @@ def _float32(gpu: Any, bias: Any) -> Any:
     return out
 
 
-def _copy(gpu: Any, out: Any, x: Any, width: int, seen: dict[str, Any] | None = None) -> None:
+def _copy(gpu: Any, out: Any, x: Any, width: int, seen: dict[str, Any] | None = None, table: Any = None) -> None:
     if not out.size:
         return
     x = x if x.pointer % 16 == 0 else x.copy()
     seen = {"lengths": _numbers(gpu, None), "form": 0} if seen is None or seen["form"] != 1 else seen
-    B, T, heads, _ = x.shape
-    arguments = {"out": out, "x": x} | seen | {"T": T, "heads": heads, "rows": B * T * heads, "width": width}
+    B, T, heads, _ = out.shape
+    rows = B * T * heads
+    arguments = {"out": out, "x": x} | seen | _pages(gpu, x, table) | {"T": T, "heads": heads, "rows": rows, "width": width}
     arguments |= (
         {"out_width": out.shape[3]} | _strides(x=x) | {"x_head": x.shape[3]} | _strides(out=out) | {"out_head": out.shape[3]}
     )
-    rows = B * T * heads
-    gpu.triton(
-        "attention_copy",
-        (-(-rows // 32),),
-        arguments,
-        plain=tuple(n for n in arguments if n not in ("out", "x", "lengths")),
-        ROWS=32,
-        BLOCK=64,
-    )
+    plain = tuple(n for n in arguments if n not in ("out", "x", "lengths", "table"))
+    gpu.triton("attention_copy", (-(-rows // 32),), arguments, plain=plain, ROWS=32, BLOCK=64)

@@ -50,6 +50,17 @@ CASES: list[dict[str, Any]] = [
     {"shape": (8, 1, 4096, 32, 8, 128), "bench": True, "forward_only": True},
 ]
 GRADIENTS = ("q", "k", "v", "bias")
+# Keys and values in pages, which have no gradient. page: keys of a page; spare: pages that no sequence has. kind: of the cache.
+PAGED: list[dict[str, Any]] = [
+    {"shape": (2, 1, 192, 4, 2, 64), "causal": True, "lengths": (192, 41), "page": 64, "spare": 3},
+    {"shape": (3, 1, 512, 3, 3, 16), "causal": True, "lengths": (300, 1, 0), "page": 256, "spare": 1},
+    {"shape": (2, 5, 384, 6, 1, 33), "causal": True, "lengths": (257, 64), "page": 64, "v_dim": 20},
+    {"shape": (1, 3, 320, 2, 1, 128), "lengths": (310,), "window": 100, "page": 64, "bias": (1, 2)},
+    {"shape": (2, 1, 64, 2, 2, 256), "page": 64},
+    {"shape": (2, 40, 192, 4, 2, 32), "causal": True, "lengths": (150, 65), "page": 64, "spare": 2},
+    {"shape": (1, 70, 256, 2, 2, 24), "causal": True, "lengths": (129,), "page": 128, "window": 50},
+    {"shape": (2, 1, 0, 2, 1, 8), "page": 64},
+]
 
 
 def inputs(case: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -71,6 +82,36 @@ def inputs(case: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     if "lengths" in case:
         values["lengths"] = np.array(case["lengths"], np.int32)
     return values
+
+
+def paged(case: dict[str, Any], rng: np.random.Generator, hidden: float = np.nan) -> dict[str, Any]:
+    """Arguments with keys and values in pages, in any order: what belongs to no key is `hidden`, and so are numbers of no use."""
+    x = inputs(case, rng)
+    (B, S), page = x["k"].shape[:2], case["page"]
+    blocks = S // page
+    pages = B * blocks + case.get("spare", 0)
+    table = rng.permutation(pages)[: B * blocks].reshape(B, blocks).astype(np.int32)
+    lengths = np.full(B, S, np.int32) if x["lengths"] is None else x["lengths"]
+    for name in ("k", "v"):
+        pool = np.full((pages, page, *x[name].shape[2:]), hidden, np.float32)
+        for b, n in enumerate(lengths):
+            for i in range(0, n, page):
+                pool[table[b, i // page], : n - i] = x[name][b, i : min(n, i + page)]
+        x[name] = pool
+    table[np.arange(blocks) * page >= lengths[:, None]] = -(1 << 31)
+    return x | {"table": table}
+
+
+def together(x: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with keys and values (B, S, G, .); zeros where there is no page."""
+    x = dict(x)
+    table, page = x.pop("table"), x["k"].shape[1]
+    there = (table >= 0) & (table < len(x["k"]))
+    for name in ("k", "v"):
+        pages = x[name][np.where(there, table, 0)] if len(x[name]) else np.empty((*table.shape, *x[name].shape[1:]), np.float32)
+        pages = np.where(there[..., None, None, None], pages, 0)
+        x[name] = pages.reshape(len(table), table.shape[1] * page, *pages.shape[3:])
+    return x
 
 
 def seen(B: int, T: int, S: int, causal: bool, lengths: np.ndarray | None, window: int | None) -> np.ndarray:

@@ -49,18 +49,22 @@ FASTLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // Sequence b: its queries, its keys, and where they lie.
 FASTLM_INLINE int64_t queries(const AttentionInputs& p, int64_t b) { return p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.T; }
 FASTLM_INLINE int64_t length(const AttentionInputs& p, int64_t b) {
-    return p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.lengths ? p.lengths[b] : p.S;
+    return p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.lengths ? most(0, least(p.lengths[b], p.S)) : p.S;
 }
 FASTLM_INLINE const float* query(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
     return p.q + b * p.q_batch + ((p.offsets ? p.offsets[b] : 0) + t) * p.q_time + h * p.D;
 }
+// Where key j of sequence b lies in k or v. The keys of a tile follow each other: a page holds whole tiles.
+FASTLM_INLINE int64_t place(const AttentionInputs& p, int64_t b, int64_t j, int64_t batch, int64_t time) {
+    if (!p.table) return b * batch + ((p.offsets ? p.offsets[b] : 0) + j) * time;
+    const int64_t page = most(0, least(p.pages - 1, p.table[b * p.table_row + j / p.page]));
+    return page * batch + j % p.page * time;
+}
 template <class S> FASTLM_INLINE const typename S::T* key(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
-    return static_cast<const typename S::T*>(p.k) + b * p.k_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.k_time +
-           g * (p.D + S::kExtra);
+    return static_cast<const typename S::T*>(p.k) + place(p, b, j, p.k_batch, p.k_time) + g * (p.D + S::kExtra);
 }
 template <class S> FASTLM_INLINE const typename S::T* value(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
-    return static_cast<const typename S::T*>(p.v) + b * p.v_batch + ((p.offsets ? p.offsets[b] : 0) + j) * p.v_time +
-           g * (p.E + S::kExtra);
+    return static_cast<const typename S::T*>(p.v) + place(p, b, j, p.v_batch, p.v_time) + g * (p.E + S::kExtra);
 }
 // The row of an output (B, T, H, .), or packed (R, H, .).
 FASTLM_INLINE int64_t output(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {

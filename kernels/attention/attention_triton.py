@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastlm.kernels.attention.attention_gpu import BACKWARD, COPIES, DECODE, FORWARD, HEADS, SPLITS
+from fastlm.kernels.attention.attention_gpu import BACKWARD, COPIES, DECODE, FORWARD, HEADS, SPLITS, UNBIASED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -81,11 +81,24 @@ def _rows(x, at, t, rows, d, D):
 
 
 @triton.jit
-def _scores(raw, bias, bias_at, c, t, rows, keys, low, high, scale, HIDES: tl.constexpr):
+def _units(bias, biased, scale, unit):
+    """What scores are multiplied by, and what differences of scores: a bias is added to scaled ones. biased None: wherever it is given."""
+    if bias is None:
+        return 1.0, unit
+    elif biased is None:
+        return tl.abs(scale), LOG2E
+    else:
+        return tl.where(biased != 0, tl.abs(scale), 1.0), tl.where(biased != 0, LOG2E, unit)
+
+
+@triton.jit
+def _scores(raw, bias, biased, bias_at, c, t, rows, keys, low, high, factor, HIDES: tl.constexpr):
     """raw (rows, keys), with a bias scaled and added to it; -inf where hidden."""
     if bias is not None:
         inside = (t < rows)[:, None] & (c < keys)[None, :]
-        raw = raw * tl.abs(scale) + tl.load(bias + bias_at[:, None] + c[None, :], mask=inside, other=0.0)
+        if biased is not None:
+            inside = inside & (biased != 0)
+        raw = raw * factor + tl.load(bias + bias_at[:, None] + c[None, :], mask=inside, other=0.0)
     if HIDES:
         raw = tl.where((low[:, None] <= c[None, :]) & (c[None, :] < high[:, None]), raw, float("-inf"))
     return raw
@@ -93,8 +106,8 @@ def _scores(raw, bias, bias_at, c, t, rows, keys, low, high, scale, HIDES: tl.co
 
 @triton.jit
 def _forward_step(
-    acc, top, total, q, k, k_at, k_time, v, v_at, v_time, bias, bias_at,
-    start, t, rows, keys, low, high, scale, steep, D, E, HEAD: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    acc, top, total, q, k, k_at, k_time, v, v_at, v_time, bias, biased, bias_at,
+    start, t, rows, keys, low, high, factor, steep, D, E, HEAD: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for the online softmax."""
     c = start + tl.arange(0, KEYS)
@@ -105,7 +118,7 @@ def _forward_step(
     else:
         kt = tl.load(k + k_at + (far * k_time)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     s = _products(q, kt)
-    s = _scores(s, bias, bias_at, c, t, rows, keys, low, high, scale, HIDES)
+    s = _scores(s, bias, biased, bias_at, c, t, rows, keys, low, high, factor, HIDES)
     FINE: tl.constexpr = q.dtype == tl.float32
     new = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
@@ -121,7 +134,7 @@ def _forward_step(
 
 @triton.jit
 def attention_forward(
-    y, stats, q, k, v, bias, lengths, form, T, S, H, share, D, E, tiles, q_batch, q_time, k_batch, k_time, v_batch, v_time,
+    y, stats, q, k, v, bias, biased, lengths, form, T, S, H, share, D, E, tiles, q_batch, q_time, k_batch, k_time, v_batch, v_time,
     bias_batch, bias_head, bias_time, causal, window, scale, unit, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS queries of one head: first the tiles of keys that all of them see, then those at the masks' edges."""
@@ -136,7 +149,7 @@ def attention_forward(
     t = begin + tl.arange(0, ROWS)
     d = tl.arange(0, HEAD)
     low, high = _span(t, rows, keys, causal, window)
-    steep = LOG2E if bias is not None else unit
+    factor, steep = _units(bias, biased, scale, unit)
     qt = _signed(_rows(q, b64 * q_batch + (first + t).to(tl.int64) * q_time + h * D, t, rows, d, D), scale)
     k_at = b64 * k_batch + first.to(tl.int64) * k_time + h // share * D
     v_at = b64 * v_batch + first.to(tl.int64) * v_time + h // share * E
@@ -153,15 +166,15 @@ def attention_forward(
     total = tl.zeros([ROWS], tl.float32)
     for start in range(full, edge, KEYS):
         acc, top, total = _forward_step(
-            acc, top, total, qt, k, k_at, k_time, v, v_at, v_time, bias, bias_at,
-            start, t, rows, keys, low, high, scale, steep, D, E, HEAD, KEYS, False,
+            acc, top, total, qt, k, k_at, k_time, v, v_at, v_time, bias, biased, bias_at,
+            start, t, rows, keys, low, high, factor, steep, D, E, HEAD, KEYS, False,
         )  # fmt: skip
     before = tl.minimum(full, tl.maximum(high_last, lowest)) - lowest
     for i in range(0, before + tl.maximum(high_last - edge, 0), KEYS):
         start = tl.where(i < before, lowest + i, edge + i - before)
         acc, top, total = _forward_step(
-            acc, top, total, qt, k, k_at, k_time, v, v_at, v_time, bias, bias_at,
-            start, t, rows, keys, low, high, scale, steep, D, E, HEAD, KEYS, True,
+            acc, top, total, qt, k, k_at, k_time, v, v_at, v_time, bias, biased, bias_at,
+            start, t, rows, keys, low, high, factor, steep, D, E, HEAD, KEYS, True,
         )  # fmt: skip
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
     row = (tl.where(form == 2, first, b * T) + t).to(tl.int64) * H + h
@@ -173,7 +186,7 @@ def attention_forward(
 
 @triton.jit
 def attention_backward_q(
-    dq, delta, dy, y, stats, q, k, v, bias, lengths, form, T, S, H, share, D, E, tiles, dq_batch, dq_time, q_batch, q_time,
+    dq, delta, dy, y, stats, q, k, v, bias, biased, lengths, form, T, S, H, share, D, E, tiles, dq_batch, dq_time, q_batch, q_time,
     k_batch, k_time, v_batch, v_time, bias_batch, bias_head, bias_time, causal, window, scale, unit,
     HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +202,7 @@ def attention_backward_q(
     t = begin + tl.arange(0, ROWS)
     d = tl.arange(0, HEAD)
     low, high = _span(t, rows, keys, causal, window)
-    steep = LOG2E if bias is not None else unit
+    factor, steep = _units(bias, biased, scale, unit)
     row = (tl.where(form == 2, first, b * T) + t).to(tl.int64) * H + h
     time = (first + t).to(tl.int64)
     qt = _signed(_rows(q, b64 * q_batch + time * q_time + h * D, t, rows, d, D), scale)
@@ -210,7 +223,7 @@ def attention_backward_q(
             kt = _rows(k, k_at + c.to(tl.int64) * k_time, c, keys, d, D)
             vt = _rows(v, v_at + c.to(tl.int64) * v_time, c, keys, d, E)
             s = _products(qt, kt)
-            s = _scores(s, bias, bias_at, c, t, rows, keys, low, high, scale, True)
+            s = _scores(s, bias, biased, bias_at, c, t, rows, keys, low, high, factor, True)
             p = _weights(s, top[:, None], steep, FINE) * inverse[:, None]
             dt += tl.sum(p * _products(dyt, vt), 1)
     else:
@@ -222,7 +235,7 @@ def attention_backward_q(
         kt = _rows(k, k_at + c.to(tl.int64) * k_time, c, keys, d, D)
         vt = _rows(v, v_at + c.to(tl.int64) * v_time, c, keys, d, E)
         s = _products(qt, kt)
-        s = _scores(s, bias, bias_at, c, t, rows, keys, low, high, scale, True)
+        s = _scores(s, bias, biased, bias_at, c, t, rows, keys, low, high, factor, True)
         p = _weights(s, top[:, None], steep, q.dtype.element_ty == tl.float32) * inverse[:, None]
         ds = p * (_products(dyt, vt) - dt[:, None])
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision="ieee")
@@ -233,7 +246,7 @@ def attention_backward_q(
 
 @triton.jit
 def attention_backward_kv(
-    dk, dv, delta, dy, stats, q, k, v, bias, lengths, form, T, S, H, share, D, E, tiles, dk_batch, dk_time, dv_batch, dv_time,
+    dk, dv, delta, dy, stats, q, k, v, bias, biased, lengths, form, T, S, H, share, D, E, tiles, dk_batch, dk_time, dv_batch, dv_time,
     q_batch, q_time, k_batch, k_time, v_batch, v_time, bias_batch, bias_head, bias_time, causal, window, scale, unit,
     HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +262,7 @@ def attention_backward_kv(
     b64 = b.to(tl.int64)
     c = begin + tl.arange(0, KEYS)
     d = tl.arange(0, HEAD)
-    steep = LOG2E if bias is not None else unit
+    factor, steep = _units(bias, biased, scale, unit)
     place = (first + c).to(tl.int64)
     kt = _signed(_rows(k, b64 * k_batch + place * k_time + g * D, c, keys, d, D), scale)
     vt = _rows(v, b64 * v_batch + place * v_time + g * E, c, keys, d, E)
@@ -274,7 +287,9 @@ def attention_backward_kv(
         if bias is not None:
             bias_at = b64 * bias_batch + h.to(tl.int64) * bias_head + t.to(tl.int64) * bias_time
             seen = (c < keys)[:, None] & (t < rows)[None, :]
-            s = s * tl.abs(scale) + tl.load(bias + c[:, None] + bias_at[None, :], mask=seen, other=0.0)
+            if biased is not None:
+                seen = seen & (biased != 0)
+            s = s * factor + tl.load(bias + c[:, None] + bias_at[None, :], mask=seen, other=0.0)
         s = tl.where((low[None, :] <= c[:, None]) & (c[:, None] < high[None, :]), s, float("-inf"))
         top = tl.load(stats + 2 * row, mask=t < rows, other=0.0)
         inverse = tl.load(stats + 2 * row + 1, mask=t < rows, other=0.0)
@@ -307,7 +322,7 @@ def attention_backward_bias(
     t = tile // key_tiles * ROWS + tl.arange(0, ROWS)
     c = tile % key_tiles * KEYS + tl.arange(0, KEYS)
     d = tl.arange(0, HEAD)
-    steep = LOG2E if bias is not None else unit
+    factor, steep = _units(bias, None, scale, unit)
     each = H // heads  # heads that share it
     acc = tl.zeros([ROWS, KEYS], tl.float32)
     for i in range(B // batches * each):
@@ -330,12 +345,20 @@ def attention_backward_bias(
         inverse = tl.load(stats + 2 * row + 1, mask=t < rows, other=0.0)
         dt = tl.load(delta + row, mask=t < rows, other=0.0)
         bias_at = b64 * bias_batch + h.to(tl.int64) * bias_head + t.to(tl.int64) * bias_time
-        s = _scores(s, bias, bias_at, c, t, rows, keys, low, high, scale, True)
+        s = _scores(s, bias, None, bias_at, c, t, rows, keys, low, high, factor, True)
         p = _weights(s, top[:, None], steep, q.dtype.element_ty == tl.float32) * inverse[:, None]
         acc += p * (dp - dt[:, None])
     place = dbias + ((at.to(tl.int64) * T + t) * S)[:, None] + c[None, :]
     inside = (t < T)[:, None] & (c < S)[None, :]
     tl.store(place, tl.load(place, mask=inside, other=0.0) + acc, mask=inside)
+
+
+@triton.jit
+def _place(table, paged, b, start, table_row, page, pages):
+    """Of keys from `start` on: the array that they are in, and where there. A number that is no page's is taken for one that is."""
+    n = tl.load(table + b.to(tl.int64) * table_row + start // page, mask=(start >= 0) & (paged != 0), other=0)
+    n = tl.minimum(tl.maximum(n, 0), pages - 1)
+    return tl.where(paged != 0, n, b).to(tl.int64), tl.where(paged != 0, start % page, start)
 
 
 @triton.jit
@@ -351,8 +374,8 @@ def _cached(x, at, c, keys, d, D, UNIT: tl.constexpr):
 
 @triton.jit
 def attention_decode(
-    partial, sums, q, k, v, bias, lengths, form, biased, T, S, H, share, D, E, splits, chunk, q_batch, q_time,
-    k_batch, k_time, k_head, v_batch, v_time, v_head, bias_batch, bias_head, bias_time, causal, window, scale,
+    partial, sums, q, k, v, bias, lengths, form, table, paged, table_row, page, pages, biased, T, S, H, share, D, E, splits, chunk,
+    q_batch, q_time, k_batch, k_time, k_head, v_batch, v_time, v_head, bias_batch, bias_head, bias_time, causal, window, scale,
     HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """partial (B T H, splits, E), sums (B T H, splits, 2): a program takes a chunk of keys for ROWS of a group's (query, head) pairs.
@@ -367,6 +390,7 @@ def attention_decode(
     b = tl.program_id(0) // (splits * G)
     b64 = b.to(tl.int64)
     _, keys, _ = _sequence(lengths, form, b, T, S)
+    keys = tl.minimum(tl.maximum(keys, 0), S)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t = r // share
     h = g * share + r % share
@@ -384,9 +408,10 @@ def attention_decode(
     total = tl.zeros([ROWS], tl.float32)
     for start in range(begin, end, KEYS):
         c = start + tl.arange(0, KEYS)
-        far = c.to(tl.int64)
-        kt, k_scale = _cached(k, (b64 * k_batch + far * k_time + g * k_head) * UNIT, c, keys, d, D, UNIT)
-        vt, v_scale = _cached(v, (b64 * v_batch + far * v_time + g * v_head) * UNIT, c, keys, d, E, UNIT)
+        place, first = _place(table, paged, b, start, table_row, page, pages)
+        far = (first + tl.arange(0, KEYS)).to(tl.int64)
+        kt, k_scale = _cached(k, (place * k_batch + far * k_time + g * k_head) * UNIT, c, keys, d, D, UNIT)
+        vt, v_scale = _cached(v, (place * v_batch + far * v_time + g * v_head) * UNIT, c, keys, d, E, UNIT)
         s = _products(qt, kt.to(tl.bfloat16)) if NARROW else _products(qt.to(tl.float32), kt.to(tl.float32))
         s = s * k_scale[None, :] * tl.abs(scale)
         inside = (t < T)[:, None] & (c < keys)[None, :] & (biased != 0)
@@ -428,18 +453,21 @@ def attention_combine(y, partial, sums, splits, E, SPLITS: tl.constexpr, BLOCK: 
 
 @triton.jit
 def attention_copy(
-    out, x, lengths, form, T, heads, rows, width, out_width, x_batch, x_time, x_head, out_batch, out_time, out_head,
+    out, x, lengths, form, table, paged, table_row, page, pages, T, heads, rows, width, out_width, x_batch, x_time, x_head,
+    out_batch, out_time, out_head,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, heads, out_width) = x (B, T, heads, width), as numbers of out's type, zeros behind; rows = B T heads.
 
-    x may be an int8 cache. Of a sequence with a length no more is copied.
+    x may be an int8 cache, or pages (pages, page, heads, width). Of a sequence with a length no more is copied.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b, t, h = r // heads // T, r // heads % T, r % heads
     n = tl.load(lengths + b, mask=(r < rows) & (form == 1), other=0)
     inside = (r < rows) & (t < tl.where(form == 1, n, T))
-    from_ = b * x_batch + t * x_time + h * x_head
+    place = tl.load(table + b * table_row + t // page, mask=inside & (paged != 0), other=0)
+    place = tl.where(paged != 0, tl.minimum(tl.maximum(place, 0), pages - 1), b)
+    from_ = place.to(tl.int64) * x_batch + tl.where(paged != 0, t % page, t) * x_time + h * x_head
     to = b * out_batch + t * out_time + h * out_head
     for start in range(0, out_width, BLOCK):
         e = start + tl.arange(0, BLOCK)
@@ -453,6 +481,7 @@ def attention_copy(
 
 
 _SEQUENCES = {"lengths": "*i32", "form": "i32"}
+_PAGES = {"table": "*i32"} | dict.fromkeys(("paged", "table_row", "page", "pages"), "i32")
 _SIZES = dict.fromkeys(("T", "S", "H", "share"), "i32") | {"D": "i32:16", "E": "i32:16"}
 _BIAS = dict.fromkeys(("bias_batch", "bias_head", "bias_time", "causal", "window"), "i32") | {"scale": "fp32", "unit": "fp32"}
 
@@ -472,8 +501,10 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
     for f, head in product(("fp32", "bf16"), HEADS):
         p = f"*{f}"
         qkv: dict[str, str | None] = {"q": p, "k": p, "v": p}
-        for bias in (None, "*fp32"):
-            shared = qkv | {"bias": bias} | _SEQUENCES | _SIZES | {"tiles": "i32"}
+        for bias in (None, "*fp32") if (f, head) in UNBIASED else ("*fp32",):
+            shared = (
+                qkv | {"bias": bias, "biased": None if (f, head) in UNBIASED else "i32"} | _SEQUENCES | _SIZES | {"tiles": "i32"}
+            )
             types = {"y": p, "stats": "*fp32"} | shared | _strides("q", "k", "v") | _BIAS
             yield "attention_forward", types, *form((head, *FORWARD[f, head, bias is not None]))
             types = {"dq": p, "delta": "*fp32", "dy": p, "y": p, "stats": "*fp32"} | shared | _strides("dq", "q", "k", "v") | _BIAS
@@ -486,9 +517,9 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
             types |= {"B": "i32"} | _SIZES | dict.fromkeys(("batches", "heads", "row_tiles", "key_tiles"), "i32")
             types |= _strides("q", "k", "v") | _BIAS
             yield "attention_backward_bias", types, *form((head, *BACKWARD["bias", f, head, True]))
-        for cache in ("fp32", "bf16", "i8"):
+        for cache in ("fp32", "bf16", "i8") if f == "fp32" else ("bf16", "i8"):
             types = {"partial": "*fp32", "sums": "*fp32", "q": p, "k": f"*{cache}", "v": f"*{cache}", "bias": "*fp32"}
-            types |= _SEQUENCES | {"biased": "i32"} | _SIZES | {"splits": "i32", "chunk": "i32"} | _strides("q")
+            types |= _SEQUENCES | _PAGES | {"biased": "i32"} | _SIZES | {"splits": "i32", "chunk": "i32"} | _strides("q")
             stride = "i32" if cache == "i8" else "i32:16"
             types |= {f"{n}_{axis}": stride for n in "kv" for axis in ("batch", "time", "head")} | _BIAS
             del types["unit"]
@@ -497,7 +528,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         if head == HEADS[0]:
             yield "attention_combine", types, {"SPLITS": SPLITS, "BLOCK": 64}, {"num_warps": 4, "num_stages": 3}
     for out, x in COPIES:
-        types = {"out": f"*{out}", "x": f"*{x}"} | _SEQUENCES
+        types = {"out": f"*{out}", "x": f"*{x}"} | _SEQUENCES | _PAGES
         types |= dict.fromkeys(("T", "heads", "rows", "width", "out_width"), "i32")
         types |= {f"{n}_{axis}": "i32" for n in ("x", "out") for axis in ("batch", "time", "head")}
         yield "attention_copy", types, {"ROWS": 32, "BLOCK": 64}, {"num_warps": 4, "num_stages": 3}

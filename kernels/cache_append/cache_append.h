@@ -20,6 +20,9 @@ struct CacheAppend {
     const float* k;            // (B, T, G, D)
     const float* v;            // (B, T, G, E)
     const int32_t* positions;  // (B, T): where each goes, no two of a sequence to the same place; starts: (B,), that of the first
+    const int32_t* table;      // (B, blocks) or null. Pages: keys and values are (pages, page, G, .), and what is at position i of
+                               // sequence b is number i % page of page table[b][i / page]; capacity = blocks page
+    int64_t table_row, page, pages;  // from row to row of the table; positions of a page; how many there are
     int64_t keys_batch, keys_time, values_batch, values_time, k_batch, k_time, v_batch, v_time;
     int64_t B, T, capacity, G, D, E;
     CacheKind kind;
@@ -27,7 +30,7 @@ struct CacheAppend {
 };
 
 struct CacheAppendKernels {
-    void (*forward)(const CacheAppend&);  // what would go outside [0, capacity) is left out
+    void (*forward)(const CacheAppend&);  // what would go outside [0, capacity), or to no page, is left out
 };
 
 }  // namespace fastlm

@@ -46,8 +46,10 @@ template <class T> void append(const CacheAppend& p) {
             const int64_t b = i / p.T, t = i % p.T;
             const int64_t at = p.starts ? p.positions[b] + t : p.positions[i];
             if (at < 0 || at >= p.capacity) continue;
-            T* keys = static_cast<T*>(p.keys) + b * p.keys_batch + at * p.keys_time;
-            T* values = static_cast<T*>(p.values) + b * p.values_batch + at * p.values_time;
+            const int64_t page = p.table ? p.table[b * p.table_row + at / p.page] : b, place = p.table ? at % p.page : at;
+            if (p.table && (page < 0 || page >= p.pages)) continue;
+            T* keys = static_cast<T*>(p.keys) + page * p.keys_batch + place * p.keys_time;
+            T* values = static_cast<T*>(p.values) + page * p.values_batch + place * p.values_time;
             const float *k = p.k + b * p.k_batch + t * p.k_time, *v = p.v + b * p.v_batch + t * p.v_time;
             for (int64_t g = 0; g < p.G; ++g) {
                 put(keys + g * (p.D + tail), k + g * p.D, p.D);

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# shape: B, T, capacity, G, D. starts: positions (B,), else (B, T). v_dim: E where it is not D.
+# shape: B, T, capacity, G, D. starts: positions (B,), else (B, T). v_dim: E where it is not D. page: positions of a page.
 CASES: list[dict[str, Any]] = [
     {"shape": (2, 1, 9, 2, 8), "starts": True},
     {"shape": (3, 5, 33, 2, 31), "starts": True},
@@ -17,6 +17,8 @@ CASES: list[dict[str, Any]] = [
     {"shape": (2, 0, 5, 2, 8), "starts": True},
     {"shape": (0, 2, 5, 2, 8)},
     {"shape": (1, 300, 1023, 4, 64), "starts": True},
+    {"shape": (2, 3, 192, 2, 8), "starts": True, "page": 64},
+    {"shape": (3, 70, 256, 1, 31), "page": 128, "v_dim": 5},
     {"shape": (8, 1, 4096, 8, 128), "starts": True, "bench": True},
     {"shape": (1, 512, 512, 8, 128), "starts": True, "bench": True},
 ]
@@ -30,22 +32,39 @@ def inputs(case: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         positions = rng.integers(0, capacity - T + 1, B)
     else:
         positions = np.array([rng.permutation(capacity)[:T] for _ in range(B)]).reshape(B, T)
-    return {
+    table: dict[str, Any] = {}
+    if "page" in case:  # two pages more than there need be
+        blocks, page = capacity // case["page"], case["page"]
+        table = {"table": rng.permutation(B * blocks + 2)[: B * blocks].reshape(B, blocks).astype(np.int32)}
+        B, capacity = B * blocks + 2, page
+    keys = {
         "keys": rng.standard_normal((B, capacity, G, D), np.float32),
         "values": rng.standard_normal((B, capacity, G, E), np.float32),
-        "k": rng.standard_normal((B, T, G, D), np.float32),
-        "v": rng.standard_normal((B, T, G, E), np.float32),
-        "positions": positions.astype(np.int32),
     }
+    B = case["shape"][0]
+    return (
+        keys
+        | {
+            "k": rng.standard_normal((B, T, G, D), np.float32),
+            "v": rng.standard_normal((B, T, G, E), np.float32),
+            "positions": positions.astype(np.int32),
+        }
+        | table
+    )
 
 
 def forward(
-    keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray
+    keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, table: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """keys, values (B, capacity, G, D or E), k, v (B, T, G, D or E), positions (B, T) or (B,) -> new keys and values."""
+    """keys, values (B, capacity, G, D or E), k, v (B, T, G, D or E), positions (B, T) or (B,) -> new keys and values.
+
+    table (B, blocks): keys, values are (pages, page, G, .), position i of sequence b is number i % page of page table[b, i // page].
+    """
     B, T = k.shape[:2]
     at = positions if positions.ndim == 2 else positions[:, None] + np.arange(T)
     keys, values, rows = keys.copy(), values.copy(), np.arange(B)[:, None]
+    if table is not None:
+        rows, at = table[rows, at // keys.shape[1]], at % keys.shape[1]
     keys[rows, at], values[rows, at] = packed(k, keys.dtype), packed(v, values.dtype)
     return keys, values
 

@@ -51,6 +51,11 @@ def cache_append(
     k,
     v,
     positions,
+    table,
+    paged,
+    table_row,
+    page,
+    pages,
     T,
     G,
     D,
@@ -73,20 +78,25 @@ def cache_append(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program writes HEADS heads of one new position; one outside the cache is left out. Strides count elements."""
+    """A program writes HEADS heads of one new position; one outside the cache, or of no page, is left out. Strides count elements."""
     b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
     at = tl.load(positions + tl.where(starts != 0, b, tl.program_id(0))) + tl.where(starts != 0, t, 0)
-    if (at >= 0) & (at < capacity):
+    inside = (at >= 0) & (at < capacity)
+    n = tl.load(table + b * table_row + at // page, mask=inside & (paged != 0), other=0).to(tl.int64)
+    place = tl.where(paged != 0, n, b)
+    at = tl.where(paged != 0, at % page, at)
+    if inside & ((paged == 0) | ((n >= 0) & (n < pages))):
         h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        _put(keys + keys_first + b * keys_batch + at * keys_time, k + k_first + b * k_batch + t * k_time, h, G, D, KIND, BLOCK)
-        to = values + values_first + b * values_batch + at * values_time
+        _put(keys + keys_first + place * keys_batch + at * keys_time, k + k_first + b * k_batch + t * k_time, h, G, D, KIND, BLOCK)
+        to = values + values_first + place * values_batch + at * values_time
         _put(to, v + v_first + b * v_batch + t * v_time, h, G, E, KIND, BLOCK)
 
 
 def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dict[str, int]]]:
     """Every form that cache_append_gpu.py may ask for: kernel, types, constants, options. n: whether heads begin at whole vectors."""
     for (kind, cache), f, n in product(enumerate(("*fp32", "*bf16", "*i8")), ("*fp32", "*bf16"), ("i32:16", "i32")):
-        types: dict[str, str | None] = {"keys": cache, "values": cache, "k": f, "v": f, "positions": "*i32", "T": "i32", "G": "i32"}
+        types: dict[str, str | None] = {"keys": cache, "values": cache, "k": f, "v": f, "positions": "*i32"}
+        types |= {"table": "*i32"} | dict.fromkeys(("paged", "table_row", "page", "pages", "T", "G"), "i32")
         types |= {"D": n, "E": n, "capacity": "i32"}
         types |= {f"{x}_{part}": n for x in ("keys", "values", "k", "v") for part in ("first", "batch", "time")}
         constants = {"KIND": kind, "HEADS": 8, "BLOCK": 64}

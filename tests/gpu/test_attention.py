@@ -1,4 +1,4 @@
-"""Attention on the emulated device, beyond the cases of the CPU: bfloat16, caches, packed sequences, decoding."""
+"""Attention on the emulated device, beyond the cases of the CPU: bfloat16, caches, pages, packed sequences, decoding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastlm import ops
+from fastlm import backend, ops
 from fastlm.cuda.emulated import SCHEDULES, Emulated, emulated
 from fastlm.cuda.table import KERNELS
 from fastlm.tensor import Tensor
-from fastlm.testing import assert_close, cases, check_forward, oracle
+from fastlm.testing import assert_close, case_id, cases, check_forward, oracle, rng, widen
 from tests.gpu.build import gpu_build
 
 if importlib.util.find_spec("triton") is not None:
@@ -25,7 +25,7 @@ BFLOAT16 = ml_dtypes.bfloat16
 
 @pytest.fixture(params=["triton", "cuda"])
 def on(request):
-    """The device, with each twin; few queries are decoded by Triton in both."""
+    """The device, with each twin."""
     before = Emulated.damaged
     for op in ("attention", "add"):
         gpu_build().emulate(op, FOLDER)
@@ -67,6 +67,85 @@ def test_caches(on, cache, narrow, T, D, E):
         near(got, want)
     else:
         assert_close(got, want, naive, "y")
+
+
+@pytest.mark.parametrize("case", oracle("attention").PAGED, ids=case_id)
+@pytest.mark.parametrize("how", ["triton", *SCHEDULES], ids=str)
+def test_pages(how, case):
+    """Keys and values in pages against the oracle, in CUDA C++ under every schedule; what belongs to no key is nan and is not read."""
+    ref, before = oracle("attention"), Emulated.damaged
+    for op in ("attention", "add"):
+        gpu_build().emulate(op, FOLDER)
+    x, plain = ref.paged(case, rng(case)), ref.together(ref.paged(case, rng(case), 0.0))
+    twin, seed = ("triton", 0) if how == "triton" else ("cuda", how)
+    with emulated(twin=twin, libraries=FOLDER, seed=seed) as device, np.errstate(all="ignore"):
+        there = {name: device.put(a) if isinstance(a, np.ndarray) else a for name, a in x.items()}
+        got = ops.attention(**there).numpy()
+    assert_close(got, ref.forward(**widen(plain)), ref.forward(**plain), "pages")
+    assert Emulated.damaged == before, "memory outside of an array was written"
+
+
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", [np.float32, BFLOAT16, np.int8], ids=["float32", "bfloat16", "int8"])
+def test_pages_have_the_bits_of_one_array(on, cache, narrow, T):
+    """Of every kind of cache; a number that is no page's reads nothing outside, and changes no other sequence."""
+    ref, append = oracle("attention"), oracle("cache_append")
+    x = ref.paged(
+        {"shape": (3, T, 320, 4, 2, 64), "causal": True, "lengths": (300, 70, 130), "page": 64}, np.random.default_rng(T), 0.0
+    )
+    plain = ref.together(x)
+    for name in ("k", "v"):
+        x[name], plain[name] = append.packed(x[name], cache), append.packed(plain[name], cache)
+    for y in (x, plain):
+        y["q"] = y["q"].astype(BFLOAT16 if narrow else np.float32)
+    put = lambda y: {name: on.put(a) if isinstance(a, np.ndarray) else a for name, a in y.items()}  # noqa: E731
+    want = ops.attention(**put(plain)).numpy()
+    got = ops.attention(**put(x)).numpy()
+    np.testing.assert_array_equal(got, want)
+    for wrong in (-1, 15, 2**31 - 1):
+        table = x["table"].copy()
+        table[1, 1] = wrong
+        bad = ops.attention(**put(x | {"table": table})).numpy()
+        np.testing.assert_array_equal(bad[::2], want[::2])
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["one array", "pages"])
+def test_growing_sequences_are_replayed(on, paged):
+    """A captured step appends and attends while the lengths, and the table of pages, grow in memory."""
+    ref, B, S, page = oracle("attention"), 2, 256, 64
+    pages = np.array([[5, 0, 3, -1], [2, 1, 4, 6]], np.int32)
+    keys, values = random(B, S, 2, 32), random(B, S, 2, 32, seed=1)
+    shape = (7, page, 2, 32) if paged else (B, S, 2, 32)
+    k, v = (on.put(np.full(shape, np.nan, BFLOAT16)) for _ in range(2))
+    table = on.put(np.full_like(pages, -1)) if paged else None
+    counter, q = on.put(np.array([60, 63], np.int32)), on.put(random(B, 1, 4, 32).astype(BFLOAT16))
+    new = [on.empty((B, 1, 2, 32), BFLOAT16) for _ in range(2)]
+
+    def write(n):
+        for a, source in zip(new, (keys, values), strict=True):
+            backend.assign(a, on.put(np.stack([source[b, n[b]][None] for b in range(B)]).astype(BFLOAT16)))
+        if paged:
+            backend.assign(table, on.put(np.where(np.arange(4) * page <= n[:, None], pages, -1).astype(np.int32)))
+
+    def step():
+        ops.cache_append(k, v, *new, counter, table)
+        ops.advance(counter, 1, out=counter)
+        return ops.attention(q, k, v, True, lengths=counter, table=table)
+
+    n = np.array([60, 63], np.int32)
+    write(n)
+    before = [on.put(a[:, :63].astype(BFLOAT16)) for a in (keys, values)]
+    ops.cache_append(k, v, *before, on.put(np.zeros(B, np.int32)), table)
+    recording = backend.record(step, on)
+    for _ in range(6):
+        n += 1
+        x = [a.astype(BFLOAT16).astype(np.float64) for a in (keys, values)]
+        near(recording.result.numpy(), ref.forward(q.numpy().astype(np.float64), *x, True, lengths=n))
+        write(n)
+        recording.spoil()
+        recording.run()
+    assert counter.numpy().tolist() == [67, 70]
 
 
 @pytest.mark.parametrize("bias", [None, (1, 4)], ids=str)
@@ -135,6 +214,21 @@ def test_views_and_scales(on, scale, T):
     got = ops.attention(*views, True, scale=scale, lengths=on.put(n)).numpy()
     assert_close(got, *(ref.forward(*(a.astype(t) for a in x), True, scale, lengths=n) for t in (np.float64, np.float32)), "y")
     assert not got[1, 0].any()
+
+
+@pytest.mark.parametrize("plant", ["NO_WAIT", "NO_BARRIER", "NO_WARP_BARRIER"])
+def test_decoding_without_a_wait_or_a_barrier_is_caught(tmp_path, plant):
+    """Each left out of the decoding kernels: some schedule shows it, while the right ones pass them all (test_twins, test_pages)."""
+    for op in ("attention", "add"):
+        gpu_build().emulate(op, tmp_path, (f"FASTLM_PLANT_DECODE_{plant}",))
+    case, caught = {"shape": (2, 1, 300, 8, 2, 64), "causal": True, "lengths": (300, 41)}, 0
+    for seed in SCHEDULES:
+        with emulated(twin="cuda", libraries=tmp_path, seed=seed) as device:
+            try:
+                check_forward("attention", ops.attention, case, device.put)
+            except AssertionError:
+                caught += 1
+    assert caught
 
 
 def test_a_missing_wait_is_caught(tmp_path):

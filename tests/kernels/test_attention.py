@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastlm import _C, ops
+from fastlm import _C, backend, ops
 from fastlm.tensor import Tensor
-from fastlm.testing import assert_close, case_id, cases, check_backward, check_forward, check_oracle, oracle, widen
+from fastlm.testing import assert_close, case_id, cases, check_backward, check_forward, check_oracle, oracle, rng, widen
 
 CASES = pytest.mark.parametrize("case", cases("attention"), ids=case_id)
 
@@ -353,6 +353,88 @@ def test_packed(isa, threads, causal, window, share):
     for name, gradient in zip("qkv", results[0][1:], strict=True):
         want, bound = (np.concatenate([x[name][0] for x in part]) for part in (exact, naive))
         assert_close(gradient, want, bound, name)
+
+
+PAGED = pytest.mark.parametrize("case", oracle("attention").PAGED, ids=case_id)
+STORES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=["float32", "bfloat16", "int8"])
+
+
+@PAGED
+def test_pages(isa, case):
+    """Keys and values in pages against the oracle; what belongs to no key is nan and is not read."""
+    ref = oracle("attention")
+    x, plain = ref.paged(case, rng(case)), ref.together(ref.paged(case, rng(case), 0.0))
+    assert_close(ops.attention(**x), ref.forward(**widen(plain)), ref.forward(**plain), "pages")
+
+
+@STORES
+@PAGED
+def test_pages_have_the_bits_of_one_array(isa, threads, case, dtype):
+    """Whatever the cache's type, on any number of threads, and through a table whose rows are part of longer ones."""
+    ref, append = oracle("attention"), oracle("cache_append")
+    x = ref.paged(case, rng(case), 0.0)
+    plain = ref.together(x)
+    for name in ("k", "v"):
+        x[name], plain[name] = append.packed(x[name], dtype), append.packed(plain[name], dtype)
+    want = ops.attention(**plain)
+    wide = np.concatenate([x["table"], np.full((len(x["table"]), 3), 9999, np.int32)], axis=1)[:, :-3]
+    for n in (1, 3):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(ops.attention(**x), want)
+        np.testing.assert_array_equal(ops.attention(**x | {"table": wide}), want)
+
+
+def test_pages_recorded(isa):
+    """A step through pages, replayed while sequences grow and are given more of them."""
+    ref, B, S, page = oracle("attention"), 2, 256, 64
+    k, v = np.full((7, page, 2, 16), np.nan, np.float32), np.full((7, page, 2, 16), np.nan, np.float32)
+    pages = np.array([[5, 0, 3, -1], [2, 1, 4, 6]], np.int32)
+    table, n = np.full_like(pages, -1), np.array([60, 63], np.int32)
+    keys, values = random(B, S, 2, 16), random(B, S, 2, 16, seed=1)
+    q, new = random(B, 1, 4, 16), np.zeros((2, B, 1, 2, 16), np.float32)
+
+    def write():
+        for b in range(B):
+            new[0, b], new[1, b], table[b, : n[b] // page + 1] = keys[b, n[b]], values[b, n[b]], pages[b, : n[b] // page + 1]
+
+    def step():
+        ops.cache_append(k, v, new[0], new[1], n, table)
+        ops.advance(n, 1, out=n)
+        return ops.attention(q, k, v, True, lengths=n, table=table)
+
+    write()
+    for b in range(B):
+        ops.cache_append(k, v, keys[b : b + 1, : n[b]], values[b : b + 1, : n[b]], np.zeros(1, np.int32), table[b : b + 1])
+    recording = backend.Recording(step)
+    for _ in range(130):
+        want = ref.forward(*(a.astype(np.float64) for a in (q, keys, values)), True, lengths=n)
+        np.testing.assert_allclose(recording.result, want, rtol=1e-5, atol=1e-5)
+        write()
+        recording.run()
+    assert n.tolist() == [191, 194]
+
+
+def test_pages_refuses():
+    q, k, n = random(2, 1, 4, 8), random(5, 64, 2, 8), np.array([100, 10], np.int32)
+    table = np.array([[0, 4], [2, -7]], np.int32)
+    assert ops.attention(q, k, k, True, lengths=n, table=table).shape == (2, 1, 4, 8)
+    for wrong, said in ([[0, 5], [2, 0]], "0 to 5"), ([[0, -1], [2, 0]], "-1 to 2"):
+        with pytest.raises(ValueError, match=rf"\[attention\] table must have numbers from 0 to pages - 1 = 4 .*, got {said}"):
+            ops.attention(q, k, k, True, lengths=n, table=np.array(wrong, np.int32))
+    with pytest.raises(ValueError, match=r"\[attention\] table must have numbers from 0 to pages - 1 = 4 .*, got -7 to 4"):
+        ops.attention(q, k, k, True, table=table)
+    with pytest.raises(ValueError, match=r"\[attention\] table must be \(B, blocks\) with B = 2, got \(1, 2\)"):
+        ops.attention(q, k, k, True, table=table[:1])
+    with pytest.raises(TypeError, match=r"\[attention\] table must be int32, got int64"):
+        ops.attention(q, k, k, True, table=table.astype(np.int64))
+    with pytest.raises(ValueError, match=r"\[attention\] a page must hold a multiple of 64 positions, got 63"):
+        ops.attention(q, k[:, :63], k[:, :63], True, lengths=n, table=table)
+    with pytest.raises(ValueError, match=r"\[attention\] lengths must be from 0 to S = 128, got 10 to 129"):
+        ops.attention(q, k, k, True, lengths=np.array([129, 10], np.int32), table=table)
+    with pytest.raises(ValueError, match=r"\[attention\] v must be \(pages, page, G, E\) = \(5, 64, 2, 8\), got \(4, 64, 2, 8\)"):
+        ops.attention(q, k, k[:4], True, lengths=n, table=table)
+    with pytest.raises(ValueError, match=r"\[attention\] table must be None where a gradient is wanted"):
+        ops.attention(Tensor(q, requires_grad=True), k, k, True, lengths=n, table=table)
 
 
 def test_packed_refuses():

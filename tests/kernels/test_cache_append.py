@@ -12,9 +12,9 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.in
 ref = oracle("cache_append")
 
 
-def call(keys, values, k, v, positions):
+def call(keys, values, k, v, positions, table=None):
     keys, values = keys.copy(), values.copy()
-    ops.cache_append(keys, values, k, v, positions)
+    ops.cache_append(keys, values, k, v, positions, table)
     return keys, values
 
 
@@ -100,3 +100,22 @@ def test_refuses():
         append(cache.astype(np.float16), cache, k, k, at)
     with pytest.raises(TypeError, match=r"\[cache_append\] k must be float32, got float64"):
         append(cache, cache, k.astype(np.float64), k, at)
+
+
+def test_pages_refuses():
+    cache, k = np.zeros((4, 64, 3, 8), np.float32), np.zeros((2, 2, 3, 8), np.float32)
+    table, at = np.array([[0, 9], [2, 1]], np.int32), np.array([62, 126], np.int32)
+    append = ops.cache_append
+    append(cache, cache, k, k, at, table)
+    with pytest.raises(ValueError, match=r"\[cache_append\] table must have numbers from 0 to pages - 1 = 3 .*, got 0 to 9"):
+        append(cache, cache, k, k, np.array([63, 126], np.int32), table)
+    with pytest.raises(ValueError, match=r"positions must be from 0 to capacity - 1 = 127, got 62 to 128"):
+        append(cache, cache, k, k, np.array([62, 127], np.int32), table)
+    with pytest.raises(ValueError, match=r"keys must be \(pages, page, G, .* = \(4, 64, 3, 8\), got \(4, 64, 2, 8\)"):
+        append(cache[:, :, :2], cache, k, k, at, table)
+    with pytest.raises(ValueError, match=r"table must be \(B, blocks\) with B = 2, got \(3, 2\)"):
+        append(cache, cache, k, k, at, np.zeros((3, 2), np.int32))
+    with pytest.raises(ValueError, match=r"a page must hold a multiple of 64 positions, got 32"):
+        append(cache[:, :32], cache[:, :32], k, k, at, table)
+    with pytest.raises(ValueError, match=r"there must be a page for a table \(2, 2\), got pages \(0, 64, 3, 8\)"):
+        append(cache[:0], cache[:0], k, k, at, table)
