@@ -55,11 +55,11 @@ BACKWARD = {
 # By whether products are of bfloat16.
 DECODE = {
     (True, 64): (16, 64, 4, 3),
-    (True, 128): (16, 64, 4, 3),
+    (True, 128): (16, 32, 4, 3),
     (True, 256): (16, 32, 8, 2),
     (False, 64): (16, 32, 4, 3),
     (False, 128): (16, 16, 4, 2),
-    (False, 256): (16, 16, 8, 2),
+    (False, 256): (16, 16, 8, 3),
 }
 # CUDA C++: (warps, keys of a tile) forward, (warps, rows or keys of a tile) backward. A warp owns 16 rows.
 CUDA = {

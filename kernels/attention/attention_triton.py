@@ -354,9 +354,9 @@ def attention_backward_bias(
 
 
 @triton.jit
-def _place(table, paged, b, start, table_row, page, pages):
+def _place(row, paged, b, start, page, pages):
     """Of keys from `start` on: the array that they are in, and where there. A number that is no page's is taken for one that is."""
-    n = tl.load(table + b.to(tl.int64) * table_row + start // page, mask=(start >= 0) & (paged != 0), other=0)
+    n = tl.load(row + start // page, mask=paged != 0, other=0)
     n = tl.minimum(tl.maximum(n, 0), pages - 1)
     return tl.where(paged != 0, n, b).to(tl.int64), tl.where(paged != 0, start % page, start)
 
@@ -398,6 +398,7 @@ def attention_decode(
     low, high = _span(t, T, keys, causal, window)
     qt = _signed(_rows(q, b64 * q_batch + t.to(tl.int64) * q_time + h * D, t, T, d, D), scale)
     bias_at = b64 * bias_batch + h.to(tl.int64) * bias_head + t.to(tl.int64) * bias_time
+    row = table + b64 * table_row
     begin = split * chunk
     some = tl.minimum(tl.program_id(1) * ROWS // share, T - 1)  # the first query here sees the lowest keys
     lowest, _ = _span(some, T, keys, causal, window)
@@ -408,7 +409,7 @@ def attention_decode(
     total = tl.zeros([ROWS], tl.float32)
     for start in range(begin, end, KEYS):
         c = start + tl.arange(0, KEYS)
-        place, first = _place(table, paged, b, start, table_row, page, pages)
+        place, first = _place(row, paged, b, start, page, pages)
         far = (first + tl.arange(0, KEYS)).to(tl.int64)
         kt, k_scale = _cached(k, (place * k_batch + far * k_time + g * k_head) * UNIT, c, keys, d, D, UNIT)
         vt, v_scale = _cached(v, (place * v_batch + far * v_time + g * v_head) * UNIT, c, keys, d, E, UNIT)
