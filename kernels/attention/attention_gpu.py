@@ -78,7 +78,7 @@ EXPECTS = {
     for head in HEADS[:2]
 }
 EXPECTS |= {f"attention_{kernel}*_bf16_*": {"80": "HMMA", "90": "HMMA"} for kernel in ("forward", "backward")}
-EXPECTS |= {"attention_decode_bf16_*": {"80": "HMMA", "90": "HMMA", "100": "HMMA"}}
+EXPECTS |= {n: {"80": "HMMA", "90": "HMMA", "100": "HMMA"} for n in ("attention_decode_bf16_*", "attention_backward_bias_bf16")}
 # CUDA C++, decoding: (warps, keys of a warp's tile, rows of a block), by whether products are of bfloat16.
 CUDA_DECODE = {
     **{(True, head): (2 if head == 256 else 4, 16, 16) for head in HEADS},
