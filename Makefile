@@ -74,9 +74,11 @@ demo: dev
 bench: dev
 	@$(RUN) -m fastlm bench $(OPS) $(if $(MINUTES),--minutes $(MINUTES))
 
+# Through ccache, where that is, with the name of the compiler that `make dev` uses: what has been compiled there is not compiled again.
+PIP_WHEEL := $(if $(shell command -v ccache),CXX="$${CXX:-c++}" CMAKE_CXX_COMPILER_LAUNCHER=ccache) $(BIN)/python -m pip wheel
 wheel: $(READY)
 	@rm -rf dist
-	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
+	@$(PIP_WHEEL) -q --no-deps --disable-pip-version-check -w dist .
 	@$(BIN)/python tools/check_wheel.py dist/*.whl
 
 # The GPU's kernels, compiled ahead of time, in the wheel: where nvcc and triton are. GPU_ARCHS=90 builds a part.
@@ -86,7 +88,7 @@ gpu-images: dev
 
 wheel-gpu: gpu-images
 	@rm -rf dist
-	@$(BIN)/python -m pip wheel -q --no-deps --disable-pip-version-check -w dist .
+	@$(PIP_WHEEL) -q --no-deps --disable-pip-version-check -w dist .
 	@$(RUN) tools/check_wheel.py dist/*.whl --gpu $(GPU_ARCHS)
 
 # On a machine with a GPU: tests, sanitizer, measurements with peers, at most ten minutes.

@@ -164,8 +164,6 @@ def expects(op: str) -> dict[str, dict[str, str]]:
 def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dict[str, Any], bytes]]:
     """Every variant of <op>_triton.py, or the first of each kernel: its manifest entry and its image."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fastlm.cuda.images import variant
@@ -173,7 +171,6 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
     made = []
     module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
     letters = {"i32": "i", "i64": "l", "fp32": "f"}
-    how = {"enable_fp_fusion": True}  # what 3.6 does by itself
     seen: set[str] = set()
     for kernel, types, constants, options in module.variants():
         if one_each and kernel in seen:
@@ -189,9 +186,7 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
             (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t and (t[0] == "*" or t.endswith(":16"))
         }
         source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=aligned)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32), options=how | dict(options)
-        )
+        compiled, used = compiled_form(source, arch, dict(options))
         meta = compiled.metadata
         image = compiled.asm["ptx"].encode() if arch == "ptx" else compiled.asm["cubin"]
         entry = {
@@ -204,10 +199,28 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
         if getattr(meta, "global_scratch_size", 0):
             raise RuntimeError(f"{op}: {kernel} wants scratch memory, which our launcher does not give")
         if arch != "ptx":
-            entry |= resources(image, triton)
+            entry |= used
             entry["products"] = len(re.findall(r"tt\.dot [^\n]*xbf16", compiled.asm["ttir"]))  # of bfloat16
         made.append((entry, image))
     return made
+
+
+def compiled_form(source: Any, arch: str, options: dict[str, int]) -> tuple[Any, dict[str, int]]:
+    """A compiled variant and its `resources`. ptxas may spill a value where that lets one more block run; then it is asked not to."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", 80 if arch == "ptx" else int(arch), 32)
+    options = {"enable_fp_fusion": True} | options  # what 3.6 does by itself
+    compiled = triton.compile(source, target=target, options=options)
+    if arch == "ptx":
+        return compiled, {}
+    used = resources(compiled.asm["cubin"], triton)
+    for limit in (128, 168, 255):
+        if used["stack"] and used["registers"] < limit and 32 * options["num_warps"] * limit <= 65536:
+            compiled = triton.compile(source, target=target, options=options | {"maxnreg": limit})
+            used = resources(compiled.asm["cubin"], triton)
+    return compiled, used
 
 
 def resources(cubin: bytes, triton: Any) -> dict[str, int]:
@@ -272,7 +285,7 @@ def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     folder = KERNELS / op
     files = gpu_sources.triton(folder / f"{op}_triton.py") if twin == "triton" else gpu_sources.cuda(folder / f"{op}_cuda.cu")
     files = [*files, ROOT / "fastlm/cuda/images.py"]
-    compilers = (compile_triton, resources) if twin == "triton" else (compile_cuda, count_instructions, target)
+    compilers = (compile_triton, compiled_form, resources) if twin == "triton" else (compile_cuda, count_instructions, target)
     how = "".join(inspect.getsource(f) for f in compilers)
     how += repr(expects(op)) if twin == "cuda" else ""  # instructions are counted where there are expectations
     parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files)]

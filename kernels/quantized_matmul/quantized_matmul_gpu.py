@@ -12,7 +12,7 @@ from fastlm.kernels.matmul.matmul_tiles import EXPERTS as _EXPERTS
 FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
     "float32": [
         (8, "quantized_row", {"BN": 8, "COLUMNS": 256}, {"num_warps": 4, "num_stages": 3}),
-        (1 << 31, "quantized_tile", {"BM": 32, "BN": 32, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
+        (1 << 31, "quantized_tile", {"BM": 32, "BN": 32, "COLUMNS": 32}, {"num_warps": 8, "num_stages": 3}),
     ],
     "bfloat16": [
         (1, "quantized_row", {"BN": 8, "COLUMNS": 256}, {"num_warps": 4, "num_stages": 3}),

@@ -14,8 +14,19 @@ KINDS: tuple[str, ...] = tuple(_dequantize.BLOCKS)
 
 CASES: list[dict[str, Any]] = [
     {"kind": kind, "rows": rows, "out": out, "in": count * _dequantize.BLOCKS[kind][0]}
+    | ({"large": True} if out * count * _dequantize.BLOCKS[kind][0] > 64 * 1024 else {})  # (33, 40, 2) takes the same branches
     for kind in KINDS
-    for rows, out, count in ((1, 1, 1), (0, 5, 1), (2, 31, 3), (3, 33, 1), (4, 64, 5), (15, 70, 2), (33, 130, 7), (5, 0, 1))
+    for rows, out, count in (
+        (1, 1, 1),
+        (0, 5, 1),
+        (2, 31, 3),
+        (3, 33, 1),
+        (4, 64, 5),
+        (15, 70, 2),
+        (33, 40, 2),
+        (33, 130, 7),
+        (5, 0, 1),
+    )
 ] + [
     {"kind": kind, "rows": rows, "out": out, "in": 4096, "bench": True}
     for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")

@@ -1,36 +1,23 @@
 """Every GPU kernel is compiled ahead of time, as users get it, and held to its budget: tools/gpu_build.py --check.
 
-All forms for sm_90; the CUDA C++ kernels and one form of each Triton kernel for sm_80 and sm_100. In processes of their own: here Triton
-may be in its interpreter.
+All forms for sm_90; the CUDA C++ kernels and one form of each Triton kernel for sm_80 and sm_100. conftest.py compiles them.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.gpu.build import ROOT, gpu_build, layers
+from tests.gpu.build import gpu_build, layers
 
 pytestmark = pytest.mark.skipif(bool(layers()["ahead-of-time compilation"]), reason=layers()["ahead-of-time compilation"])
-
-
-def build(*arguments):
-    """The tool's exit status and what it says."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tools/gpu_build.py"), "--check", "--no-pack", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(
     "arguments", [("--archs", "90"), ("--archs", "80", "100", "--one-each")], ids=["sm_90", "sm_80 and sm_100, one form each"]
 )
-def test_budget(arguments):
+def test_budget(compiled):
     """No stack, no spilled registers, and the tensor core instructions that EXPECTS names."""
-    status, said = build(*arguments)
+    status, said = compiled
     assert status == 0, said
 
 
