@@ -9,7 +9,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
-from fastlm.checkpoint.quantized import QuantizedArray
+from fastlm.checkpoint.quantized import QuantizedArray, expand
 from fastlm.ops import check
 from fastlm.ops.cross_entropy import check_reduction, check_targets, loss_scale, multiplied, reduced
 from fastlm.ops.linear import linear
@@ -27,7 +27,8 @@ def linear_cross_entropy(x: Any, weight: Any, targets: Any, ignore_index: int = 
     int32 or int64. reduction: "mean" over the rows that are not ignored (0 where all are), or "sum". Returns a float32 of shape ().
     Both gradients are computed here, from each chunk of logits while it is at hand, as in Liger-Kernel (Hsu et al. 2024,
     arXiv:2410.10989); the backward pass hands them on. Raises TypeError for a dtype, ValueError for a shape or a target out of range.
-    On a device x and weight are both float32 or both bfloat16, and so are the logits; all rows are computed, and nothing is read back.
+    On a device x and weight are both float32 or both bfloat16, and so are the logits; all rows are computed, and nothing is read back;
+    a QuantizedArray is expanded for it as a whole.
     """
     op = "linear_cross_entropy"
     xd = check.array(op, "x", data(x), at_least=1)
@@ -92,7 +93,10 @@ def _there(x: Any, weight: Any, xd: Any, wd: Any, td: Any, ignore_index: int, re
     rows, ids = xd.reshape(-1, C), td.reshape(-1)
     R = len(rows)
     recorded = recording(x, weight)
-    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight)
+    want_x, want_w = recorded and needs_grad(x), recorded and needs_grad(weight) and not isinstance(wd, QuantizedArray)
+    if isinstance(wd, QuantizedArray):  # once for all rows, and for both passes
+        quantised, wd = wd, backend.empty_like(rows, (V, C))
+        expand(wd, quantised)
     scale = loss_scale(td, -1, ignore_index, reduction)
     loss, stats = backend.empty((R,), like=xd), backend.empty((R, 2), like=xd)
     dx = backend.empty_like(rows) if want_x else None
@@ -171,8 +175,6 @@ def _weight(op: str, w: Any) -> Any:
             raise TypeError(f"[{op}] weight must be float32 or bfloat16 on a device, got {w.dtype}.")
         return contiguous(w)
     if isinstance(w, QuantizedArray):
-        if on_device(w.blocks):
-            raise NotImplementedError(f"[{op}] weight is quantised, on a device: load it with dtype='bfloat16' to train.")
         return w
     if not isinstance(w, np.ndarray):
         raise TypeError(f"[{op}] weight must be a NumPy array, a Tensor or a QuantizedArray, got {type(w).__name__}.")

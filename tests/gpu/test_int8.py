@@ -133,6 +133,23 @@ def test_an_encoder_in_bfloat16(on):
     assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_the_loss_of_a_quantised_head(dtype, on):
+    """The CPU's loss and gradient of x; the weight has none."""
+    generator = np.random.default_rng(3)
+    weight = groups.random_weight("Q8_0", (37, 32), generator)
+    x, targets = generator.standard_normal((5, 32)).astype(dtype).astype(np.float32), np.array([1, 36, -100, 0, 4])
+    found = []
+    for tensor, w in ((Tensor(x, requires_grad=True), weight), (Tensor(on.put(x.astype(dtype)), requires_grad=True), None)):
+        loss = ops.linear_cross_entropy(tensor, placed_blocks(weight, on) if w is None else w, targets)
+        loss.backward()
+        found.append((loss.item(), backend.host(tensor.grad).astype(np.float32)))
+    (want, dx), (got, there) = found
+    error = 1e-5 if dtype == np.float32 else 2.0**-6
+    assert got == pytest.approx(want, rel=error)
+    np.testing.assert_allclose(there, dx, rtol=error, atol=error * np.abs(dx).max())
+
+
 def test_refusals(on):
     weight = placed_blocks(rows.random_weight((5, 32), np.random.default_rng(1)), on)
     with pytest.raises(NotImplementedError, match=r"\[embedding\] a weight with one scale a row is on emulated"):
