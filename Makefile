@@ -88,7 +88,7 @@ gpu-images: dev
 
 wheel-gpu: gpu-images
 	@rm -rf dist
-	@$(PIP_WHEEL) -q --no-deps --disable-pip-version-check -w dist .
+	@PATH="$(BIN):$$PATH" $(PIP_WHEEL) -q --no-deps --no-build-isolation --disable-pip-version-check -w dist .
 	@$(RUN) tools/check_wheel.py dist/*.whl --gpu $(GPU_ARCHS)
 
 # On a machine with a GPU: tests, sanitizer, measurements with peers, at most ten minutes.
