@@ -108,52 +108,17 @@ def translate(case):
 
 
 def encode(case):
-    from concurrent.futures import ThreadPoolExecutor
+    import numpy as np
+
+    def states(model):
+        def run(ids, mask):
+            rows = [row[:n].tolist() for row, n in zip(ids, mask.sum(1), strict=True)]
+            return np.array(model.forward_batch(rows).last_hidden_state)
+
+        return run
 
     found = []
     for model, how, workers in options(case, "Encoder"):
-        pool = ThreadPoolExecutor(workers)
-        run = equal(case, model, pool, workers) if "tokens" in case else mixed(case, model, pool, 32)
+        run = engine.encode_run(case, [states(model)] * workers, 32)
         found.append(engine.named(run, how if "tokens" in case else f"{how}, batches of 32"))
     return engine.best(found) if found else None
-
-
-def states(model, rows):
-    import numpy as np
-
-    return np.array(model.forward_batch(rows).last_hidden_state)
-
-
-def equal(case, model, pool, workers):
-    """Rows of one length, an equal share for each worker."""
-    import numpy as np
-
-    ids = engine.encode_ids(case)
-    cut = -(-len(ids) // workers)
-    parts = [ids[i : i + cut] for i in range(0, len(ids), cut)]
-    return lambda: np.concatenate(list(pool.map(lambda part: states(model, part), parts)))
-
-
-def mixed(case, model, pool, size):
-    """As engine.encode_run, with the batches dealt to the workers."""
-    import numpy as np
-
-    tokenize = engine.tokenizer(case)
-    texts = engine.sentences(case["batch"]) if tokenize else None
-    given = None if tokenize else engine.encode_ids(case)
-
-    def run():
-        ids = given if tokenize is None else tokenize(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        out = [None] * len(ids)
-
-        def part(rows):
-            x = states(model, [ids[i] for i in rows])
-            for i, row in zip(rows, x, strict=True):
-                out[i] = row[: len(ids[i])].mean(0)
-
-        parts = [order[i : i + size] for i in range(0, len(order), size)]
-        list(pool.map(part, parts))
-        return np.stack(out)
-
-    return run
