@@ -76,9 +76,10 @@ class Pool {
             s.end = last < n ? last : n;
             s.next.store(i * pieces / shares * grain, std::memory_order_relaxed);
             s.grain = grain, s.f = f, s.context = context, s.shares = shares;
-            s.state.store(number | (i ? posted : taken), std::memory_order_seq_cst);
+            s.state.store(number | (i ? posted : taken), std::memory_order_release);
         }
-        if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all();
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // posted before the sleepers are counted; theirs is in run()
+        if (sleepers_.load(std::memory_order_relaxed) > 0) wake_all();
         for (int64_t i = 0; i < shares; ++i) shares_[i].work(f, context, grain);
         // Now every piece is taken. A worker that has not come yet is let go, so that none is waited for that has yet to wake.
         for (int64_t i = 1; i < shares; ++i) {
@@ -131,6 +132,7 @@ void Pool::run(int index) {
         if (!ready) {
             std::unique_lock<std::mutex> lock(mutex_);
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
+            std::atomic_thread_fence(std::memory_order_seq_cst);
             condition_.wait(lock, changed);
             sleepers_.fetch_sub(1, std::memory_order_relaxed);
         }
