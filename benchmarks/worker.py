@@ -25,6 +25,8 @@ What is timed may say itself how long it took, `run.times(seconds) -> list`, and
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -325,6 +327,9 @@ def main() -> None:
         try:
             if command["do"] == "prepare":
                 run = None  # its memory goes before the next one's comes
+                gc.collect()
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
                 if who in ("ours", "dense"):
                     from fastlm import backend
 
