@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -161,8 +162,16 @@ def expects(op: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def one_of_each(variants: Iterable[Any]) -> list[Any]:
+    """Of each kernel the form with the most arrays in bfloat16, the first of equal ones: what tensor cores are for."""
+    found: dict[str, list[Any]] = {}
+    for form in variants:
+        found.setdefault(form[0], []).append(form)
+    return [max(forms, key=lambda form: list(form[1].values()).count("*bf16")) for forms in found.values()]
+
+
 def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dict[str, Any], bytes]]:
-    """Every variant of <op>_triton.py, or the first of each kernel: its manifest entry and its image."""
+    """Every variant of <op>_triton.py, or one of each kernel: its manifest entry and its image."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     from triton.compiler import ASTSource
 
@@ -171,11 +180,7 @@ def compile_triton(op: str, arch: str, one_each: bool = False) -> list[tuple[dic
     made = []
     module = importlib.import_module(f"fastlm.kernels.{op}.{op}_triton")
     letters = {"i32": "i", "i64": "l", "fp32": "f"}
-    seen: set[str] = set()
-    for kernel, types, constants, options in module.variants():
-        if one_each and kernel in seen:
-            continue
-        seen.add(kernel)
+    for kernel, types, constants, options in one_of_each(module.variants()) if one_each else module.variants():
         function = getattr(module, kernel)
         names = function.arg_names
         signature = {n: "constexpr" if n in constants or types[n] is None else types[n].split(":")[0] for n in names}
@@ -285,7 +290,9 @@ def key(twin: str, op: str, arch: str, one_each: bool) -> str:
     folder = KERNELS / op
     files = gpu_sources.triton(folder / f"{op}_triton.py") if twin == "triton" else gpu_sources.cuda(folder / f"{op}_cuda.cu")
     files = [*files, ROOT / "fastlm/cuda/images.py"]
-    compilers = (compile_triton, compiled_form, resources) if twin == "triton" else (compile_cuda, count_instructions, target)
+    compilers = (
+        (compile_triton, one_of_each, compiled_form, resources) if twin == "triton" else (compile_cuda, count_instructions, target)
+    )
     how = "".join(inspect.getsource(f) for f in compilers)
     how += repr(expects(op)) if twin == "cuda" else ""  # instructions are counted where there are expectations
     parts = [f"{twin} {op} {arch} {one_each} {how}".encode(), tools_used(twin), *(f.read_bytes() for f in files)]
@@ -354,7 +361,7 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", default=sorted({*cuda_ops(), *triton_ops()}))
     parser.add_argument("--archs", nargs="+", default=[*ARCHS, "ptx"])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--one-each", action="store_true", help="only the first variant of each Triton kernel")
+    parser.add_argument("--one-each", action="store_true", help="one variant of each Triton kernel, of bfloat16 where there is one")
     parser.add_argument("--no-pack", dest="pack", action="store_false")
     parser.add_argument("--emulate", type=Path, metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
