@@ -22,7 +22,8 @@ TABLE = KERNELS / "README.md"
 HEADER = """# Kernels
 
 Written by `tools/kernel_table.py`. *gpu-verified (card, commit)*: the twin passed its operation's cases there, `tools/gpu_check`. *emulated
-only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its interpreter) and compiles within its budget.
+only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its interpreter) and compiles within its budget. *of others*: the
+operation is made of other operations' kernels.
 
 | operation | CPU | CUDA C++ | Triton |
 |---|---|---|---|
@@ -63,7 +64,8 @@ def table(folder: Path = ROOT / "benchmarks/results") -> str:
         cpu = "yes" if any(path.glob("*_cpu.cpp")) else "none"
         twins = {"cuda": path / f"{op}_cuda.cu", "triton": path / f"{op}_triton.py"}
         said = [state(op, twin, found) if file.exists() else "none" for twin, file in twins.items()]
-        lines.append(f"| [{op}]({op}/README.md) | {cpu} | {said[0]} | {said[1]} |")
+        row = [cpu, *said]
+        lines.append(f"| [{op}]({op}/README.md) | {' | '.join(row if row != ['none'] * 3 else ['of others'] * 3)} |")
     return HEADER + "\n".join(lines) + "\n"
 
 
