@@ -22,8 +22,8 @@ TABLE = KERNELS / "README.md"
 HEADER = """# Kernels
 
 Written by `tools/kernel_table.py`. *gpu-verified (card, commit)*: the twin passed its operation's cases there, `tools/gpu_check`. *emulated
-only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its interpreter) and compiles within its budget. *of others*: the
-operation is made of other operations' kernels.
+only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its interpreter) and compiles within its budget. *of others*:
+the operation is made of other operations' kernels.
 
 | operation | CPU | CUDA C++ | Triton |
 |---|---|---|---|
