@@ -20,10 +20,11 @@ FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
         (1 << 31, "quantized_tile", {"BM": 64, "BN": 64, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
     ],
 }
-# Of runs of rows: the most rows an expert has on the average, the tile. Their addresses take registers, so float32 has smaller tiles.
-GROUPED: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "float32": [(1 << 31, {"BM": 16, "BN": 32, "COLUMNS": 32})],
-    "bfloat16": [(16, {"BM": 16, "BN": 32, "COLUMNS": 64}), (1 << 31, {"BM": 64, "BN": 64, "COLUMNS": 32})],
+# Of runs of rows: the most rows an expert has on the average, the tile, its warps. Their addresses take registers, so float32 has smaller
+# tiles and the large tile of bfloat16 more warps.
+GROUPED: dict[str, list[tuple[int, dict[str, int], int]]] = {
+    "float32": [(1 << 31, {"BM": 16, "BN": 32, "COLUMNS": 32}, 4)],
+    "bfloat16": [(16, {"BM": 16, "BN": 32, "COLUMNS": 64}, 4), (1 << 31, {"BM": 64, "BN": 64, "COLUMNS": 32}, 8)],
 }
 # Kinds that one kernel decodes -> how far the high part lies behind the low one, weights of a group's part.
 FAMILIES = {2: (16, 16), 8: (16, 16), 12: (32, 32), 14: (64, 16)}
@@ -71,13 +72,13 @@ def grouped_quantized(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: An
     if not (E and P and N):
         return
     family, form = _KINDS[kind]
-    sizes = next(t for most, t in GROUPED[x.dtype.name] if most * E >= P)
+    sizes, warps = next((t, w) for most, t, w in GROUPED[x.dtype.name] if most * E >= P)
     arguments = {"c": y, "z": y if z is None else z, "x": x, "blocks": weights[0], "offsets": _offsets(gpu, weights)}
     arguments |= {"counts": counts, "E": E, "N": N, "K": K, "form": form, "flags": 0 if z is None else 2, "activation": activation}
     most = -(-P // sizes["BM"]) + min(E, P)  # tiles of rows: every run may leave one that is not full
     gpu.triton(
         "quantized_group", (most * -(-N // sizes["BN"]),), arguments, plain=("E", "N", "form", "flags", "activation"),
-        EXPERTS=_EXPERTS, **_constants(family, sizes),
+        warps=warps, EXPERTS=_EXPERTS, **_constants(family, sizes),
     )  # fmt: skip
 
 

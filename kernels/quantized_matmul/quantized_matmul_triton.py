@@ -216,6 +216,6 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
                 "E": "i32",
             }
             several |= {n: types[n] for n in ("N", "K", "form", "flags", "activation")}
-            for _, form in host.GROUPED[dtype]:
+            for _, form, warps in host.GROUPED[dtype]:
                 constants = host._constants(family, form) | {"EXPERTS": tiles.EXPERTS}
-                yield "quantized_group", several, constants, {"num_warps": 4, "num_stages": 3}
+                yield "quantized_group", several, constants, {"num_warps": warps, "num_stages": 3}
