@@ -7,7 +7,7 @@ from typing import Any
 # The most rows, the kernel, its tile, options; the first that fits is taken. A few rows are read one by one.
 FORMS: list[tuple[int, str, dict[str, int], dict[str, int]]] = [
     (8, "int8_row", {"BN": 8, "COLUMNS": 512}, {"num_warps": 4, "num_stages": 3}),
-    (1 << 31, "int8_tile", {"BM": 64, "BN": 64}, {"num_warps": 4, "num_stages": 3}),
+    (1 << 31, "int8_tile", {"BM": 64, "BN": 64}, {"num_warps": 8, "num_stages": 2}),
 ]
 CODES = 64  # groups of 32 that a program rounds
 FAMILIES = (2, 8, 12, 14)
