@@ -21,10 +21,10 @@ UNBIASED = (("bf16", 64), ("bf16", 128), ("fp32", 256))
 # so that the portable form runs on every card, and to no spilled register.
 FORWARD = {
     ("bf16", 64, False): (128, 64, 8, 3),
-    ("bf16", 64, True): (128, 64, 8, 2),
-    ("bf16", 128, False): (64, 64, 4, 2),
-    ("bf16", 128, True): (64, 64, 8, 2),
-    ("bf16", 256, True): (32, 32, 4, 2),
+    ("bf16", 64, True): (128, 32, 8, 2),
+    ("bf16", 128, False): (64, 64, 8, 2),
+    ("bf16", 128, True): (64, 32, 8, 2),
+    ("bf16", 256, True): (32, 32, 8, 2),
     ("fp32", 64, True): (32, 16, 4, 2),
     ("fp32", 128, True): (32, 32, 8, 2),
     ("fp32", 256, False): (16, 16, 8, 2),
