@@ -43,6 +43,8 @@ class Options(TypedDict, total=False):
 _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _BEAMS = {"length_penalty", "early_stopping"}
 
+ENOUGH = 256  # tokens for a thread that works on texts of its own
+
 
 def load(
     path_or_id: str | os.PathLike[str],
@@ -396,9 +398,6 @@ def _batch(name: str, ids: Any) -> tuple[Array, bool]:
     if array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"[logits] {name} must be (T,) or (B, T) with T at least 1, got {array.shape}")
     return (array[None], True) if array.ndim == 1 else (array, False)
-
-
-ENOUGH = 256  # tokens for a thread that works on texts of its own
 
 
 def _parts(lengths: Sequence[int], batch_tokens: int, threads: int) -> Iterator[slice]:

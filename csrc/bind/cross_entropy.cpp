@@ -46,7 +46,6 @@ void bind_cross_entropy(py::module_& m) {
                                      data<int64_t>(targets), rows(logits), last(logits), ignore_index};
         launch(cross_entropy_kernels().backward, p);
     });
-    // The sum in row order, in float64.
     // y () = scale * the sum of the losses, which is taken in order in float64.
     m.def("cross_entropy_sum", [](const py::array& y, const py::array& loss, double scale) {
         launch(&sum_losses, {f32(y), f32(loss), int64_t(loss.size()), scale});

@@ -45,7 +45,7 @@ struct alignas(64) Share {
     void* context = nullptr;
     int64_t shares = 0;
 
-    void work(RangeFunction f, void* context, int64_t grain) {
+    void work() {
         while (next.load(std::memory_order_relaxed) < end) {
             const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
             if (begin < end) f(context, begin, begin + grain < end ? begin + grain : end);
@@ -80,7 +80,7 @@ class Pool {
         }
         std::atomic_thread_fence(std::memory_order_seq_cst);  // posted before the sleepers are counted; theirs is in run()
         if (sleepers_.load(std::memory_order_relaxed) > 0) wake_all();
-        for (int64_t i = 0; i < shares; ++i) shares_[i].work(f, context, grain);
+        for (int64_t i = 0; i < shares; ++i) shares_[i].work();
         // Now every piece is taken. A worker that has not come yet is let go, so that none is waited for that has yet to wake.
         for (int64_t i = 1; i < shares; ++i) {
             std::atomic<uint64_t>& state = shares_[i].state;
@@ -140,14 +140,12 @@ void Pool::run(int index) {
         if ((state & 3) != posted) continue;
         const uint64_t number = state & ~uint64_t(3);
         if (!own.state.compare_exchange_strong(state, number | taken, std::memory_order_acq_rel)) continue;
-        const RangeFunction f = own.f;
-        void* const context = own.context;
-        const int64_t grain = own.grain, shares = own.shares;
-        own.work(f, context, grain);
+        own.work();
+        const int64_t shares = own.shares;
         // Then what others have left; a share that is not of this region yet is its owner's to fill.
         for (int64_t i = 1; i < shares; ++i) {
             Share& other = shares_[(index + i) % shares];
-            if ((other.state.load(std::memory_order_acquire) & ~uint64_t(3)) == number) other.work(f, context, grain);
+            if ((other.state.load(std::memory_order_acquire) & ~uint64_t(3)) == number) other.work();
         }
         own.state.store(number | idle, std::memory_order_release);
     }

@@ -21,9 +21,8 @@ from fastlm.models.base import CausalLM
 from fastlm.nn import Cache, Module
 from fastlm.tensor import Tensor
 
-SMALL = (
-    4 << 20
-)  # bytes of weights up to which Python costs as much as kernels, and copies of the weights stay in the processor's caches
+# Bytes of weights up to which Python costs as much as kernels, and copies of the weights stay in the processor's caches.
+SMALL = 4 << 20
 LARGEST = 8 << 20  # bytes of a cache that is kept
 MOST = 4  # sessions that are kept
 LONGEST = 64  # ids that a recorded reader takes at once
