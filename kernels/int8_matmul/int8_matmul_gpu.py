@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlm.kernels.quantized_matmul.quantized_matmul_gpu import KINDS, check_together, rest
+
 # The most rows, the kernel, its tile, options; the first that fits is taken. A few rows are read one by one.
 FORMS: list[tuple[int, str, dict[str, int], dict[str, int]]] = [
     (8, "int8_row", {"BN": 8, "COLUMNS": 512}, {"num_warps": 4, "num_stages": 3}),
     (1 << 31, "int8_tile", {"BM": 64, "BN": 64}, {"num_warps": 8, "num_stages": 2}),
 ]
 CODES = 64  # groups of 32 that a program rounds
-FAMILIES = (2, 8, 12, 14)
-# ggml's number of a kind -> the family of those that one kernel decodes, form: 1 there are minima, 2 there are fifth bits.
-_KINDS = {2: (2, 0), 3: (2, 1), 6: (2, 2), 7: (2, 3), 8: (8, 0), 12: (12, 1), 13: (12, 3), 14: (14, 0)}
 
 # Tiles are products of bytes on tensor cores: tools/gpu_build.py --check.
 EXPECTS = {"int8_tile *": {"80": "IMMA", "90": "IGMMA"}}
@@ -32,7 +31,7 @@ def int8_matmul(
     codes, scales, sums = gpu.empty((M, K), "int8"), gpu.empty((each, M)), gpu.empty((each, M))
     given = {"codes": codes, "scales": scales, "sums": sums, "x": x, "n": M * each, "each": each, "M": M}
     gpu.triton("int8_codes", (-(-M * each // CODES),), given, plain=("n", "each", "M"), fused=False, COUNT=CODES)
-    family, form = _KINDS[kind]
+    family, form = KINDS[kind]
     _, kernel, tile, options = next(f for f in FORMS if f[0] >= M)
     arguments = {"c": c, "z": c if z is None else z, "codes": codes, "scales": scales, "sums": sums, "blocks": blocks}
     arguments |= rest(c, z, x, bias, residual, activation) | {"M": M, "N": N, "K": K, "form": form}
@@ -56,21 +55,3 @@ def constants(family: int, tile: dict[str, int]) -> dict[str, int]:
         return tile
     width = 16 if family == 14 else 32
     return {"BN": tile["BN"], "GROUPS": tile["COLUMNS"] // width, "WIDTH": width}
-
-
-def check_together(op: str, x: Any, **given: Any) -> None:
-    """TypeError unless x is float32 or bfloat16 and the others, which may be None, are what x is."""
-    if x.dtype.name not in ("float32", "bfloat16"):
-        raise TypeError(f"[{op}] x must be float32 or bfloat16, got {x.dtype}.")
-    for name, array in given.items():
-        if array is not None and array.dtype != x.dtype:
-            raise TypeError(f"[{op}] {name} must be {x.dtype}, as x is, got {array.dtype}.")
-
-
-def rest(c: Any, z: Any, x: Any, bias: Any, residual: Any, activation: int) -> dict[str, Any]:
-    """What follows the sums, as a kernel takes it."""
-    flags = (1 if bias is not None else 0) + (2 if z is not None else 0) + (4 if residual is not None else 0)
-    return {"bias": x if bias is None else bias, "residual": c if residual is None else residual} | {
-        "flags": flags,
-        "activation": activation,
-    }

@@ -14,6 +14,8 @@ import triton.language as tl
 
 from fastlm.kernels.dequantize.dequantize_triton import _byte, _scale_and_minimum, _signed
 from fastlm.kernels.int8_matmul import int8_matmul_gpu as host
+from fastlm.kernels.matmul.matmul_triton import tile_at
+from fastlm.kernels.quantized_matmul.quantized_matmul_gpu import FAMILIES
 from fastlm.kernels.quantized_matmul.quantized_matmul_triton import _bytes, _finish, _half
 
 
@@ -131,11 +133,9 @@ def int8_tile(
     c, z, codes, scales, sums, blocks, bias, residual, flags, activation, M, N, K, form,
     FAMILY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of c, (BM, BN), group by group in the order of k; tiles of the same weights follow one another, eight at a time."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * band, 8)
-    m, n = (8 * band + within % height) * BM + tl.arange(0, BM), within // height * BN + tl.arange(0, BN)
+    """A tile of c, (BM, BN), group by group in the order of k."""
+    top, left = tile_at(tl.program_id(0), M, N, BM, BN)
+    m, n = top + tl.arange(0, BM), left + tl.arange(0, BN)
     row, i = _row(blocks, n, K, form, FAMILY), tl.arange(0, 32)
     here = codes + m.to(tl.int64)[:, None] * K + i[None, :]
     total = tl.zeros([BM, BN], tl.float32)
@@ -168,7 +168,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         yield "int8_round", {"y": f, "x": f, "n": "i32"}, {"COUNT": host.CODES}, plain
         types = {"c": f, "z": f, "codes": "*i8", "scales": F, "sums": F, "blocks": "*u8", "bias": f, "residual": f}
         types |= {"flags": "i32", "activation": "i32", "M": "i32", "N": "i32", "K": "i32:16", "form": "i32"}
-        for family in host.FAMILIES:
+        for family in FAMILIES:
             for _, kernel, tile, options in host.FORMS:
                 made = {"FAMILY": family, **host.constants(family, tile)}
                 yield kernel, types, made, options | {"enable_fp_fusion": False}

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastlm.kernels.int8_matmul.int8_matmul_triton import rounded
 from fastlm.kernels.int8_rows import int8_rows_gpu as host
+from fastlm.kernels.matmul.matmul_triton import tile_at
 from fastlm.kernels.quantized_matmul.quantized_matmul_triton import _finish
 
 
@@ -91,11 +92,9 @@ def int8_rows_tile(
     c, z, codes, scales, exact, places, blocks, bias, residual, flags, activation, M, N, K, wide,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of c, (BM, BN); tiles of the same weights follow one another, eight at a time."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * band, 8)
-    m, n = (8 * band + within % height) * BM + tl.arange(0, BM), within // height * BN + tl.arange(0, BN)
+    """A tile of c, (BM, BN)."""
+    top, left = tile_at(tl.program_id(0), M, N, BM, BN)
+    m, n = top + tl.arange(0, BM), left + tl.arange(0, BN)
     i, known = tl.arange(0, BK), n < N
     row = blocks + n.to(tl.int64) * (K + 4)
     here, there = codes + m.to(tl.int64)[:, None] * wide + i[None, :], row[None, :] + 4 + i[:, None]

@@ -17,6 +17,16 @@ from fastlm.kernels.matmul import matmul_tiles as tiles
 
 
 @triton.jit
+def tile_at(tile, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """The first row and column of a tile of c (M, N): tiles of the same columns follow one another, eight at a time, so that
+    those which run together share what they read in the L2 cache."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band, within = tile // (8 * tiles_n), tile % (8 * tiles_n)
+    height = tl.minimum(tiles_m - 8 * band, 8)
+    return (8 * band + within % height) * BM, within // height * BN
+
+
+@triton.jit
 def _tile(
     c, z, a, b, bias, residual, top, left, M, N, K, flags, activation,
     A_T: tl.constexpr, B_T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -54,15 +64,12 @@ def matmul(
 ):  # fmt: skip
     """flags: 1 there is a bias, 2 z is kept, 4 there is a residual, 8 c += a b, 16 a and 32 b differ by the matrix of the batch.
 
-    Where one of bias, z and residual is not there its pointer is not read. Tiles are taken in groups of eight rows of tiles, so that
-    those which run together share what they read in the L2 cache.
+    Where one of bias, z and residual is not there its pointer is not read.
     """
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     matrix = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile = tl.program_id(0) % (tiles_m * tiles_n)
-    group, within = tile // (8 * tiles_n), tile % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * group, 8)
-    top, left = (8 * group + within % height) * BM, within // height * BN
+    top, left = tile_at(tile, M, N, BM, BN)
     if (flags & 16) != 0:
         a += matrix * M * K
     if (flags & 32) != 0:

@@ -17,7 +17,7 @@ FORMS: dict[str, list[tuple[int, str, dict[str, int], dict[str, int]]]] = {
     "bfloat16": [
         (1, "quantized_row", {"BN": 8, "COLUMNS": 256}, {"num_warps": 4, "num_stages": 3}),
         (16, "quantized_tile", {"BM": 16, "BN": 32, "COLUMNS": 64}, {"num_warps": 4, "num_stages": 3}),
-        (1 << 31, "quantized_tile", {"BM": 64, "BN": 64, "COLUMNS": 32}, {"num_warps": 4, "num_stages": 3}),
+        (1 << 31, "quantized_tile", {"BM": 64, "BN": 64, "COLUMNS": 32}, {"num_warps": 8, "num_stages": 3}),
     ],
 }
 # Of runs of rows: the most rows an expert has on the average, the tile, its warps. Their addresses take registers, so float32 has smaller
@@ -29,7 +29,7 @@ GROUPED: dict[str, list[tuple[int, dict[str, int], int]]] = {
 # Kinds that one kernel decodes -> how far the high part lies behind the low one, weights of a group's part.
 FAMILIES = {2: (16, 16), 8: (16, 16), 12: (32, 32), 14: (64, 16)}
 # ggml's number of a kind -> its family, form: 1 there are minima, 2 there are fifth bits.
-_KINDS = {2: (2, 0), 3: (2, 1), 6: (2, 2), 7: (2, 3), 8: (8, 0), 12: (12, 1), 13: (12, 3), 14: (14, 0)}
+KINDS = {2: (2, 0), 3: (2, 1), 6: (2, 2), 7: (2, 3), 8: (8, 0), 12: (12, 1), 13: (12, 3), 14: (14, 0)}
 
 # Tiles of bfloat16 must use tensor cores: tools/gpu_build.py --check.
 EXPECTS: dict[str, dict[str, str]] = {}
@@ -47,18 +47,11 @@ def quantized_matmul(
     """
     if not (M and N):
         return
-    forms = FORMS.get(x.dtype.name)
-    if forms is None:
-        raise TypeError(f"[quantized_matmul] x must be float32 or bfloat16, got {x.dtype}.")
-    for name, given in (("c", c), ("z", z), ("bias", bias), ("residual", residual)):
-        if given is not None and given.dtype != x.dtype:
-            raise TypeError(f"[quantized_matmul] {name} must be {x.dtype}, as x is, got {given.dtype}.")
-    family, form = _KINDS[kind]
-    _, kernel, sizes, options = next(f for f in forms if f[0] >= M)
-    flags = (1 if bias is not None else 0) + (2 if z is not None else 0) + (4 if residual is not None else 0)
-    arguments = {"c": c, "z": c if z is None else z, "x": x, "blocks": blocks, "bias": x if bias is None else bias}
-    arguments |= {"residual": c if residual is None else residual, "M": M, "N": N, "K": K}
-    arguments |= {"form": form, "flags": flags, "activation": activation}
+    check_together("quantized_matmul", x, c=c, z=z, bias=bias, residual=residual)
+    family, form = KINDS[kind]
+    _, kernel, sizes, options = next(f for f in FORMS[x.dtype.name] if f[0] >= M)
+    arguments = {"c": c, "z": c if z is None else z, "x": x, "blocks": blocks}
+    arguments |= rest(c, z, x, bias, residual, activation) | {"M": M, "N": N, "K": K, "form": form}
     grid = -(-M // sizes.get("BM", 1)) * -(-N // sizes["BN"])
     gpu.triton(
         kernel, (grid,), arguments, plain=("M", "N", "form", "flags", "activation"),
@@ -71,7 +64,7 @@ def grouped_quantized(gpu: Any, y: Any, z: Any, x: Any, counts: Any, weights: An
     E, (P, N), K = len(weights), y.shape, x.shape[1]
     if not (E and P and N):
         return
-    family, form = _KINDS[kind]
+    family, form = KINDS[kind]
     sizes, warps = next((t, w) for most, t, w in GROUPED[x.dtype.name] if most * E >= P)
     arguments = {"c": y, "z": y if z is None else z, "x": x, "blocks": weights[0], "offsets": _offsets(gpu, weights)}
     arguments |= {"counts": counts, "E": E, "N": N, "K": K, "form": form, "flags": 0 if z is None else 2, "activation": activation}
@@ -87,3 +80,21 @@ def _constants(family: int, sizes: dict[str, int]) -> dict[str, int]:
     high, width = FAMILIES[family]
     tile = {n: v for n, v in sizes.items() if n != "COLUMNS"}
     return {"FAMILY": family, "HIGH": high, "WIDTH": width, "GROUPS": sizes["COLUMNS"] // width, **tile}
+
+
+def check_together(op: str, x: Any, **given: Any) -> None:
+    """TypeError unless x is float32 or bfloat16 and the others, which may be None, are what x is."""
+    if x.dtype.name not in ("float32", "bfloat16"):
+        raise TypeError(f"[{op}] x must be float32 or bfloat16, got {x.dtype}.")
+    for name, array in given.items():
+        if array is not None and array.dtype != x.dtype:
+            raise TypeError(f"[{op}] {name} must be {x.dtype}, as x is, got {array.dtype}.")
+
+
+def rest(c: Any, z: Any, x: Any, bias: Any, residual: Any, activation: int) -> dict[str, Any]:
+    """What follows the sums, as a kernel takes it."""
+    flags = (1 if bias is not None else 0) + (2 if z is not None else 0) + (4 if residual is not None else 0)
+    return {"bias": x if bias is None else bias, "residual": c if residual is None else residual} | {
+        "flags": flags,
+        "activation": activation,
+    }

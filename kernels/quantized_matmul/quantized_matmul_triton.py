@@ -15,7 +15,7 @@ import triton.language as tl
 from fastlm.kernels.activation.activation_triton import activate
 from fastlm.kernels.dequantize.dequantize_triton import _byte, _scale_and_minimum, _signed
 from fastlm.kernels.matmul import matmul_tiles as tiles
-from fastlm.kernels.matmul.matmul_triton import _run
+from fastlm.kernels.matmul.matmul_triton import _run, tile_at
 from fastlm.kernels.quantized_matmul import quantized_matmul_gpu as host
 
 
@@ -125,7 +125,7 @@ def _finish(c, z, bias, residual, sums, n, at, known, inside, flags, activation)
 
 @triton.jit
 def quantized_row(
-    c, z, x, blocks, bias, residual, M, N, K, form, flags, activation,
+    c, z, x, blocks, bias, residual, flags, activation, M, N, K, form,
     FAMILY: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """BN elements of one row of c. Those programs that read the same weights follow one another."""
@@ -170,14 +170,11 @@ def _tile(
 
 @triton.jit
 def quantized_tile(
-    c, z, x, blocks, bias, residual, M, N, K, form, flags, activation,
+    c, z, x, blocks, bias, residual, flags, activation, M, N, K, form,
     FAMILY: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of c, (BM, BN); tiles of the same weights follow one another, eight at a time."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    band, within = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * band, 8)
-    top, left = (8 * band + within % height) * BM, within // height * BN
+    """A tile of c, (BM, BN)."""
+    top, left = tile_at(tl.program_id(0), M, N, BM, BN)
     _tile(c, z, x, blocks, bias, residual, top, left, M, N, K, form, flags, activation, FAMILY, HIGH, WIDTH, BM, BN, GROUPS)
 
 
@@ -202,7 +199,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
     for dtype, forms in host.FORMS.items():
         f = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
         types: dict[str, str | None] = {"c": f, "z": f, "x": f, "blocks": "*u8", "bias": f, "residual": f}
-        types |= {"M": "i32", "N": "i32", "K": "i32:16", "form": "i32", "flags": "i32", "activation": "i32"}
+        types |= {"flags": "i32", "activation": "i32", "M": "i32", "N": "i32", "K": "i32:16", "form": "i32"}
         for family in host.FAMILIES:
             for _, kernel, form, options in forms:
                 yield kernel, types, host._constants(family, form), options

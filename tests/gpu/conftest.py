@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from fastlm.cuda.emulated import Emulated, emulated
+from fastlm.cuda.images import variant
 from tests.gpu.build import ROOT
 
 RUNNING: list[subprocess.Popen[str]] = []
@@ -59,3 +64,16 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def compiled(arguments: tuple[str, ...]) -> tuple[int, str]:
     return COMPILED[arguments].result() if arguments in COMPILED else build(arguments)
+
+
+@pytest.fixture
+def on() -> Iterator[Any]:
+    """The emulated device with the Triton twins in their interpreter: nothing outside of arrays is written, and every form that was
+    launched is one that is compiled ahead of time."""
+    before = Emulated.damaged
+    with emulated(twin="triton") as device:
+        yield device
+    assert Emulated.damaged == before, "memory outside of an array was written"
+    for op, launched in device.launched.items():
+        listed = {variant(*v) for v in importlib.import_module(f"fastlm.kernels.{op}.{op}_triton").variants()}
+        assert launched <= listed, f"{launched - listed} would not be compiled ahead of time"

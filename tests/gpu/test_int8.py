@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from fastlm import backend, models, ops
-from fastlm.cuda.emulated import Emulated, emulated
-from fastlm.cuda.images import variant
 from fastlm.generate import Settings, generate
 from fastlm.generate.recorded import why_not
 from fastlm.kernels.int8_matmul import int8_matmul_ref as groups
@@ -25,17 +23,6 @@ if importlib.util.find_spec("triton") is None:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 BFLOAT16 = ml_dtypes.bfloat16
-
-
-@pytest.fixture
-def on():
-    before = Emulated.damaged
-    with emulated(twin="triton") as device:
-        yield device
-    assert Emulated.damaged == before, "memory outside of an array was written"
-    for op, launched in device.launched.items():
-        listed = {variant(*v) for v in importlib.import_module(f"fastlm.kernels.{op}.{op}_triton").variants()}
-        assert launched <= listed, f"{launched - listed} would not be compiled ahead of time"
 
 
 def weight_of(kind, N, K, generator):

@@ -41,15 +41,6 @@ CONFIGS = {
 
 
 @pytest.fixture
-def on():
-    """The emulated device with the Triton twins in their interpreter."""
-    before = Emulated.damaged
-    with emulated(twin="triton") as device:
-        yield device
-    assert Emulated.damaged == before, "memory outside of an array was written"
-
-
-@pytest.fixture
 def quick():
     """The emulated device with the CPU's kernels for the heavy ones."""
     if not HAS_TRITON:

@@ -11,7 +11,6 @@ import pytest
 
 from fastlm import models, ops
 from fastlm.backend import BFLOAT16
-from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
 from fastlm.cuda.recording import Recording
 from fastlm.generate import Settings, generate
@@ -27,14 +26,6 @@ import fastlm.cuda.interpreter  # noqa: F401  before triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture
-def on():
-    before = Emulated.damaged
-    with emulated(twin="triton") as device:
-        yield device
-    assert Emulated.damaged == before, "memory outside of an array was written"
 
 
 @pytest.mark.parametrize(
