@@ -7,13 +7,14 @@ FASTLM_KERNELS(MatmulKernels, matmul)
 namespace fastlm {
 
 void bind_matmul(py::module_& m) {
-    // c (batch, M, N); a_step and b_step are 0 where a matrix is shared by the batch.
+    // c (batch, M, N); a_step and b_step are 0 where a matrix is shared by the batch. a may be some columns of a wider matrix.
     m.def("matmul", [](const py::array& c, const py::object& z, const py::array& a, const py::array& b, const py::object& bias,
                        const py::object& residual, int64_t batch, int64_t M, int64_t N, int64_t K, int64_t a_step, int64_t b_step,
                        bool a_transposed, bool b_transposed, int b_type, bool accumulate, int activation) {
-        const Matmul p{
-            f32(c), f32(z), nullptr, f32(a), data<void>(b), f32(bias),    f32(residual),   batch,      M,
-            N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
+        Matmul p{f32(c), f32(z), nullptr, f32(a), data<void>(b), f32(bias),    f32(residual),   batch,      M,
+                 N,      K,      a_step,  b_step, a_transposed,  b_transposed, Storage(b_type), accumulate, Activation(activation)};
+        if (a.ndim() == 2 && a.strides(0) > a.shape(1) * py::ssize_t(sizeof(float)))
+            p.a_row = a.strides(0) / int64_t(sizeof(float));
         launch(matmul_kernels().matmul, p, &Matmul::workspace, matmul_kernels().workspace(p));
     });
     // c[i] = a b[i]^T + bias[i]; at most as many as kTogether.

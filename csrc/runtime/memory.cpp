@@ -163,7 +163,11 @@ Heap& heap() {
     return *h;
 }
 
-size_t block(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage + kStagger; }
+// The stagger grows with the size, so that arrays of 9 and of 3 MiB fit where one of 12 was; never a multiple of a page.
+size_t block(size_t bytes) {
+    const size_t steps = bytes >> 20;
+    return (bytes + kPage - 1) / kPage * kPage + kStagger * (steps + (steps % 64 == 0));
+}
 
 }  // namespace
 

@@ -32,7 +32,8 @@ def reshape(x: Any, shape: Sequence[int]) -> Any:
         raise ValueError(f"[reshape] shape must have as many elements as x, {xd.size} in {xd.shape}, got {shape}.") from None
     if not recording(x):
         return wrap(y, x)
-    return record(y, (x,), lambda dy: (dy.reshape(xd.shape),))
+    before = xd.shape  # the rules refer to shapes, so that arrays may go
+    return record(y, (x,), lambda dy: (dy.reshape(before),))
 
 
 def split(x: Any, sizes: Sequence[int]) -> tuple[Any, ...]:
@@ -50,7 +51,8 @@ def split(x: Any, sizes: Sequence[int]) -> tuple[Any, ...]:
     if not recording(x):
         return tuple(wrap(part, x) for part in parts)
 
-    return record_many(parts, (x,), lambda *dys: (_joined(dys, spans, xd.shape),))
+    whole = xd.shape
+    return record_many(parts, (x,), lambda *dys: (_joined(dys, spans, whole),))
 
 
 def _joined(dys: Sequence[Array | None], spans: Sequence[slice], shape: tuple[int, ...]) -> Array:
@@ -143,11 +145,11 @@ def add(x: Any, y: Any) -> Any:
     if not recording(x, y):
         return wrap(out, x, y)
 
+    want_x, want_y, repeated, shape = needs_grad(x), needs_grad(y), yd.shape != xd.shape, yd.shape
+
     def backward(dy: Array) -> Sequence[Array | None]:
-        dyd: Array | None = None
-        if needs_grad(y):
-            dyd = dy if yd.shape == xd.shape else _repeats_summed(dy, yd.shape)
-        return dy if needs_grad(x) else None, dyd
+        dyd = (_repeats_summed(dy, shape) if repeated else dy) if want_y else None
+        return dy if want_x else None, dyd
 
     return record(out, (x, y), backward)
 
@@ -197,8 +199,10 @@ def add_broadcast(x: Any, y: Any) -> Any:
     if not recording(x, y):
         return wrap(out, x, y)
 
+    of_x, of_y = xd.shape if needs_grad(x) else None, yd.shape if needs_grad(y) else None
+
     def backward(dy: Array) -> Sequence[Array | None]:
-        return _summed_to(dy, xd.shape) if needs_grad(x) else None, _summed_to(dy, yd.shape) if needs_grad(y) else None
+        return None if of_x is None else _summed_to(dy, of_x), None if of_y is None else _summed_to(dy, of_y)
 
     return record(out, (x, y), backward)
 
@@ -228,7 +232,7 @@ def scale(x: Any, factor: float) -> Any:
         return wrap(y, x)
 
     def backward(dy: Array) -> Sequence[Array | None]:
-        dx = backend.empty_like(xd)
+        dx = backend.empty_like(dy)
         if isinstance(dx, np.ndarray):
             np.multiply(dy, factor32, out=dx)
         else:

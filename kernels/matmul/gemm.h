@@ -166,6 +166,7 @@ struct Product {
     int64_t M, N, K;
     bool a_transposed, accumulate;
     Target target;
+    int64_t a_row = 0;  // from one row of A to the next where that is more than K
 };
 
 // One panel of A as (kc, rows). `out` ends where the next panel begins, which another thread may be writing.
@@ -180,7 +181,8 @@ inline void pack_a_panel(float* out, const Product& p, int64_t row, int64_t rows
             }
         return;
     }
-    const float* a = p.a + row * p.K + k0;
+    const int64_t ld = p.a_row ? p.a_row : p.K;
+    const float* a = p.a + row * ld + k0;
     for (int64_t k = 0; k < kc; k += W) {
         const int64_t n = least(W, kc - k);
         for (int64_t i = 0; i < rows; i += W) {
@@ -188,7 +190,7 @@ inline void pack_a_panel(float* out, const Product& p, int64_t row, int64_t rows
             vf r[W];
 #pragma GCC unroll 16
             for (int j = 0; j < W; ++j)
-                r[j] = j < m ? (n == W ? load(a + (i + j) * p.K + k) : load_n(a + (i + j) * p.K + k, n)) : zero();
+                r[j] = j < m ? (n == W ? load(a + (i + j) * ld + k) : load_n(a + (i + j) * ld + k, n)) : zero();
             transpose(r);
             float* to = out + k * rows + i;
             if (m == W || (rows <= W && k + 2 * W <= kc)) {

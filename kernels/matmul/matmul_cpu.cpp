@@ -278,7 +278,7 @@ template <class T> void tiny(const Product& p, const Rows<T>& b) {
 template <class T>
 void of_type(const Matmul& p, int64_t i, const Product& product, float* packed_a, float* packed_b, bool parallel) {
     const T* b = static_cast<const T*>(p.b) + i * p.b_step;
-    const bool small = !p.a_transposed && !p.accumulate && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
+    const bool small = !p.a_transposed && !p.accumulate && !p.a_row && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
     if (!p.b_transposed && small) tiny(product, Rows<T>{b, p.N, p.K});
     else if (p.b_transposed) gemm(product, Columns<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
     else gemm(product, Rows<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
@@ -288,7 +288,7 @@ void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool para
     const int64_t at = i * p.M * p.N;
     const Target target =
         make_target(p.c + at, p.z ? p.z + at : nullptr, p.bias, p.residual ? p.residual + at : nullptr, p.N, p.activation);
-    const Product product{p.a + i * p.a_step, p.M, p.N, p.K, p.a_transposed, p.accumulate, target};
+    const Product product{p.a + i * p.a_step, p.M, p.N, p.K, p.a_transposed, p.accumulate, target, p.a_row};
     if (p.b_type == Storage::float32) of_type<float>(p, i, product, packed_a, packed_b, parallel);
     else if (p.b_type == Storage::bfloat16) of_type<Bfloat16>(p, i, product, packed_a, packed_b, parallel);
     else of_type<Float16>(p, i, product, packed_a, packed_b, parallel);
