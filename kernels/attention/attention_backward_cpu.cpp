@@ -7,16 +7,16 @@ namespace {
 // The state of one tile of rows.
 struct State {
     Tile t;
-    float *qt, *dyt, *dqt;  // (D, kRows) with its sign, (E, kRows), (D, kRows)
-    float *q, *dy;          // (kRows, D), (kRows, E), widths rounded up to vectors
+    float *qt, *dyt;     // (D, kRows) with its sign, (E, kRows)
+    float *q, *dy, *dq;  // (kRows, D), (kRows, E), (kRows, D), widths rounded up to vectors
+    bool opened;         // dq holds something
     alignas(64) float delta[kRows], maximum[kRows], inverse[kRows];
 };
 
 // What the tiles of a piece share, for one tile of keys.
 struct Workspace {
     float *weights, *dscores;  // (kKeys, kRows)
-    float *k, *v;              // (kKeys, D), (kKeys, E)
-    float *dk, *dv;            // the same, widths rounded up to vectors
+    float *k, *v, *dk, *dv;    // (kKeys, D), (kKeys, E), widths rounded up to vectors
     State* states;
 };
 
@@ -30,12 +30,12 @@ int64_t workspace(Workspace& w, int64_t tiles, const AttentionInputs& p, float* 
     };
     const int64_t D = round_up(p.D), E = round_up(p.E);
     w.weights = take(kKeys * kRows), w.dscores = take(kKeys * kRows);
-    w.k = take(kKeys * p.D), w.v = take(kKeys * p.E);
+    w.k = take(kKeys * D), w.v = take(kKeys * E);
     w.dk = take(kKeys * D), w.dv = take(kKeys * E);
     for (int64_t i = 0; i < tiles; ++i) {
         State& s = w.states[i];
-        s.qt = take(p.D * kRows), s.dyt = take(p.E * kRows), s.dqt = take(p.D * kRows);
-        s.q = take(kRows * D), s.dy = take(kRows * E);
+        s.qt = take(p.D * kRows), s.dyt = take(p.E * kRows);
+        s.q = take(kRows * D), s.dy = take(kRows * E), s.dq = take(kRows * D);
     }
     return used;
 }
@@ -56,9 +56,25 @@ void add_dbias(const AttentionBackward& p, const Tile& t, const Span& s, const f
         }
 }
 
-// One tile of keys from j0 on and one of rows. k: (n, D), values: (n, E).
-void add_tile(const Workspace& w, const State& state, const AttentionBackward& p, const float* k, const float* values, int64_t j0,
-              int64_t n) {
+// Weights and dscores of a span of keys, in place of scores and dy v^T: (keys, kRows).
+void weigh(float* weights, float* dscores, const State& state, const Span& s, vf unit, vf lowest) {
+    for (int64_t v = s.v0; v < s.v1; ++v) {
+        const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W), delta = load(state.delta + v * W);
+        for (int64_t u = 0; u < s.n; ++u) {
+            float *weight = weights + u * kRows + v * W, *dscore = dscores + u * kRows + v * W;
+            const vf e = exp2_negative(load(weight) - maximum, unit, lowest) * inverse;
+            vf d = e * (load(dscore) - delta);
+            if (s.masked) d = select(eq(e, zero()), zero(), d);  // what is hidden may hold inf or nan
+            store(weight, e);
+            store(dscore, d);
+        }
+    }
+}
+
+// One tile of keys from j0 on, n of which the rows of a tile may see. k: (n, D), values: (n, E), widths rounded up to vectors.
+// opens: dk and dv hold nothing yet.
+void add_tile(const Workspace& w, State& state, const AttentionBackward& p, const float* k, const float* values, int64_t j0,
+              int64_t n, bool opens) {
     const AttentionInputs& in = p.in;
     const Tile& t = state.t;
     const vf unit = set(units(in).unit), lowest = set(units(in).low);
@@ -67,40 +83,32 @@ void add_tile(const Workspace& w, const State& state, const AttentionBackward& p
     const int64_t count = spans(t, j0, n, list);
     for (int64_t i = 0; i < count; ++i) {
         const Span& s = list[i];
-        const int64_t j = s.j - j0, lane = s.v0 * W, vectors = s.v1 - s.v0, rows = vectors * W;
+        const int64_t j = s.j - j0, lane = s.v0 * W;
         float *weights = w.weights + j * kRows, *dscores = w.dscores + j * kRows;
-        score(w.weights, t, in, s, j0, state.qt, k, in.D);
-        dot(dscores + lane, values + j * in.E, in.E, state.dyt + lane, s.n, vectors, in.E);
-        for (int64_t v = s.v0; v < s.v1; ++v) {
-            const vf maximum = load(state.maximum + v * W), inverse = load(state.inverse + v * W),
-                     delta = load(state.delta + v * W);
-            for (int64_t u = 0; u < s.n; ++u) {
-                float *weight = weights + u * kRows + v * W, *dscore = dscores + u * kRows + v * W;
-                const vf e = exp2_negative(load(weight) - maximum, unit, lowest) * inverse;
-                vf d = e * (load(dscore) - delta);
-                if (s.masked) d = select(eq(e, zero()), zero(), d);  // what is hidden may hold inf or nan
-                store(weight, e);
-                store(dscore, d);
-            }
-        }
-        product<false, true>(w.dv + j * E, E, weights + lane, kRows, state.dy + lane * E, E, s.n, E / W, rows, kRows);
-        product<false, true>(w.dk + j * D, D, dscores + lane, kRows, state.q + lane * D, D, s.n, D / W, rows, kRows);
-        product<true, true>(state.dqt + lane, kRows, k + j * in.D, in.D, dscores + lane, kRows, in.D, vectors, s.n, kKeys);
+        score(w.weights, t, in, s, j0, state.qt, k, D);
+        dot(dscores + lane, kRows, values + j * E, E, state.dyt + lane, kRows, s.n, s.v1 - s.v0, in.E);
+        weigh(weights, dscores, state, s, unit, lowest);
         if (p.dbias) add_dbias(p, t, s, dscores);
     }
+    Range keys[kRows / kMixRows], rows[kKeys / kMixRows];
+    seen_keys(t, j0, n, keys);
+    seeing_rows(t, j0, n, rows);
+    mix<false, kRows>(w.dv, E, w.weights, kRows, state.dy, E, n, E / W, rows, opens, nullptr);
+    mix<false, kRows>(w.dk, D, w.dscores, kRows, state.q, D, n, D / W, rows, opens, nullptr);
+    mix<true, kKeys>(state.dq, D, w.dscores, kRows, k, D, t.vectors * W, D / W, keys, !state.opened, nullptr);
+    state.opened = true;
 }
 
-void copy_row(float* out, const float* x, int64_t n) {
-    for (int64_t c = 0; c < n; c += W) store(out + c, load_n(x + c, n - c));
+// out's rows = or, where it adds, += factor times x's, `width` floats each, those of x rounded up to vectors.
+template <bool Adds> void put_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t width, float factor) {
+    for (int64_t i = 0; i < n; ++i, out += stride, x += round_up(width))
+        each_vector(width, [&](int64_t c, auto lanes) FASTLM_LAMBDA {
+            lanes.store(out + c, fma(load(x + c), set(factor), Adds ? lanes.load(out + c) : zero()));
+        });
 }
 
-// out's rows += factor times x's, `width` floats each.
-void add_rows(float* out, int64_t stride, const float* x, int64_t n, int64_t width, float factor) {
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < width; c += W) {
-            float* at = out + i * stride + c;
-            store_n(at, fma(load(x + i * round_up(width) + c), set(factor), load_n(at, width - c)), width - c);
-        }
+void zero_rows(float* out, int64_t stride, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < n; ++i) std::memset(out + i * stride, 0, size_t(width) * sizeof(float));
 }
 
 // The token of key j, in (B, S) or packed (R,).
@@ -111,60 +119,44 @@ FASTLM_INLINE int64_t row_at(const AttentionInputs& p, const Tile& t, int64_t r)
 void open_state(State& s, const AttentionBackward& p) {
     const AttentionInputs& in = p.in;
     const Tile& t = s.t;
-    auto q = [&](int64_t r) { return query(in, t.b, t.time[r], t.head[r]); };
-    auto dy = [&](int64_t r) { return p.dy + row_at(in, t, r) * in.E; };
-    pack_transposed(s.qt, t, in.D, units(in).sign, q);
-    pack_transposed(s.dyt, t, in.E, 1.0f, dy);
-    const int64_t D = round_up(in.D), E = round_up(in.E);
+    pack_transposed<true>(s.qt, t, in.D, units(in).sign, s.q,
+                          [&](int64_t r) FASTLM_LAMBDA { return query(in, t.b, t.time[r], t.head[r]); });
+    pack_transposed<true>(s.dyt, t, in.E, 1.0f, s.dy, [&](int64_t r) FASTLM_LAMBDA { return p.dy + row_at(in, t, r) * in.E; });
     for (int64_t r = 0; r < t.vectors * W; ++r) {
-        if (r >= t.rows) {  // a weight of zero, and a row of zeros: adds nothing
-            for (int64_t c = 0; c < D; ++c) s.q[r * D + c] = 0.0f;
-            for (int64_t c = 0; c < E; ++c) s.dy[r * E + c] = 0.0f;
-            s.maximum[r] = INFINITY, s.inverse[r] = 0.0f;  // it reads some bias: exp(88.5 - 0) would be inf, and that times 0 nan
-            continue;
-        }
-        copy_row(s.q + r * D, q(r), in.D);
-        copy_row(s.dy + r * E, dy(r), in.E);
-        const float* stats = p.stats + 2 * row_at(in, t, r);
+        const float* stats = p.stats + 2 * row_at(in, t, least(r, t.rows - 1));
         s.inverse[r] = stats[1];
         s.maximum[r] = stats[1] == 0.0f ? 0.0f : stats[0];
+        if (r >= t.rows) s.maximum[r] = INFINITY, s.inverse[r] = 0.0f;  // it reads some bias: exp(88.5 - 0) would be inf
     }
     for (int64_t v = 0; v < t.vectors; ++v) {
         // dy . y by the same chains over e as dy . v: a row that sees one key has y = v, and a gradient of exactly zero.
+        const float* rows[W];
+        for (int64_t i = 0; i < W; ++i) rows[i] = p.y + row_at(in, t, least(v * W + i, t.rows - 1)) * in.E;
         vf sum = zero(), part[kQuad] = {};
-        for (int64_t e = 0; e < in.E; e += W) {
-            vf a[W];
-            for (int64_t i = 0; i < W; ++i) {
-                const int64_t r = v * W + i;
-                a[i] = r < t.rows ? load_n(p.y + row_at(in, t, r) * in.E + e, in.E - e) : zero();
-            }
+        each_columns(rows, in.E, [&](int64_t e, vf(&a)[W], auto lanes) FASTLM_LAMBDA {
             transpose(a);
-            for (int64_t i = 0; i < least(W, in.E - e); ++i) {
-                vf& to = part[(e + i) % kQuad];
-                to = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), to);
-                if ((e + i + 1) % kDotBlock != 0 && e + i + 1 < in.E) continue;
-                for (vf& x : part) sum = sum + x, x = zero();
-            }
-        }
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                if (i < count(lanes)) part[i % kQuad] = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part[i % kQuad]);
+            if ((e + W) % kDotBlock != 0 && e + W < in.E) return;
+#pragma GCC unroll 4
+            for (vf& x : part) sum = sum + x, x = zero();
+        });
         store(s.delta + v * W, sum);
     }
 }
 
 void close_state(const State& s, const AttentionInputs& p, float* dq, int64_t dq_row) {
-    const vf factor = set(float(p.scale));
-    for (int64_t v = 0; v < s.t.vectors; ++v)
-        for (int64_t c = 0; c < p.D; c += W) {
-            vf a[W];
-            for (int64_t i = 0; i < W; ++i) a[i] = c + i < p.D ? load(s.dqt + (c + i) * kRows + v * W) * factor : zero();
-            transpose(a);
-            for (int64_t i = 0; i < least(W, s.t.rows - v * W); ++i) {
-                const int64_t row = row_at(p, s.t, v * W + i);
-                store_n(dq + row / p.H * dq_row + row % p.H * p.D + c, a[i], p.D - c);
-            }
-        }
+    const Tile& t = s.t;
+    for (int64_t r = 0; r < t.rows; ++r) {
+        float* out = dq + query_token(p, t.b, t.time[r]) * dq_row + t.head[r] * p.D;
+        if (s.opened) put_rows<false>(out, 0, s.dq + r * round_up(p.D), 1, p.D, float(p.scale));
+        else zero_rows(out, 0, 1, p.D);
+    }
 }
 
-// All that `tiles` tiles of rows from `first` on give to the keys [begin, end) of (b, g), and these to them.
+// All that `tiles` tiles of rows from `first` on give to the keys [begin, end) of (b, g), and these to them. The first tiles write
+// dk and dv, the others add to them.
 void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, int64_t dq_row, int64_t b, int64_t g, int64_t first,
                    int64_t tiles, int64_t begin, int64_t end) {
     const AttentionInputs& in = p.in;
@@ -173,24 +165,40 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
     for (int64_t i = 0; i < tiles; ++i) {
         State& s = w.states[i];
         open_tile(s.t, in, b, g, first + i * kRows, least(kRows, R - first - i * kRows));
-        for (int64_t c = 0; c < in.D; ++c)
-            for (int64_t v = 0; v < s.t.vectors; ++v) store(s.dqt + c * kRows + v * W, zero());
+        s.opened = false;
         if (most(begin, s.t.low_min) < least(end, s.t.high_max)) open_state(s, p);
         low = least(low, s.t.low_min), high = most(high, s.t.high_max);
     }
-    high = least(end, high);
-    for (int64_t j = most(begin, low / kKeys * kKeys); j < high; j += kKeys) {
-        const int64_t n = least(kKeys, high - j), token = key_token(in, b, j);
-        const float* k = pack_rows<Float32>(w.k, key<Float32>(in, b, j, g), in.k_time, n, in.D, in.D);
-        const float* v = pack_rows<Float32>(w.v, value<Float32>(in, b, j, g), in.v_time, n, in.E, in.E);
-        std::memset(w.dk, 0, size_t(n * D) * sizeof(float));
-        std::memset(w.dv, 0, size_t(n * E) * sizeof(float));
-        for (int64_t i = 0; i < tiles; ++i) {
-            const Tile& t = w.states[i].t;
-            if (j < t.high_max && j + n > t.low_min) add_tile(w, w.states[i], p, k, v, j, least(n, t.high_max - j));
+    low = most(begin, low / kKeys * kKeys), high = least(end, high);
+    for (int64_t j = first == 0 ? begin : low; j < (first == 0 ? end : high); j += kKeys) {
+        const int64_t n = least(kKeys, end - j), token = key_token(in, b, j);
+        float *dk = p.dk + token * p.dk_row + g * in.D, *dv = p.dv + token * p.dv_row + g * in.E;
+        int64_t seen = 0;  // keys of this tile that dk and dv hold
+        if (low <= j && j < high) {
+            const int64_t m = least(n, high - j);
+            const float* k = pack_rows<Float32>(w.k, key<Float32>(in, b, j, g), in.k_time, m, in.D, D);
+            const float* v = pack_rows<Float32>(w.v, value<Float32>(in, b, j, g), in.v_time, m, in.E, E);
+            for (int64_t i = 0; i < tiles; ++i) {
+                const Tile& t = w.states[i].t;
+                if (j >= t.high_max || j + m <= t.low_min) continue;
+                const int64_t own = least(m, t.high_max - j);
+                if (seen > 0 && own > seen) {
+                    zero_rows(w.dk + seen * D, D, own - seen, D);
+                    zero_rows(w.dv + seen * E, E, own - seen, E);
+                }
+                add_tile(w, w.states[i], p, k, v, j, own, seen == 0);
+                seen = most(seen, own);
+            }
         }
-        add_rows(p.dk + token * p.dk_row + g * in.D, p.dk_row, w.dk, n, in.D, float(in.scale));
-        add_rows(p.dv + token * p.dv_row + g * in.E, p.dv_row, w.dv, n, in.E, 1.0f);
+        if (first > 0) {
+            put_rows<true>(dk, p.dk_row, w.dk, seen, in.D, float(in.scale));
+            put_rows<true>(dv, p.dv_row, w.dv, seen, in.E, 1.0f);
+            continue;
+        }
+        put_rows<false>(dk, p.dk_row, w.dk, seen, in.D, float(in.scale));
+        put_rows<false>(dv, p.dv_row, w.dv, seen, in.E, 1.0f);
+        zero_rows(dk + seen * p.dk_row, p.dk_row, n - seen, in.D);
+        zero_rows(dv + seen * p.dv_row, p.dv_row, n - seen, in.E);
     }
     for (int64_t i = 0; i < tiles; ++i) close_state(w.states[i], in, dq, dq_row);
 }
@@ -220,10 +228,10 @@ void backward(const AttentionBackward& p) {
                 for (int64_t g = g0; g < (over_g ? in.G : g0 + 1); ++g) {
                     const int64_t end = least(in.offsets ? length(in, b) : in.S, begin + p.chunk);
                     const int64_t rows = queries(in, b) * share, own = least(tiles, (rows + kRows - 1) / kRows);
-                    for (int64_t j = begin; j < end; ++j) {
-                        const int64_t token = key_token(in, b, j);
-                        std::memset(p.dk + token * p.dk_row + g * in.D, 0, size_t(in.D) * sizeof(float));
-                        std::memset(p.dv + token * p.dv_row + g * in.E, 0, size_t(in.E) * sizeof(float));
+                    if (rows == 0 && begin < end) {
+                        const int64_t token = key_token(in, b, begin);
+                        zero_rows(p.dk + token * p.dk_row + g * in.D, p.dk_row, end - begin, in.D);
+                        zero_rows(p.dv + token * p.dv_row + g * in.E, p.dv_row, end - begin, in.E);
                     }
                     for (int64_t r = 0; r < rows; r += own * kRows)
                         backward_rows(p, w, dq, dq_row, b, g, r, least(own, (rows - r + kRows - 1) / kRows), begin, end);

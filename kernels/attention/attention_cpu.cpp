@@ -8,120 +8,133 @@ namespace {
 struct State {
     Tile t;
     float* qt;                                     // (D, kRows)
-    float* ot;                                     // (E, kRows): of the chunk of keys so far
+    float* o;                                      // (kRows, E in vectors): of the chunk of keys so far
     alignas(64) float maximum[kRows], sum[kRows];  // of its scores; of its weights against that
-    float* total;                                  // (E, kRows): of the chunks before; null where there is one chunk
+    float* total;                                  // as o: of the chunks before; null where there is one chunk
     alignas(64) float total_maximum[kRows], total_sum[kRows];
-    bool merged;  // the total holds something
+    bool opened;  // o holds something
+    bool merged;  // the total does
 };
 
-void open_chunk(State& s, int64_t E) {
+void open_chunk(State& s) {
     for (int64_t r = 0; r < s.t.vectors * W; ++r) s.maximum[r] = -INFINITY, s.sum[r] = 0.0f;
-    for (int64_t e = 0; e < E; ++e)
-        for (int64_t v = 0; v < s.t.vectors; ++v) store(s.ot + e * kRows + v * W, zero());
+    s.opened = false;
 }
 
 // total = what it holds, and the chunk: merge_row of attention_rows.h, rows in lanes.
 void close_chunk(State& s, const AttentionInputs& p) {
     if (!s.total) return;
     const vf unit = set(units(p).unit), lowest = set(units(p).low);
+    const int64_t E = round_up(p.E);
+    float keep[kRows], take[kRows];
     for (int64_t v = 0; v < s.t.vectors && s.merged; ++v) {
         const vf before = load(s.total_maximum + v * W), m = load(s.maximum + v * W), largest = max(before, m);
         const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);
-        const vf keep = exp2_negative(before - base, unit, lowest), take = exp2_negative(m - base, unit, lowest);
+        const vf k = exp2_negative(before - base, unit, lowest), t = exp2_negative(m - base, unit, lowest);
+        store(keep + v * W, k), store(take + v * W, t);
         store(s.total_maximum + v * W, largest);
-        store(s.total_sum + v * W, load(s.total_sum + v * W) * keep + load(s.sum + v * W) * take);
-        for (int64_t e = 0; e < p.E; ++e) {
-            float* at = s.total + e * kRows + v * W;
-            store(at, fma(load(s.ot + e * kRows + v * W), take, load(at) * keep));
-        }
+        store(s.total_sum + v * W, load(s.total_sum + v * W) * k + load(s.sum + v * W) * t);
+    }
+    for (int64_t r = 0; r < s.t.rows && s.merged; ++r) {
+        const vf k = set(keep[r]), t = set(take[r]);
+        for (float *at = s.total + r * E, *o = s.o + r * E, *end = o + E; o < end; at += W, o += W)
+            store(at, fma(load(o), t, load(at) * k));
     }
     if (!s.merged) {
         float* other = s.total;
-        s.total = s.ot, s.ot = other, s.merged = true;
+        s.total = s.o, s.o = other, s.merged = true;
         std::memcpy(s.total_maximum, s.maximum, sizeof s.maximum);
         std::memcpy(s.total_sum, s.sum, sizeof s.sum);
     }
-    open_chunk(s, p.E);
+    open_chunk(s);
 }
 
-// One key tile, k: (n, D), values: (n, E): the online softmax of FlashAttention, rows in lanes. scores: (kKeys, kRows).
+// Weights from the scores of one tile of keys, for W rows; their sum and the new maximum go to the state, what shrinks the sums so
+// far to `shrink`.
+void weigh(State& state, float* scores, const Span* list, int64_t count, int64_t j0, int64_t v, vf unit, vf lowest, float* shrink) {
+    vf m[4] = {load(state.maximum + v * W), set(-INFINITY), set(-INFINITY), set(-INFINITY)};
+    const vf before = m[0];
+    for (int64_t i = 0; i < count; ++i) {
+        const Span& s = list[i];
+        if (v < s.v0 || v >= s.v1) continue;
+        const float* x = scores + (s.j - j0) * kRows + v * W;
+        int64_t j = 0;
+        for (; j + 4 <= s.n; j += 4)
+#pragma GCC unroll 4
+            for (int64_t u = 0; u < 4; ++u) m[u] = max(m[u], load(x + (j + u) * kRows));
+        for (; j < s.n; ++j) m[0] = max(m[0], load(x + j * kRows));
+    }
+    const vf largest = max(max(m[0], m[1]), max(m[2], m[3]));
+    const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);  // nothing seen yet: 2^(-inf - 0) = 0, not nan
+    vf part[W];  // by the key's lane in the rows path, added up as reduce_add does
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W; ++l) part[l] = zero();
+    for (int64_t i = 0; i < count; ++i) {
+        const Span& s = list[i];
+        if (v < s.v0 || v >= s.v1) continue;
+        for (int64_t j = 0; j < s.n; j += W) {
+            float* x = scores + (s.j - j0 + j) * kRows + v * W;
+            const int64_t n = s.n - j;
+#pragma GCC unroll 16
+            for (int64_t l = 0; l < W; ++l) {
+                if (l >= n) break;
+                const vf e = exp2_negative(load(x + l * kRows) - base, unit, lowest);
+                store(x + l * kRows, e);
+                part[l] = part[l] + e;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int64_t half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < half; ++l) part[l] = part[l] + part[l + half];
+    const vf factor = exp2_negative(before - base, unit, lowest);
+    store(shrink + v * W, factor);
+    store(state.maximum + v * W, largest);
+    store(state.sum + v * W, load(state.sum + v * W) * factor + part[0]);
+}
+
+// One key tile, k: (n, D), values: (n, E in vectors): the online softmax of FlashAttention. scores: (kKeys, kRows).
 void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n) {
     const Tile& t = state.t;
     const vf unit = set(units(p).unit), lowest = set(units(p).low);
+    const int64_t E = round_up(p.E);
     Span list[4];
+    Range seen[kRows / kMixRows];
+    alignas(64) float shrink[kRows];
     const int64_t count = spans(t, j0, n, list);
     for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, p.D);
-    for (int64_t v = 0; v < t.vectors; ++v) {
-        vf m[4] = {load(state.maximum + v * W), set(-INFINITY), set(-INFINITY), set(-INFINITY)};
-        const vf before = m[0];
-        for (int64_t i = 0; i < count; ++i) {
-            const Span& s = list[i];
-            if (v < s.v0 || v >= s.v1) continue;
-            const float* x = scores + (s.j - j0) * kRows + v * W;
-            int64_t j = 0;
-            for (; j + 4 <= s.n; j += 4)
-                for (int64_t u = 0; u < 4; ++u) m[u] = max(m[u], load(x + (j + u) * kRows));
-            for (; j < s.n; ++j) m[0] = max(m[0], load(x + j * kRows));
-        }
-        const vf largest = max(max(m[0], m[1]), max(m[2], m[3]));
-        const vf base = select(eq(largest, set(-INFINITY)), zero(), largest);  // nothing seen yet: 2^(-inf - 0) = 0, not nan
-        const vf shrink = exp2_negative(before - base, unit, lowest);
-        vf part[W];  // by the key's lane in the rows path, added up as reduce_add does
-        for (int64_t l = 0; l < W; ++l) part[l] = zero();
-        for (int64_t i = 0; i < count; ++i) {
-            const Span& s = list[i];
-            if (v < s.v0 || v >= s.v1) continue;
-            float* x = scores + (s.j - j0) * kRows + v * W;
-            for (int64_t j = 0; j < s.n; ++j) {
-                const vf e = exp2_negative(load(x + j * kRows) - base, unit, lowest);
-                store(x + j * kRows, e);
-                vf& to = part[(s.j - j0 + j) % W];
-                to = to + e;
-            }
-        }
-        for (int64_t half = W / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) part[l] = part[l] + part[l + half];
-        store(state.maximum + v * W, largest);
-        store(state.sum + v * W, load(state.sum + v * W) * shrink + part[0]);
-        if (any(lt(shrink, set(1.0f))) || any(is_nan(shrink)))
-            for (int64_t e = 0; e < p.E; ++e) store(state.ot + e * kRows + v * W, load(state.ot + e * kRows + v * W) * shrink);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        const Span& s = list[i];
-        product<true, true>(state.ot + s.v0 * W, kRows, values + (s.j - j0) * p.E, p.E, scores + (s.j - j0) * kRows + s.v0 * W,
-                            kRows, p.E, s.v1 - s.v0, s.n, kChain);
-    }
+    for (int64_t v = 0; v < t.vectors; ++v) weigh(state, scores, list, count, j0, v, unit, lowest, shrink);
+    seen_keys(t, j0, n, seen);
+    mix<true, kChain>(state.o, E, scores, kRows, values, E, t.vectors * W, E / W, seen, !state.opened, shrink);
+    state.opened = true;
 }
 
 // y of each row, and whether any element of it is not finite.
 bool close_tile(const State& state, const AttentionForward& p) {
     const AttentionInputs& in = p.in;
     const Tile& t = state.t;
-    const float *ot = state.total ? state.total : state.ot, *maximum = state.total ? state.total_maximum : state.maximum,
+    const int64_t E = round_up(in.E);
+    const bool some = state.total ? state.merged : state.opened;
+    const float *o = state.total ? state.total : state.o, *maximum = state.total ? state.total_maximum : state.maximum,
                 *sum = state.total ? state.total_sum : state.sum;
-    bool bad = false;
+    alignas(64) float inverse[kRows];
     for (int64_t v = 0; v < t.vectors; ++v) {
         const vf total = load(sum + v * W);
-        const vf inverse = select(eq(total, zero()), zero(), set(1.0f) / total);
-        float part[W];
-        store(part, inverse);
-        for (int64_t i = 0; p.stats && i < least(W, t.rows - v * W); ++i) {
-            float* stats = p.stats + 2 * output(in, t.b, t.time[v * W + i], t.head[v * W + i]);
-            stats[0] = maximum[v * W + i], stats[1] = part[i];
-        }
-        vf check = zero();
-        for (int64_t e = 0; e < in.E; e += W) {
-            vf a[W];
-            for (int64_t i = 0; i < W; ++i) a[i] = e + i < in.E ? load(ot + (e + i) * kRows + v * W) * inverse : zero();
-            for (int64_t i = 0; i < W; ++i) check = fma(a[i], zero(), check);
-            transpose(a);
-            for (int64_t i = 0; i < least(W, t.rows - v * W); ++i)
-                store_n(p.y + output(in, t.b, t.time[v * W + i], t.head[v * W + i]) * in.E + e, a[i], in.E - e);
-        }
-        bad = bad || any(is_nan(check));
+        store(inverse + v * W, select(eq(total, zero()), zero(), set(1.0f) / total));
     }
-    return bad;
+    vf check = zero();
+    for (int64_t r = 0; r < t.rows; ++r) {
+        const int64_t row = output(in, t.b, t.time[r], t.head[r]);
+        if (p.stats) p.stats[2 * row] = maximum[r], p.stats[2 * row + 1] = inverse[r];
+        const vf factor = set(inverse[r]);
+        each_vector(in.E, [&](int64_t e, auto lanes) FASTLM_LAMBDA {
+            const vf y = some ? load(o + r * E + e) * factor : zero();
+            check = fma(y, zero(), check);
+            lanes.store(p.y + row * in.E + e, y);
+        });
+    }
+    return any(is_nan(check));
 }
 
 // Rows [first, first + rows) of (b, g), in tiles of kRows.
@@ -129,21 +142,23 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
     const AttentionInputs& in = p.in;
     State states[kTogether];
     const int64_t tiles = (rows + kRows - 1) / kRows;
+    const int64_t E = round_up(in.E);
     float* memory =
-        static_cast<float*>(scratch(size_t((in.D + 2 * in.E) * tiles * kRows + (in.D + in.E + kRows) * kKeys) * sizeof(float)));
+        static_cast<float*>(scratch(size_t((in.D + 2 * E) * tiles * kRows + (in.D + E + kRows) * kKeys) * sizeof(float)));
     float* scores = memory;
     float* k_copy = scores + kKeys * kRows;
     float* v_copy = k_copy + kKeys * in.D;
-    float* at = v_copy + kKeys * in.E;
+    float* at = v_copy + kKeys * E;
     int64_t low = in.S, high = 0;
-    for (int64_t i = 0; i < tiles; ++i, at += (in.D + 2 * in.E) * kRows) {
+    for (int64_t i = 0; i < tiles; ++i, at += (in.D + 2 * E) * kRows) {
         State& s = states[i];
         open_tile(s.t, in, b, g, first + i * kRows, least(kRows, rows - i * kRows));
-        s.qt = at, s.ot = at + in.D * kRows;
-        pack_transposed(s.qt, s.t, in.D, units(in).sign, [&](int64_t r) { return query(in, b, s.t.time[r], s.t.head[r]); });
-        s.total = s.t.low_min / kChunk < (s.t.high_max - 1) / kChunk ? s.ot + in.E * kRows : nullptr;
+        s.qt = at, s.o = at + in.D * kRows;
+        pack_transposed<false>(s.qt, s.t, in.D, units(in).sign, nullptr,
+                               [&](int64_t r) FASTLM_LAMBDA { return query(in, b, s.t.time[r], s.t.head[r]); });
+        s.total = s.t.low_min / kChunk < (s.t.high_max - 1) / kChunk ? s.o + E * kRows : nullptr;
         s.merged = false;
-        open_chunk(s, in.E);
+        open_chunk(s);
         low = least(low, s.t.low_min), high = most(high, s.t.high_max);
     }
     for (int64_t j = low / kKeys * kKeys; j < high; j += kKeys) {
@@ -152,7 +167,7 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
         each_store(in, [&](auto kind) {
             using S = decltype(kind);
             k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
-            v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, in.E);
+            v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, E);
         });
         const int64_t next = least(kKeys, high - j - kKeys);
         if (next > 0)
@@ -189,10 +204,11 @@ void forward(const AttentionForward& p) {
     const AttentionInputs& in = p.in;
     const int64_t R = in.T * (in.H / in.G);
     if (in.B * in.G * R == 0) return;
-    // Few pieces: fewer rows in each. A row is a lane, so this changes no bits.
+    // Few pieces: fewer rows in each, but where heads are one piece each and go evenly into the threads. This changes no bits.
     int64_t rows = kTogether * kRows;
-    while (rows > kRows && in.B * in.G * ((R + rows - 1) / rows) < 8 * num_threads()) rows /= 2;
-    while (rows > W && in.B * in.G * ((R + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
+    const bool even = R <= rows && in.B * in.G % num_threads() == 0;
+    while (!even && rows > kRows && in.B * in.G * ((R + rows - 1) / rows) < 8 * num_threads()) rows /= 2;
+    while (!even && rows > W && in.B * in.G * ((R + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
     const int64_t pieces = (R + rows - 1) / rows;
     const int64_t cost = most(1, least(rows, R) * in.S * (in.D + in.E));
     parallel_for(in.B * in.G * pieces, most(1, 400000 / cost), [&](int64_t begin, int64_t end) {

@@ -145,7 +145,7 @@ static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t begi
             case 4: dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m); break;
             default:
                 pack_keys<S>(packed, k, p.k_time, p.D, m, vectors);
-                product<false, false>(out, kChunk, rows.q, w, packed, block, n, vectors, p.D, 0);
+                dot(out, kChunk, rows.q, w, packed, block, n, vectors, p.D);
         }
     }
 }
@@ -248,9 +248,11 @@ template <class S> static void rows_values(float* out, int64_t ldo, const Rows& 
             case 2: mix<S, 2>(out, ldo, weights, v, p.v_time, keys, E); break;
             case 3: mix<S, 3>(out, ldo, weights, v, p.v_time, keys, E); break;
             case 4: mix<S, 4>(out, ldo, weights, v, p.v_time, keys, E); break;
-            default:
-                product<false, true>(out, ldo, weights, kChunk, pack_rows<S>(packed, v, p.v_time, keys, E, width), width, n,
-                                     width / W, keys, kChain);
+            default: {
+                const Range all[] = {{0, keys}, {0, keys}, {0, keys}, {0, keys}};
+                mix<false, kChain>(out, ldo, weights, kChunk, pack_rows<S>(packed, v, p.v_time, keys, E, width), width, n,
+                                   width / W, all, false, nullptr);
+            }
         }
         j += keys;
     }

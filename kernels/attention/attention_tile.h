@@ -66,10 +66,11 @@ template <class S> FASTLM_INLINE const typename S::T* key(const AttentionInputs&
 template <class S> FASTLM_INLINE const typename S::T* value(const AttentionInputs& p, int64_t b, int64_t j, int64_t g) {
     return static_cast<const typename S::T*>(p.v) + place(p, b, j, p.v_batch, p.v_time) + g * (p.E + S::kExtra);
 }
-// The row of an output (B, T, H, .), or packed (R, H, .).
-FASTLM_INLINE int64_t output(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) {
-    return ((p.offsets ? p.offsets[b] : b * p.T) + t) * p.H + h;
+// The token of query t in an output (B, T, H, .), or packed (R, H, .), and its row.
+FASTLM_INLINE int64_t query_token(const AttentionInputs& p, int64_t b, int64_t t) {
+    return (p.offsets ? p.offsets[b] : b * p.T) + t;
 }
+FASTLM_INLINE int64_t output(const AttentionInputs& p, int64_t b, int64_t t, int64_t h) { return query_token(p, b, t) * p.H + h; }
 
 // How keys and values are stored (kernels/cache_append), and one head's vector of D numbers. What is read is the number that the
 // storage stands for, whichever it is: the bits are those of a float32 cache that holds these numbers.
@@ -141,74 +142,126 @@ FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64
 constexpr int64_t kQuad = 4;
 constexpr int64_t kDotBlock = 64;
 
-// c = or += the sum over k of a[i][k] b[k][x], NI rows by NV vectors. Where it is added: chains of `step` fma each, added in order;
-// else: a dot product's chains. Transposed: a[k][i].
-template <int NI, int NV, bool Transposed, bool Add>
-static __attribute__((noinline)) void product_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
-                                                    int64_t K, int64_t step) {
-    constexpr int64_t kNext = Add ? 1 : kQuad;
-    for (int64_t chain = 0, begin = 0; begin < K; ++chain) {
-        const int64_t end = least(K, Add ? begin + step : chain / kQuad * kDotBlock + kDotBlock);
-        vf acc[NI][NV];
-#pragma GCC unroll 8
-        for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[i][v] = zero();
-        for (int64_t k = begin; k < end; k += kNext) {
-            vf x[NV];
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
-#pragma GCC unroll 8
-            for (int i = 0; i < NI; ++i) {
-                const vf y = set(Transposed ? a[k * lda + i] : a[i * lda + k]);
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
-            }
-        }
-        if (Add || begin > 0) {
-#pragma GCC unroll 8
-            for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) acc[i][v] = load(c + i * ldc + v * W) + acc[i][v];
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < NI; ++i)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) store(c + i * ldc + v * W, acc[i][v]);
-        begin = Add ? end : (chain + 1) / kQuad * kDotBlock + (chain + 1) % kQuad;
-        asm volatile("" ::: "memory");  // else the compiler keeps c's values on the stack as well, and stores everything twice
+// acc += a's column k times b's row k. Transposed: a[k][i].
+template <int NI, int NV, bool Transposed>
+FASTLM_INLINE void add_outer(vf (&acc)[NI][NV], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k) {
+    vf x[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) x[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 6
+    for (int i = 0; i < NI; ++i) {
+        const vf y = set(Transposed ? a[k * lda + i] : a[i * lda + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
     }
 }
 
-template <int NV, bool Transposed, bool Add> static void product_columns(float* c, int64_t ldc, const float* a, int64_t lda,
-                                                                         const float* b, int64_t ldb, int64_t M, int64_t K,
-                                                                         int64_t step) {
+// f(acc[i][v], i, v) for all of them.
+template <int NI, int NV, class F> FASTLM_INLINE void each_sum(vf (&acc)[NI][NV], const F& f) {
+#pragma GCC unroll 6
+    for (int i = 0; i < NI; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) f(acc[i][v], i, v);
+}
+
+// c[i][x] = the dot product of a[i] with b[.][x], NI rows by NV vectors. The sums of the chains stay in registers beside the chain
+// that runs: through memory a sixth of the time was theirs.
+template <int NI, int NV> static __attribute__((noinline)) void dot_block(float* c, int64_t ldc, const float* a, int64_t lda,
+                                                                          const float* b, int64_t ldb, int64_t K) {
+    vf total[NI][NV];
+    each_sum(total, [](vf& x, int, int) FASTLM_LAMBDA { x = zero(); });
+    for (int64_t k = 0; k < least(K, kDotBlock); k += kQuad) add_outer<NI, NV, false>(total, a, lda, b, ldb, k);
+    for (int64_t chain = 1;; ++chain) {
+        const int64_t block = chain / kQuad * kDotBlock, begin = block + chain % kQuad, end = least(K, block + kDotBlock);
+        if (begin >= K) break;
+        vf acc[NI][NV];
+        each_sum(acc, [](vf& x, int, int) FASTLM_LAMBDA { x = zero(); });
+        for (int64_t k = begin; k < end; k += kQuad) add_outer<NI, NV, false>(acc, a, lda, b, ldb, k);
+        each_sum(acc, [&](vf& x, int i, int v) FASTLM_LAMBDA { total[i][v] = total[i][v] + x; });
+    }
+    each_sum(total, [&](vf& x, int i, int v) FASTLM_LAMBDA { store(c + i * ldc + v * W, x); });
+}
+
+template <int NV>
+static void dot_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K) {
     constexpr int NI = 6;
-    const int64_t next = Transposed ? 1 : lda;
     int64_t i = 0;
-    for (; i + NI <= M; i += NI) product_block<NI, NV, Transposed, Add>(c + i * ldc, ldc, a + i * next, lda, b, ldb, K, step);
-    c += i * ldc;
-    a += i * next;
+    for (; i + NI <= M; i += NI) dot_block<NI, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, K);
+    c += i * ldc, a += i * lda;
     switch (M - i) {
-        case 5: return product_block<5, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
-        case 4: return product_block<4, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
-        case 3: return product_block<3, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
-        case 2: return product_block<2, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
-        case 1: return product_block<1, NV, Transposed, Add>(c, ldc, a, lda, b, ldb, K, step);
+        case 5: return dot_block<5, NV>(c, ldc, a, lda, b, ldb, K);
+        case 4: return dot_block<4, NV>(c, ldc, a, lda, b, ldb, K);
+        case 3: return dot_block<3, NV>(c, ldc, a, lda, b, ldb, K);
+        case 2: return dot_block<2, NV>(c, ldc, a, lda, b, ldb, K);
+        case 1: return dot_block<1, NV>(c, ldc, a, lda, b, ldb, K);
         default: return;
     }
 }
 
-// The product over M rows, `vectors` vectors of columns.
-template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
-                                                         int64_t ldb, int64_t M, int64_t vectors, int64_t K, int64_t step) {
+// Dot products of the M rows of a with `vectors` vectors of columns of b.
+static void dot(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t vectors,
+                int64_t K) {
+    for (; vectors > 1; vectors -= 2, c += 2 * W, b += 2 * W) dot_columns<2>(c, ldc, a, lda, b, ldb, M, K);
+    if (vectors) dot_columns<1>(c, ldc, a, lda, b, ldb, M, K);
+}
+
+// What a block of rows of a product sums over.
+struct Range {
+    int64_t begin, end;
+};
+// Rows of a block of a product's result, keys or rows of a tile; a mask's edge leaves out what none of them needs. It divides
+// kChain.
+constexpr int64_t kMixRows = 4;
+
+// c (NI, NV vectors) += the sum over k of `range` of a[i][k] b[k][.], in chains of Step fma that begin at multiples of it, added in
+// order. opens: =. keep: c's rows are multiplied with keep[i] before. Transposed: a[k][i].
+template <int NI, int NV, bool Transposed, int Step>
+static __attribute__((noinline)) void mix_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                                Range range, bool opens, const float* keep) {
+    for (int64_t k = range.begin; k < range.end; opens = false, keep = nullptr) {
+        const int64_t end = least(range.end, k / Step * Step + Step);
+        vf acc[NI][NV];
+        each_sum(acc, [](vf& x, int, int) FASTLM_LAMBDA { x = zero(); });
+        for (; k < end; ++k) add_outer<NI, NV, Transposed>(acc, a, lda, b, ldb, k);
+        if (opens) each_sum(acc, [](vf& x, int, int) FASTLM_LAMBDA { x = zero() + x; });
+        else if (keep) each_sum(acc, [&](vf& x, int i, int v) FASTLM_LAMBDA { x = load(c + i * ldc + v * W) * set(keep[i]) + x; });
+        else each_sum(acc, [&](vf& x, int i, int v) FASTLM_LAMBDA { x = load(c + i * ldc + v * W) + x; });
+        each_sum(acc, [&](vf& x, int i, int v) FASTLM_LAMBDA { store(c + i * ldc + v * W, x); });
+        asm volatile("" ::: "memory");  // else the compiler keeps c's values on the stack as well, and stores everything twice
+    }
+}
+
+template <int NV, bool Transposed, int Step> static void mix_columns(float* c, int64_t ldc, const float* a, int64_t lda,
+                                                                     const float* b, int64_t ldb, int64_t M, const Range* ranges,
+                                                                     bool opens, const float* keep) {
+    for (int64_t i = 0; i < M; i += kMixRows, a += kMixRows * (Transposed ? 1 : lda), c += kMixRows * ldc) {
+        const Range r = ranges[i / kMixRows];
+        const float* k = keep ? keep + i : nullptr;
+        const int64_t rows = least(kMixRows, M - i);
+        if (r.begin >= r.end) {
+            for (int64_t n = 0; opens && n < rows * NV; ++n) store(c + n / NV * ldc + n % NV * W, zero());
+            continue;
+        }
+        if (rows == 4) mix_block<4, NV, Transposed, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
+        if constexpr (!Transposed) {  // there rows are whole vectors
+            if (rows == 3) mix_block<3, NV, false, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
+            if (rows == 2) mix_block<2, NV, false, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
+            if (rows == 1) mix_block<1, NV, false, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
+        }
+    }
+}
+
+// mix_block over M rows, `vectors` vectors of columns; ranges: of each kMixRows rows.
+template <bool Transposed, int Step> static void mix(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
+                                                     int64_t ldb, int64_t M, int64_t vectors, const Range* ranges, bool opens,
+                                                     const float* keep) {
     while (vectors > 0) {
         const int64_t n = least(vectors, kBlockVectors);
-        if (n == 1) product_columns<1, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
-        if (n == 2) product_columns<2, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
+        if (n == 1) mix_columns<1, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
+        if (n == 2) mix_columns<2, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
         if constexpr (kBlockVectors > 2) {
-            if (n == 3) product_columns<3, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
-            if (n == 4) product_columns<4, Transposed, Add>(c, ldc, a, lda, b, ldb, M, K, step);
+            if (n == 3) mix_columns<3, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
+            if (n == 4) mix_columns<4, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
         }
         c += n * W, b += n * W, vectors -= n;
     }
@@ -217,10 +270,6 @@ template <bool Transposed, bool Add> static void product(float* c, int64_t ldc, 
 // The chains over keys in the forward pass: the spans at a mask's edge are as long, so that a row's bits do not depend on where the
 // edge lies. Every path through the forward pass keeps to them.
 constexpr int64_t kChain = kKeys / 4;
-
-static void dot(float* c, const float* a, int64_t lda, const float* b, int64_t M, int64_t vectors, int64_t K) {
-    product<false, false>(c, kRows, a, lda, b, kRows, M, vectors, K, 0);
-}
 
 // Rows [first, first + rows) of group g of sequence b; row r is query t = r / (H / G), head g H / G + r % (H / G).
 struct Tile {
@@ -231,17 +280,32 @@ struct Tile {
 };
 
 static void open_tile(Tile& t, const AttentionInputs& p, int64_t b, int64_t g, int64_t first, int64_t rows) {
-    const int64_t share = p.H / p.G;
+    const int64_t share = p.H / p.G, n = length(p, b), past = n - queries(p, b);
     t.b = b, t.g = g, t.rows = rows, t.vectors = (rows + W - 1) / W;
+    int64_t time = first / share, head = first % share;
     for (int64_t i = 0; i < t.vectors * W; ++i) {
-        const int64_t r = first + least(i, rows - 1);
-        int64_t low, high;
-        t.time[i] = r / share;
-        t.head[i] = g * share + r % share;
-        visible(p, b, t.time[i], low, high);
+        const int64_t high = p.causal ? most(0, past + time + 1) : n, low = p.window ? most(0, high - p.window) : 0;
+        t.time[i] = time, t.head[i] = g * share + head;
         t.low[i] = float(low), t.high[i] = float(high);
         if (i == 0) t.low_min = low, t.high_min = high;
-        t.low_max = low, t.high_max = high;  // both grow with t
+        t.low_max = low, t.high_max = high;  // both grow with the time
+        if (i + 1 < rows && ++head == share) head = 0, ++time;
+    }
+}
+
+// For every kMixRows rows of a tile, those of the keys [j0, j0 + n) that any of them sees.
+static void seen_keys(const Tile& t, int64_t j0, int64_t n, Range* out) {
+    for (int64_t i = 0; i < t.vectors * W; i += kMixRows)
+        out[i / kMixRows] = {most(0, int64_t(t.low[i]) - j0), least(n, int64_t(t.high[i + kMixRows - 1]) - j0)};
+}
+
+// For every kMixRows of the keys [j0, j0 + n), those rows of a tile that see any of them.
+static void seeing_rows(const Tile& t, int64_t j0, int64_t n, Range* out) {
+    int64_t begin = 0, end = 0;
+    for (int64_t j = 0; j < n; j += kMixRows) {
+        while (begin < t.rows && t.high[begin] <= float(j0 + j)) ++begin;
+        while (end < t.rows && t.low[end] < float(j0 + least(n, j + kMixRows))) ++end;
+        out[j / kMixRows] = {begin, end};
     }
 }
 
@@ -293,29 +357,52 @@ static void add_bias(float* scores, const Tile& t, const AttentionInputs& p, con
 static void score(float* scores, const Tile& t, const AttentionInputs& p, const Span& s, int64_t j0, const float* qt,
                   const float* k, int64_t k_time) {
     float* out = scores + (s.j - j0) * kRows;
-    dot(out + s.v0 * W, k + (s.j - j0) * k_time, k_time, qt + s.v0 * W, s.n, s.v1 - s.v0, p.D);
+    dot(out + s.v0 * W, kRows, k + (s.j - j0) * k_time, k_time, qt + s.v0 * W, kRows, s.n, s.v1 - s.v0, p.D);
     if (p.bias) add_bias(scores, t, p, s, j0);
     if (!s.masked) return;
-    for (int64_t i = 0; i < s.n; ++i) {
-        const vf j = set(float(s.j + i));
-        for (int64_t v = s.v0; v < s.v1; ++v) {
+    for (int64_t v = s.v0; v < s.v1; ++v) {
+        if (t.high[v * W] >= float(s.j + s.n) && t.low[v * W + W - 1] <= float(s.j)) continue;
+        const vf low = load(t.low + v * W), high = load(t.high + v * W);
+        for (int64_t i = 0; i < s.n; ++i) {
+            const vf j = set(float(s.j + i));
             float* at = out + i * kRows + v * W;
-            const vf x = select(lt(j, load(t.high + v * W)), load(at), set(-INFINITY));
-            store(at, select(le(load(t.low + v * W), j), x, set(-INFINITY)));
+            const vf x = select(lt(j, high), load(at), set(-INFINITY));
+            store(at, select(le(low, j), x, set(-INFINITY)));
         }
     }
 }
 
-// out[c][row] = scale * x[row][c]: rows of `n` floats, each at its own place, beyond the tile's last row zero. out: (n, kRows).
-template <class RowAt> static void pack_transposed(float* out, const Tile& t, int64_t n, float scale, const RowAt& row_at) {
+FASTLM_INLINE int64_t count(Whole) { return W; }
+FASTLM_INLINE int64_t count(Part p) { return p.n; }
+
+// f(c, columns, lanes) for every W columns of W rows, from column c on; columns[i]: column c + i, rows in lanes.
+template <class F> FASTLM_INLINE void each_columns(const float* const (&rows)[W], int64_t n, const F& f) {
+    each_vector(n, [&](int64_t c, auto lanes) FASTLM_LAMBDA {
+        vf a[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) a[i] = lanes.load(rows[i] + c);
+        f(c, a, lanes);
+    });
+}
+
+// out[c][row] = scale * x[row][c]: rows of `n` floats, each at its own place; beyond the tile's last row that one again. out: (n,
+// kRows). kCopy: to copy as well, as they are, (kRows, n rounded up to vectors).
+template <bool kCopy, class RowAt>
+static void pack_transposed(float* out, const Tile& t, int64_t n, float scale, float* copy, const RowAt& row_at) {
     const vf factor = set(scale);
-    for (int64_t v = 0; v < t.vectors; ++v)
-        for (int64_t c = 0; c < n; c += W) {
-            vf a[W];
-            for (int64_t i = 0; i < W; ++i) a[i] = v * W + i < t.rows ? load_n(row_at(v * W + i) + c, n - c) * factor : zero();
+    const int64_t width = round_up(n);
+    for (int64_t v = 0; v < t.vectors; ++v) {
+        const float* rows[W];
+        for (int64_t i = 0; i < W; ++i) rows[i] = row_at(least(v * W + i, t.rows - 1));
+        each_columns(rows, n, [&](int64_t c, vf(&a)[W], auto lanes) FASTLM_LAMBDA {
+#pragma GCC unroll 16
+            for (int i = 0; i < (kCopy ? W : 0); ++i) store(copy + (v * W + i) * width + c, a[i]);
             transpose(a);
-            for (int64_t i = 0; i < least(W, n - c); ++i) store(out + (c + i) * kRows + v * W, a[i]);
-        }
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                if (i < count(lanes)) store(out + (c + i) * kRows + v * W, a[i] * factor);
+        });
+    }
 }
 
 // Copies `n` rows of `width` numbers as floats so that they follow each other (rows a large power of two apart would share cache
