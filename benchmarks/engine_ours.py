@@ -14,8 +14,8 @@ SHAPES = {"stories260k": stories260k}  # what is no preset
 
 
 def load(case):
-    """The language model in the case's precision, quantised weights with 8-bit activations as in the other engines; None where its file
-    is absent."""
+    """The language model in the case's precision, quantised weights with 8-bit activations as in the other engines, float32 and bfloat16
+    for decoding in fewer bits without loss; None where its file is absent."""
     import fastlm
     from fastlm import models
 
@@ -31,11 +31,19 @@ def load(case):
         with engine.making(where) as new:
             fastlm.LM(models.create(SHAPES.get(case["model"], lambda: case["model"])())).save(new)
     lm = fastlm.load(where, "bfloat16" if kind == "bf16" else "float32")
-    return lm if kind in ("f32", "bf16") else lm.quantize("Q8_ROW" if kind == "int8" else kind.upper(), activations="int8")
+    if kind in ("f32", "bf16"):
+        return lm.quantize("LOSSLESS") if packs(case) else lm
+    return lm.quantize("Q8_ROW" if kind == "int8" else kind.upper(), activations="int8")
+
+
+def packs(case):
+    """Whether the weights keep their bits in fewer: what decoding with one sequence is bound by."""
+    return case["task"] == "decode" and case["kind"] in ("f32", "bf16") and case["model"] not in SHAPES
 
 
 def label(case):
     how = {"f32": "f32", "bf16": "bf16", "int8": "q8_row x int8"}.get(case["kind"], f"{case['kind']} x int8")
+    how += ", lossless" if packs(case) else ""
     return f"{how}, {engine.threads()} threads"
 
 

@@ -91,7 +91,10 @@ class LM:
     # Storage
 
     def quantize(self, kind: str, activations: str | None = None) -> LM:
-        """Puts the matrices into ggml's blocks, in place: "Q8_0", "Q4_0", "Q4_1", "Q5_0" or "Q5_1"; or "Q8_ROW". Returns self.
+        """Puts the matrices into ggml's blocks, in place: "Q8_0", "Q4_0", "Q4_1", "Q5_0" or "Q5_1"; or "Q8_ROW", "LOSSLESS". Returns self.
+
+        LOSSLESS keeps every bit of float32 and bfloat16 matrices in 28 and 12 bits a weight: the same results, and decoding, which reads
+        them all for each id, is faster by about a third.
 
         Q8_ROW is the fastest for prompts, batches and encoders: 8 bits with one scale a row, multiplied with rows of x that are rounded
         the same way (`activations` is "int8" then). The head and the token embedding become Q8_0.
@@ -99,7 +102,7 @@ class LM:
         These are the weights of the linear layers, the token embedding and the head; those whose rows are no multiple of 32 long, and
         routers of experts, stay as they are. The bytes are those of ggml's reference quantisers. activations: None keeps what is set.
         The model can then not be trained; `save` writes the quantised weights as float32, which no file of the hub's kind can hold
-        otherwise.
+        otherwise, LOSSLESS ones as they were. `to("float32")` and `to("bfloat16")` undo it.
         """
         storage.quantize(self.model, kind, activations)
         return self

@@ -72,6 +72,13 @@ FASTLM_INLINE vf load_bf16(const uint16_t* p) {
 FASTLM_INLINE vf load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 FASTLM_INLINE vf load_u8(const uint8_t* p) { return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 FASTLM_INLINE vf load_i8(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+FASTLM_INLINE vi repeat16(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+FASTLM_INLINE vi lookup_u8(vi table, vi index) { return _mm256_shuffle_epi8(table, index); }
+FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return _mm256_unpacklo_epi8(a, b); }
+FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return _mm256_unpackhi_epi8(a, b); }
+FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return _mm256_unpacklo_epi16(a, b); }
+FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return _mm256_unpackhi_epi16(a, b); }
+FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return _mm256_or_si256(_mm256_and_si256(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
     const vi low = _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                                            0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));

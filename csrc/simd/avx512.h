@@ -70,6 +70,16 @@ FASTLM_INLINE vf load_bf16(const uint16_t* p) {
 FASTLM_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 FASTLM_INLINE vf load_u8(const uint8_t* p) { return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 FASTLM_INLINE vf load_i8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+// Bytes, in 128 bits each for themselves. lookup_u8: byte i of table[index[i]], index < 16; zip: a0 b0 a1 b1 .. of the lower, upper
+// halves, in bytes or in 16 bits.
+FASTLM_INLINE vi repeat16(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+FASTLM_INLINE vi lookup_u8(vi table, vi index) { return _mm512_shuffle_epi8(table, index); }
+FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return _mm512_unpacklo_epi8(a, b); }
+FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return _mm512_unpackhi_epi8(a, b); }
+FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return _mm512_unpacklo_epi16(a, b); }
+FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return _mm512_unpackhi_epi16(a, b); }
+// (a & mask) | b
+FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xEA); }
 // Low half of each lane, W values.
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
 

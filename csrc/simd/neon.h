@@ -78,6 +78,17 @@ FASTLM_INLINE vf load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vsh
 FASTLM_INLINE vf load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 FASTLM_INLINE vf load_u8(const uint8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 FASTLM_INLINE vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+FASTLM_INLINE vi of_u8(uint8x16_t a) { return vreinterpretq_s32_u8(a); }
+FASTLM_INLINE vi of_u16(uint16x8_t a) { return vreinterpretq_s32_u16(a); }
+FASTLM_INLINE uint8x16_t to_u8(vi a) { return vreinterpretq_u8_s32(a); }
+FASTLM_INLINE uint16x8_t to_u16(vi a) { return vreinterpretq_u16_s32(a); }
+FASTLM_INLINE vi repeat16(const uint8_t* p) { return of_u8(vld1q_u8(p)); }
+FASTLM_INLINE vi lookup_u8(vi table, vi index) { return of_u8(vqtbl1q_u8(to_u8(table), to_u8(index))); }
+FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return of_u8(vzip1q_u8(to_u8(a), to_u8(b))); }
+FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return of_u8(vzip2q_u8(to_u8(a), to_u8(b))); }
+FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return of_u16(vzip1q_u16(to_u16(a), to_u16(b))); }
+FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return of_u16(vzip2q_u16(to_u16(a), to_u16(b))); }
+FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return ori(andi(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))); }
 
 FASTLM_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }

@@ -109,6 +109,28 @@ FASTLM_INLINE vf load_f16(const uint16_t* p) {
 }
 FASTLM_INLINE vf load_u8(const uint8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 FASTLM_INLINE vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+typedef uint8_t vu8 __attribute__((vector_size(16)));
+typedef uint16_t vu16 __attribute__((vector_size(16)));
+FASTLM_INLINE vi repeat16(const uint8_t* p) {
+    vi v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+FASTLM_INLINE vi lookup_u8(vi table, vi index) {
+    const vu8 t = vu8(table), at = vu8(index);
+    vu8 v;
+    for (int i = 0; i < 16; ++i) v[i] = t[at[i]];
+    return vi(v);
+}
+FASTLM_INLINE vi zip_low_u8(vi a, vi b) {
+    return vi(__builtin_shuffle(vu8(a), vu8(b), vu8{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}));
+}
+FASTLM_INLINE vi zip_high_u8(vi a, vi b) {
+    return vi(__builtin_shuffle(vu8(a), vu8(b), vu8{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
+}
+FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return vi(__builtin_shuffle(vu16(a), vu16(b), vu16{0, 8, 1, 9, 2, 10, 3, 11})); }
+FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return vi(__builtin_shuffle(vu16(a), vu16(b), vu16{4, 12, 5, 13, 6, 14, 7, 15})); }
+FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return ori(andi(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
     for (int i = 0; i < W; ++i) p[i] = uint16_t(v[i]);
 }

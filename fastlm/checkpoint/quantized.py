@@ -1,4 +1,4 @@
-"""A weight kept in ggml's quantised blocks, as a GGUF file carries it, or in 8 bits with one scale a row."""
+"""A weight kept in ggml's quantised blocks, as a GGUF file carries it, in 8 bits with one scale a row, or without loss in fewer bits."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlm import _C
+from fastlm.checkpoint import lossless
 
 # kind -> (ggml type id, weights in a block, bytes of a block)
 FORMATS: dict[str, tuple[int, int, int]] = dict(_C.quant_formats)
 ROW = "Q8_ROW"  # not ggml's: a row is its float32 scale and its codes, int8
-KINDS = (*FORMATS, ROW)
+LOSSLESS = "LOSSLESS"  # float32 or bfloat16, every bit, in 28 or 12: fastlm/checkpoint/lossless.py
+KINDS = (*FORMATS, ROW, LOSSLESS)
 ACTIVATIONS = ("float32", "int8")
 WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # of ggml's kinds those that `quantize` makes
-MADE = (*WRITTEN, ROW)
+MADE = (*WRITTEN, ROW, LOSSLESS)
 _POOLED = 1 << 16  # bytes from which the block cache is worth its call
 
 
 class QuantizedArray:
     """A read-only matrix of quantised weights.
 
-    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K" or "Q8_ROW". shape: (out, in), or more axes before `in`; `in`
-    is a multiple of the kind's block (Q8_ROW: any). blocks: (rows, bytes of a row) uint8 with rows = the product of all axes but the
-    last, possibly memory-mapped, or an array on a device. cache: where an operation keeps a repacked copy; it takes no part
-    in comparison.
+    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q8_ROW" or "LOSSLESS". shape: (out, in), or more axes before
+    `in`; `in` is a multiple of the kind's block (Q8_ROW, LOSSLESS: any). blocks: (rows, bytes of a row) uint8 with rows = the product of
+    all axes but the last, possibly memory-mapped, or an array on a device; LOSSLESS: (bytes,), on the host. cache: where an operation keeps
+    a repacked copy; it takes no part in comparison.
     activations: what `linear` multiplies the weights with: "float32", the default (every bit as if they had been dequantised), or
     "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it. Q8_ROW has
-    "int8" alone, and rounds whole rows of x, of which two numbers stay exact.
+    "int8" alone, and rounds whole rows of x, of which two numbers stay exact; LOSSLESS has "float32" alone.
     columns: of Q8_ROW, (in,) float32 or None, where blocks are: a weight is scale * code * column, and x is multiplied by them before it
     is rounded.
 
@@ -69,7 +71,9 @@ class QuantizedArray:
         if not (isinstance(blocks, np.ndarray) or there) or blocks.dtype != np.uint8:
             got = blocks.dtype if isinstance(blocks, np.ndarray) else type(blocks).__name__
             raise TypeError(f"[QuantizedArray] blocks must be a uint8 array, got {got}.")
-        if blocks.shape != expected:
+        if kind == LOSSLESS and not there:
+            lossless.check(blocks, shape)
+        elif blocks.shape != expected:
             raise ValueError(
                 f"[QuantizedArray] blocks must be (rows, bytes of a row) = {expected} for {kind} {shape}, got {blocks.shape}."
             )
@@ -84,6 +88,8 @@ class QuantizedArray:
         if kind == ROW and activations != "int8":
             raise ValueError(f"[QuantizedArray] {ROW} weights are multiplied with int8 activations alone, got {activations!r}.")
         set_(self, "activations", activations)
+        if kind == LOSSLESS and activations != "float32":
+            raise ValueError(f"[QuantizedArray] {kind} weights are multiplied with float32 activations alone, got {activations!r}.")
         if columns is not None and (kind != ROW or columns.dtype != np.float32 or columns.shape != shape[-1:]):
             raise ValueError(f"[QuantizedArray] columns are for {ROW}, float32 of shape {shape[-1:]}, got {columns.shape}.")
         set_(self, "columns", columns if columns is None or there else np.ascontiguousarray(columns))
@@ -134,6 +140,18 @@ class QuantizedArray:
         object.__setattr__(other, "cache", self.cache)  # the layout of the packed copy is one for both
         return other
 
+    def plain(self) -> NDArray[Any]:
+        """LOSSLESS weights as they were, (out, in) float32 or bfloat16."""
+        dtype = lossless.DTYPES[self.value_bytes]
+        w: NDArray[Any] = _C.empty(self.shape, dtype)
+        _C.lossless_unpack(w, self.blocks, None, self.value_bytes)
+        return w
+
+    @property
+    def value_bytes(self) -> int:
+        """Of LOSSLESS weights, before they were packed: 4 or 2."""
+        return int(self.blocks[:8].view(np.int64)[0])
+
     def dequantize(self) -> NDArray[np.float32]:
         """The weights as float32, (out, in), where the blocks are: the bits of ggml's reference."""
         if not isinstance(self.blocks, np.ndarray):
@@ -142,8 +160,11 @@ class QuantizedArray:
             return there
         if self.kind == ROW:
             return _rows(self.blocks, self.columns).reshape(self.shape)
-        w = _empty((self.blocks.shape[0], self.shape[-1]))
-        _C.dequantize(w, self.blocks, None, FORMATS[self.kind][0])
+        w = _empty((math.prod(self.shape[:-1]), self.shape[-1]))
+        if self.kind == LOSSLESS:
+            _C.lossless_unpack(w, self.blocks, None, self.value_bytes)
+        else:
+            _C.dequantize(w, self.blocks, None, FORMATS[self.kind][0])
         return w.reshape(self.shape)
 
     def dequantize_rows(self, ids: Any) -> NDArray[np.float32]:
@@ -164,7 +185,10 @@ class QuantizedArray:
         if self.kind == ROW:
             return _rows(self.blocks[flat], self.columns).reshape(*index.shape, self.shape[1])
         w = _empty((flat.size, self.shape[1]))
-        _C.dequantize(w, self.blocks, flat, FORMATS[self.kind][0])
+        if self.kind == LOSSLESS:
+            _C.lossless_unpack(w, self.blocks, flat, self.value_bytes)
+        else:
+            _C.dequantize(w, self.blocks, flat, FORMATS[self.kind][0])
         return w.reshape(*index.shape, self.shape[1])
 
 
@@ -179,10 +203,12 @@ def expand(w: Any, weight: QuantizedArray) -> None:
 
 def quantize(w: Any, kind: str) -> QuantizedArray:
     """w (..., in) of float32, bfloat16 or float16 in blocks of 32: the bytes of ggml's reference and of `gguf.quants.quantize`; or
-    with one scale a row and one a column, whose root-mean-square they make more even.
+    with one scale a row and one a column, whose root-mean-square they make more even; or, LOSSLESS, with every bit (float16 becomes
+    float32).
 
-    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0" or "Q8_ROW". `in` is a multiple of 32 (Q8_ROW: any). Raises TypeError for a dtype;
-    ValueError for another kind, a size, a number that is not finite, and numbers so large that float16 does not hold their scale.
+    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_ROW" or "LOSSLESS". `in` is a multiple of 32 (Q8_ROW, LOSSLESS: any). Raises TypeError
+    for a dtype; ValueError for another kind, a size, a number that is not finite, numbers so large that float16 does not hold their
+    scale, and for LOSSLESS weights whose exponents are too many to be packed.
     On a device w is float32 or bfloat16 and kind one of ggml's; the blocks are there.
     """
     if kind not in MADE:
@@ -196,17 +222,28 @@ def quantize(w: Any, kind: str) -> QuantizedArray:
         raise ValueError(f"[quantize] the last axis must be a multiple of {values} for {kind}, got shape {w.shape}.")
     K = w.shape[-1]
     if there:
-        if kind == ROW:
-            raise ValueError(f"[quantize] {ROW} is made on the host alone.")
+        if kind in (ROW, LOSSLESS):
+            raise ValueError(f"[quantize] {kind} is made on the host alone.")
         rows = w.reshape(math.prod(w.shape[:-1]), K)
         blocks = w.device.empty((rows.shape[0], K // values * size), np.uint8)
         return _written(kind, w.shape, blocks, w.device.table.quantize(blocks, rows, type_id))
+    if kind == LOSSLESS:
+        return _lossless(w)
     x = np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), K), np.float32)
     if kind == ROW:
         columns = _columns(x)
         return QuantizedArray(kind, w.shape, _row_blocks(x / columns), columns=columns)
     blocks = np.empty((x.shape[0], K // values * size), np.uint8)
     return _written(kind, w.shape, blocks, _C.quantize(blocks, x, type_id))
+
+
+def _lossless(w: NDArray[Any]) -> QuantizedArray:
+    if w.ndim != 2:
+        raise ValueError(f"[quantize] w must be (out, in) for {LOSSLESS}, got shape {w.shape}.")
+    packed = lossless.compress(np.ascontiguousarray(w, np.float32 if w.dtype == np.float16 else w.dtype))
+    if packed is None:
+        raise ValueError(f"[quantize] the exponents of w, {w.shape}, are too many to be packed without loss.")
+    return QuantizedArray(LOSSLESS, w.shape, packed)
 
 
 def _written(kind: str, shape: tuple[int, ...], blocks: Any, bad: int) -> QuantizedArray:

@@ -188,12 +188,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_ROW")
+_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_ROW", "LOSSLESS")
 
 
 def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, or a GGUF file")
-    p.add_argument("--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)}")
+    p.add_argument(
+        "--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)} (every bit kept)"
+    )
     p.add_argument("--activations", choices=["float32", "int8"], default="float32", help="of quantised weights; int8 is faster")
     p.add_argument("--cache", choices=["float32", "bfloat16", "int8"], default="float32", help="how keys and values are kept")
     _device(p, "weights (default: as they are stored)", None)

@@ -14,6 +14,7 @@ import numpy as np
 from fastlm import backend
 from fastlm.backend import Array
 from fastlm.checkpoint import QuantizedArray
+from fastlm.checkpoint.quantized import LOSSLESS
 from fastlm.models.base import LanguageModel, names
 from fastlm.nn import Declared
 from fastlm.tensor import Tensor
@@ -249,14 +250,14 @@ def tensors_to_hf(module: ModuleType, model: LanguageModel) -> dict[str, Array]:
     for byte.
     """
     parameters = model.named_parameters()
-    half = any(p.ndim > 1 and p.dtype == BFLOAT16 for p in parameters.values())
+    half = any(p.ndim > 1 and _written_as(p.data) == BFLOAT16 for p in parameters.values())
     out: dict[str, Array] = {}
     for ours, name in names(table_of(module, model.config), model).items():
         array = parameters[ours].data
         if isinstance(array, Declared):
             raise ValueError(f"[save] {ours} has no value yet: load or initialise the model first.")
         if isinstance(array, QuantizedArray):
-            array = array.dequantize()
+            array = array.plain() if array.kind == LOSSLESS else array.dequantize()
         array = backend.host(array)
         if half and array.ndim == 1 and np.array_equal(array.astype(BFLOAT16).astype(np.float32), array):
             array = array.astype(BFLOAT16)
@@ -271,5 +272,12 @@ def tensors_to_hf(module: ModuleType, model: LanguageModel) -> dict[str, Array]:
 
 
 def parameter_dtype(parameters: Mapping[str, Tensor]) -> str:
-    """The dtype of the matrices, for a config.json: that of the first."""
-    return next((str(p.dtype) for p in parameters.values() if p.ndim > 1), "float32")
+    """The dtype in which the matrices are written, for a config.json: that of the first."""
+    return next((str(_written_as(p.data)) for p in parameters.values() if p.ndim > 1), "float32")
+
+
+def _written_as(array: Any) -> np.dtype[Any]:
+    if isinstance(array, QuantizedArray):
+        return BFLOAT16 if array.kind == LOSSLESS and array.value_bytes == 2 else np.dtype(np.float32)
+    dtype: np.dtype[Any] = array.dtype
+    return dtype

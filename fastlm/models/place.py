@@ -9,7 +9,7 @@ import numpy as np
 
 from fastlm import backend
 from fastlm.backend import BFLOAT16
-from fastlm.checkpoint.quantized import QuantizedArray
+from fastlm.checkpoint.quantized import LOSSLESS, QuantizedArray
 from fastlm.nn.linear import Embedding
 from fastlm.nn.module import Declared, Module
 from fastlm.tensor import Tensor
@@ -27,6 +27,8 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
             raise ValueError(f"[to] {name} has no value yet: load or initialise the model first.")
     matrices = DTYPES[dtype] if dtype is not None else _storage(parameters)
     for p in parameters.values():
+        if device is not None and isinstance(p.data, QuantizedArray) and p.data.kind == LOSSLESS:
+            p.data = p.data.plain()  # a form for the host
         if isinstance(p.data, QuantizedArray):
             p.data = placed_blocks(p.data, device)
             continue

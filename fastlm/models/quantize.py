@@ -1,5 +1,5 @@
-"""A model's matrices in another storage: ggml's blocks, 8 bits with a scale a row, bfloat16, float32; and the activations that quantised
-ones are multiplied with."""
+"""A model's matrices in another storage: ggml's blocks, 8 bits with a scale a row, fewer bits without loss, bfloat16, float32; and the
+activations that quantised ones are multiplied with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import backend
-from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, MADE, ROW, QuantizedArray
+from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, LOSSLESS, MADE, ROW, QuantizedArray
 from fastlm.checkpoint.quantized import quantize as quantized
 from fastlm.models.base import LanguageModel
 from fastlm.models.convert import BFLOAT16
@@ -40,16 +40,21 @@ def rounds(name: str) -> bool:
     return name != "head.weight" and name.split(".")[-2] not in _TABLES
 
 
+def _of_expert(name: str) -> bool:
+    return "experts" in name.split(".")
+
+
 def _by_row(name: str) -> bool:
     """Whether this matrix may be Q8_ROW: one that is rounded for, and no expert's."""
-    return rounds(name) and "experts" not in name.split(".")
+    return rounds(name) and not _of_expert(name)
 
 
 def quantize(model: LanguageModel, kind: str, activations: str | None = None) -> None:
     """Puts the matrices into blocks of `kind`, in place. Those whose rows are no multiple of 32 long stay as they are.
 
     A matrix that is quantised already is dequantised first. They want no gradient afterwards. activations: None keeps what is set.
-    Q8_ROW, which knows int8 activations alone, is for the matrices that these are for, of any length; the others become Q8_0. Raises
+    Q8_ROW, which knows int8 activations alone, is for the matrices that these are for, of any length; the others become Q8_0. LOSSLESS
+    leaves every bit of float32 and bfloat16 matrices: those of experts, and those whose exponents are too many, stay as they are. Raises
     ValueError for a kind, for Q8_ROW with float32 activations, for a model without a matrix that can be quantised, and, with the
     parameter's name, for weights that are not finite.
     """
@@ -57,8 +62,11 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
         raise ValueError(f"[quantize] kind must be one of {', '.join(MADE)}, got {kind!r}.")
     if kind == ROW and activations == "float32":
         raise ValueError(f"[quantize] {ROW} weights are multiplied with int8 activations alone, got 'float32'.")
-    activations = activations or ("int8" if kind == ROW else activations_of(model))
+    activations = activations or ("int8" if kind == ROW else "float32" if kind == LOSSLESS else activations_of(model))
     _check(activations)
+    if kind == LOSSLESS:
+        _without_loss(model, activations)
+        return
     chosen = ((name, p, "Q8_0" if kind == ROW and not _by_row(name) else kind) for name, p in matrices(model))
     found = [(name, p, k) for name, p, k in chosen if k == ROW or p.shape[-1] % FORMATS[k][1] == 0]
     if not found:
@@ -69,6 +77,24 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
         except ValueError as error:
             raise ValueError(f"[quantize] {name}: {str(error).removeprefix('[quantize] ')}") from None
         p.requires_grad, p.grad = False, None
+
+
+def _without_loss(model: LanguageModel, activations: str) -> None:
+    if activations != "float32":
+        raise ValueError(f"[quantize] {LOSSLESS} weights are multiplied with float32 activations alone, got {activations!r}.")
+    done = 0
+    for name, p in matrices(model):
+        if _of_expert(name):
+            continue
+        as_it_is = isinstance(p.data, np.ndarray) and p.dtype == BFLOAT16
+        w = p.data if as_it_is else _float(name, p.data)
+        try:
+            p.data = quantized(w, LOSSLESS)
+        except ValueError:
+            continue
+        p.requires_grad, p.grad, done = False, None, done + 1
+    if not done:
+        raise ValueError(f"[quantize] the model has no matrix that can be {LOSSLESS}.")
 
 
 def convert(model: LanguageModel, dtype: str) -> None:
@@ -88,6 +114,10 @@ def set_activations(model: LanguageModel, activations: str) -> None:
     found = [(name, p) for name, p in model.named_parameters().items() if isinstance(p.data, QuantizedArray)]
     if not found and activations != "float32":
         raise ValueError(f"[activations] {activations} activations need quantised weights: call lm.quantize('Q8_0') first.")
+    if activations == "int8" and any(p.data.kind == LOSSLESS for _, p in found):
+        raise ValueError(
+            f"[activations] {LOSSLESS} weights are multiplied with float32 activations alone: quantize to another kind."
+        )
     if activations == "float32" and (rows := [name for name, p in found if p.data.kind == ROW]):
         raise ValueError(f"[activations] {ROW} weights are multiplied with int8 activations alone, {rows[0]} is one.")
     for name, p in found:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array, contiguous, kernels
-from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, QuantizedArray
 from fastlm.ops import check
 from fastlm.tensor import accumulator, data, record, recording, wrap
 
@@ -61,6 +61,9 @@ def embedding(ids: Any, weight: Any, dtype: Any = None) -> Any:
     if quantised:
         if recording(weight):
             raise TypeError("[embedding] weight is quantised and has no gradient. Train a dequantised copy: weight.dequantize().")
+        if wd.kind == LOSSLESS:
+            _C.lossless_unpack(y, rows, ids, wd.value_bytes)
+            return wrap(y, weight)
         if wd.kind not in FORMATS:
             check.on_host("embedding", "a weight with one scale a row", rows)
             return wrap(wd.dequantize_rows(ids), weight)

@@ -11,7 +11,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, kernels, on_device
 from fastlm.checkpoint.mapping import release
-from fastlm.checkpoint.quantized import FORMATS, ROW, QuantizedArray, expand
+from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, ROW, QuantizedArray, expand
 from fastlm.ops import check
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import Spare, accumulator, data, keep, leaf, needs_grad, record, recording, remade, wrap
@@ -112,6 +112,9 @@ def multiply(y: Array, z: Array | None, x: Array, weight: QuantizedArray, bias: 
         return
     if weight.kind == ROW:
         _C.int8_rows(y, z, x, packed(weight), weight.columns, bias, residual, M, N, K, kind)
+        return
+    if weight.kind == LOSSLESS:
+        _C.lossless_matmul(y, z, x, weight.blocks, bias, residual, M, N, K, weight.value_bytes, kind)
         return
     kernel = _C.int8_matmul if weight.activations == "int8" else _C.quantized_matmul
     kernel(y, z, x, packed(weight), bias, residual, M, N, K, FORMATS[weight.kind][0], kind)

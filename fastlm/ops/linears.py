@@ -11,7 +11,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
-from fastlm.checkpoint.quantized import FORMATS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.gated import gated
@@ -42,7 +42,9 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
         product(y, xd, wt, 1, ends[-1], xd.shape[-1])
         return [wrap(y[..., end - w.shape[0] : end], x, *weights) for w, end in zip(ws, ends, strict=True)]
     ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]
-    if isinstance(first, QuantizedArray):
+    if isinstance(first, QuantizedArray) and first.kind == LOSSLESS:
+        _C.lossless_matmuls(ys, xd, [w.blocks for w in ws], bs, first.value_bytes)
+    elif isinstance(first, QuantizedArray):
         multiply = _C.int8_matmuls if first.activations == "int8" else _C.quantized_matmuls
         multiply(ys, xd, [packed(w) for w in ws], bs, FORMATS[first.kind][0])
     else:
@@ -84,9 +86,8 @@ def _fits(w: Any, b: Any, first: Any, K: int) -> bool:
     if b is not None and not (type(b) is np.ndarray and b.dtype == _F32 and b.shape == (w.shape[0],) and b.flags.c_contiguous):
         return False
     if isinstance(w, QuantizedArray):
-        alike = (
-            isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations and w.kind in FORMATS
-        )
+        alike = isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations
+        alike = alike and (w.kind in FORMATS or (w.kind == LOSSLESS and w.value_bytes == first.value_bytes))
     else:
         alike = type(w) is np.ndarray and w.dtype == first.dtype and w.dtype in STORAGE and w.flags.c_contiguous
     return alike and len(w.shape) == 2 and w.shape[1] == K

@@ -81,7 +81,7 @@ def test_refuses(isa):
         for kind in WRITTEN:
             with pytest.raises(ValueError, match=r"\[quantize\] every number must be finite .* row 17 has others"):
                 quantize(y, kind)
-    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, got 'Q6_K'"):
+    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, LOSSLESS, got 'Q6_K'"):
         quantize(x, "Q6_K")
     with pytest.raises(ValueError, match=r"multiple of 32 for Q8_0, got shape \(20, 63\)"):
         quantize(x[:, :63], "Q8_0")

@@ -76,7 +76,7 @@ def test_every_model(name):
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_generation_alone_and_in_a_list(kind, activations, threads):
-    if kind == "Q8_ROW" and activations == "float32":
+    if (kind, activations) in (("Q8_ROW", "float32"), ("LOSSLESS", "int8")):
         pytest.skip("it has no such form")
     lm = small("gpt2").quantize(kind, activations)
     prompts = [[5, 6, 7, 8, 9, 10, 11], [20], [100, 3, 50, 7]]
@@ -84,6 +84,46 @@ def test_generation_alone_and_in_a_list(kind, activations, threads):
     for n in (1, 3):
         _C.set_num_threads(n)
         assert [lm.generate_ids(p, max_tokens=12) for p in prompts] == together
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_loss(name, dtype, tmp_path):
+    """Every bit of the logits, of the weights when they come back, and of the file that is saved."""
+    lm, plain = small(name).to(dtype), small(name).to(dtype)
+    assert lm.quantize("LOSSLESS") is lm
+    packed = {n: p.data for n, p in lm.model.named_parameters().items() if p.dtype == "LOSSLESS"}
+    assert packed
+    assert set(packed) <= set(dict(matrices(lm.model)))
+    for n, p in plain.model.named_parameters().items():
+        if n in packed:
+            np.testing.assert_array_equal(packed[n].plain().view(np.uint8), np.ascontiguousarray(p.data).view(np.uint8))
+        else:
+            np.testing.assert_array_equal(lm.model.named_parameters()[n].data, p.data)
+    np.testing.assert_array_equal(outputs(lm), outputs(plain))
+    lm.save(tmp_path / "packed")
+    plain.save(tmp_path / "plain")
+    for file in sorted((tmp_path / "plain").iterdir()):
+        assert (tmp_path / "packed" / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(ValueError, match="multiplied with float32 activations alone"):
+        lm.activations = "int8"
+    lm.to(dtype)
+    assert {str(p.dtype) for p in lm.model.named_parameters().values() if p.ndim > 1} == {dtype}
+    np.testing.assert_array_equal(outputs(lm), outputs(plain))
+
+
+def test_what_cannot_be_packed_stays():
+    """A matrix whose exponents are too many, beside others that are packed."""
+    lm = small("gpt2")
+    weight = lm.model.blocks[0].mlp.up.weight
+    weight.data = np.ldexp(weight.data, np.random.default_rng(0).integers(-60, 0, weight.shape)).astype(np.float32)
+    before = outputs(lm)
+    lm.quantize("LOSSLESS")
+    assert weight.dtype == np.float32
+    assert lm.model.blocks[1].mlp.up.weight.dtype == "LOSSLESS"
+    np.testing.assert_array_equal(outputs(lm), before)
+    with pytest.raises(ValueError, match="multiplied with float32 activations alone, got 'int8'"):
+        lm.quantize("LOSSLESS", activations="int8")
 
 
 def test_tied_head_is_one_matrix():
@@ -123,7 +163,7 @@ def test_refuses(tmp_path):
         lm.activations = "int8"
     with pytest.raises(ValueError, match="must be 'float32' or 'int8', got 'int4'"):
         lm.activations = "int4"
-    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, got 'q8'"):
+    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_ROW, LOSSLESS, got 'q8'"):
         lm.quantize("q8")
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'Q8_0'"):
         lm.to("Q8_0")
