@@ -110,6 +110,18 @@ def test_models(kind, on):
     np.testing.assert_array_equal(lm.model.logits(ids), host.model.logits(ids))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_without_loss_are_put_there_as_they_were(dtype, on):
+    ids = np.arange(12).reshape(2, 6)
+    lm = LM(models.create(CONFIG, seed=3)).to(dtype)
+    before = {k: np.array(p.data) for k, p in lm.model.named_parameters().items()}
+    lm.quantize("LOSSLESS").to("cuda", dtype)
+    for k, p in lm.model.named_parameters().items():
+        assert str(p.dtype) == dtype
+        np.testing.assert_array_equal(backend.host(p.data).astype(np.float32), before[k].astype(np.float32))
+    assert np.isfinite(backend.host(lm.model.logits(ids)).astype(np.float32)).all()
+
+
 def test_an_encoder_in_bfloat16(on):
     """BERT in Q8_ROW, near float32's states."""
     config = models.preset("bert-base-uncased", vocab_size=61, d_model=32, n_layer=1, n_head=2, d_ff=40, context=16, head=None)
