@@ -23,13 +23,17 @@ const Int8MatmulKernels& int8_kernels() {
 }
 
 void bind_int8_matmul(py::module_& m) {
-    m.def("int8_matmul",
-          [](const py::array& c, const py::object& z, const py::array& a, const py::array& packed, const py::object& bias,
-             const py::object& residual, int64_t M, int64_t N, int64_t K, int32_t kind, int activation) {
-              const QuantizedMatmul p{f32(c),        f32(z), nullptr, f32(a), data<uint8_t>(packed), f32(bias),
-                                      f32(residual), M,      N,       K,      Quant(kind),           Activation(activation)};
-              launch(int8_kernels().matmul, p, &QuantizedMatmul::workspace, int8_kernels().workspace(p));
-          });
+    auto one = [](bool wide) {
+        return [wide](const py::array& c, const py::object& z, const py::array& a, const py::array& packed, const py::object& bias,
+                      const py::object& residual, int64_t M, int64_t N, int64_t K, int32_t kind, int activation) {
+            const QuantizedMatmul p{f32(c),        f32(z), nullptr, f32(a), data<uint8_t>(packed), f32(bias),
+                                    f32(residual), M,      N,       K,      Quant(kind),           Activation(activation)};
+            const Int8MatmulKernels& k = int8_kernels();
+            launch(wide ? k.wide : k.matmul, p, &QuantizedMatmul::workspace, (wide ? k.wide_workspace : k.workspace)(p));
+        };
+    };
+    m.def("int8_matmul", one(false));
+    m.def("int16_matmul", one(true));
     // c[i] = a packed[i]^T + bias[i], weights of one kind.
     m.def("int8_matmuls", [](const std::vector<py::array>& c, const py::array& a, const std::vector<py::array>& packed,
                              const std::vector<py::object>& bias, int32_t kind) {

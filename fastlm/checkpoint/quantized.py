@@ -83,7 +83,7 @@ class QuantizedArray:
         set_(self, "blocks", blocks if there else np.ascontiguousarray(blocks))
         set_(self, "cache", {})
         activations = activations or ("int8" if kind == ROW else "float32")
-        if activations not in ACTIVATIONS:
+        if activations not in (*ACTIVATIONS, "int16"):
             raise ValueError(f"[QuantizedArray] activations must be 'float32' or 'int8', got {activations!r}.")
         if kind == ROW and activations != "int8":
             raise ValueError(f"[QuantizedArray] {ROW} weights are multiplied with int8 activations alone, got {activations!r}.")
@@ -135,7 +135,7 @@ class QuantizedArray:
         return QuantizedArray, (self.kind, self.shape, np.array(self.blocks), self.activations, self.columns)
 
     def with_activations(self, activations: str) -> QuantizedArray:
-        """The same weights, in the same memory, for "float32" or "int8" activations."""
+        """The same weights, in the same memory, for "float32", "int8" or, for a head, "int16" activations."""
         other = QuantizedArray(self.kind, self.shape, self.blocks, activations, self.columns)
         object.__setattr__(other, "cache", self.cache)  # the layout of the packed copy is one for both
         return other

@@ -17,6 +17,7 @@ from fastlm.nn import Embedding, Linear, Module
 from fastlm.nn.module import Declared
 from fastlm.tensor import Tensor
 
+_WIDE = {"float32": "float32", "int8": "int16"}  # what the head has where the other matrices have the first
 _TABLES = ("token_embedding", "tokens")  # embeddings of tokens, which may also be the head; those of positions stay
 
 
@@ -35,7 +36,7 @@ def matrices(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 def rounds(name: str) -> bool:
     """Whether this matrix is one that 8-bit activations are for: every one but the head's.
 
-    Rounding what the head reads is a third of the whole error, and gains least: it is one row a sequence, bound by memory.
+    Rounding what the head reads is a third of the whole error: that has 16 bits, which costs as much time as memory takes anyway.
     """
     return name != "head.weight" and name.split(".")[-2] not in _TABLES
 
@@ -73,7 +74,7 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
         raise ValueError("[quantize] the model has no matrix whose rows are a multiple of 32 long.")
     for name, p, k in found:
         try:
-            p.data = quantized(_float(name, p.data), k).with_activations(activations if rounds(name) else "float32")
+            p.data = quantized(_float(name, p.data), k).with_activations(activations if rounds(name) else _WIDE[activations])
         except ValueError as error:
             raise ValueError(f"[quantize] {name}: {str(error).removeprefix('[quantize] ')}") from None
         p.requires_grad, p.grad = False, None
@@ -121,13 +122,13 @@ def set_activations(model: LanguageModel, activations: str) -> None:
     if activations == "float32" and (rows := [name for name, p in found if p.data.kind == ROW]):
         raise ValueError(f"[activations] {ROW} weights are multiplied with int8 activations alone, {rows[0]} is one.")
     for name, p in found:
-        p.data = p.data.with_activations(activations if rounds(name) else "float32")
+        p.data = p.data.with_activations(activations if rounds(name) else _WIDE[activations])
 
 
 def activations_of(model: LanguageModel) -> str:
     """ "int8" where the quantised matrices are multiplied with 8-bit activations, else "float32"."""
     kinds = {p.data.activations for p in model.named_parameters().values() if isinstance(p.data, QuantizedArray)}
-    return "int8" if "int8" in kinds else "float32"
+    return "int8" if kinds & {"int8", "int16"} else "float32"
 
 
 def _check(activations: str) -> None:

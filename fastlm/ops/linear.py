@@ -110,6 +110,9 @@ def multiply(y: Array, z: Array | None, x: Array, weight: QuantizedArray, bias: 
         there = kernels(x).int8_matmul if rounds else kernels(x).quantized_matmul
         there(y, z, x, weight.blocks, bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
         return
+    if weight.activations == "int16":
+        _C.int16_matmul(y, z, x, packed(weight), bias, residual, M, N, K, FORMATS[weight.kind][0], kind)
+        return
     if weight.kind == ROW:
         _C.int8_rows(y, z, x, packed(weight), weight.columns, bias, residual, M, N, K, kind)
         return

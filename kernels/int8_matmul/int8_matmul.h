@@ -8,6 +8,9 @@
 // The inner sums are integers and exact (Q6_K, which has a scale for 16 of k: two such steps a group). So every row has one result,
 // at any number of rows and threads, on every instruction set. Groups whose largest magnitude is below 2^-100 count as zeros; one
 // that holds an infinity or not-a-number makes its whole row not-a-number.
+//
+// The wide form is for heads, whose error counts most: its codes have 16 bits, 256 * round(t) + r with t = a * (127 / max |a|) and
+// r = round((t - round(t)) * 256) held to +-127, and its scales are s / 256. All else is the same; the integer sums still fit.
 #pragma once
 
 #include "kernels/quantized_matmul/quantized_matmul.h"
@@ -24,7 +27,9 @@ struct Int8Peak {
 struct Int8MatmulKernels {
     int64_t operations;                            // of one round
     int64_t (*workspace)(const QuantizedMatmul&);  // bytes; QuantizedMatmul as for float32 activations
+    int64_t (*wide_workspace)(const QuantizedMatmul&);
     void (*matmul)(const QuantizedMatmul&);
+    void (*wide)(const QuantizedMatmul&);
     void (*matmuls)(const QuantizedMatmuls&);
     void (*peak)(const Int8Peak&);
 };

@@ -31,8 +31,11 @@ inputs = _float.inputs
 random_weight = _float.random_weight
 
 
-def quantise_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x (M, K) float32 -> codes (M, K / 32, 32) int8, scales (M, K / 32) float32: by each group's largest magnitude, ties to even."""
+def quantise_rows(x: np.ndarray, wide: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """x (M, K) float32 -> codes (M, K / 32, 32) int8, scales (M, K / 32) float32: by each group's largest magnitude, ties to even.
+
+    wide: codes of 16 bits, int32: 256 times the integer and a rest.
+    """
     groups = x.reshape(x.shape[0], x.shape[1] // 32, 32)
     largest = np.abs(groups).max(axis=2)
     sane = np.isfinite(groups).all(axis=2)
@@ -40,7 +43,11 @@ def quantise_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     safe = np.where(live, largest, np.float32(1))
     scales = np.where(live, safe * np.float32(1 / np.float32(127)), np.float32(0))
     scaled = np.where(live[..., None], groups, np.float32(0)) * (np.float32(127) / safe)[..., None]
-    return np.rint(scaled).astype(np.int8), np.where(sane, scales, np.float32(np.nan))
+    codes = np.rint(scaled)
+    if wide:
+        rest = np.clip(np.rint((scaled - codes) * np.float32(256)), -127, 127)
+        codes, scales = codes * 256 + rest, scales * np.float32(2.0**-8)
+    return codes.astype(np.int32 if wide else np.int8), np.where(sane, scales, np.float32(np.nan))
 
 
 def parts(weight: QuantizedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -85,19 +92,20 @@ def parts(weight: QuantizedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
     return integers.reshape(N, K // group, group), scales.reshape(N, K // group), minima
 
 
-def forward(x: np.ndarray, weight: QuantizedArray) -> np.ndarray:
+def forward(x: np.ndarray, weight: QuantizedArray, wide: bool = False) -> np.ndarray:
     """x (M, K), taken as float32, weight (N, K) -> (M, N). Every float32 operation in the order that int8_matmul.h defines, with sums
     of integers between them: the kernel gives these bits."""
-    codes, scales = quantise_rows(x.astype(np.float32))
+    codes, scales = quantise_rows(x.astype(np.float32), wide)
     q, d, m = parts(weight)
     M, each = x.shape[0], 32 // q.shape[2]
-    codes = codes.astype(np.float32)  # sums of their products with q stay below 2^24: exact in any order
+    exact = np.float64 if wide else np.float32  # for sums of their products with q, in any order
+    codes = codes.astype(exact)
     y = np.zeros((M, q.shape[0]), np.float32)
     with np.errstate(all="ignore"):
         for g in range(q.shape[1]):
             u, h = divmod(g, each)
             a = codes[:, u, h * q.shape[2] : (h + 1) * q.shape[2]]
-            y += (a @ q[:, g].T) * (d[:, g] * scales[:, u, None])
+            y += (a @ q[:, g].T.astype(exact)).astype(np.float32) * (d[:, g] * scales[:, u, None])
             if m is not None:
-                y += m[:, g] * (scales[:, u] * codes[:, u].sum(axis=1))[:, None]
+                y += m[:, g] * (scales[:, u] * codes[:, u].sum(axis=1).astype(np.float32))[:, None]
     return y

@@ -13,31 +13,34 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// Rows of A that go through the weights together: up to kFew in one pass, more in panels of kPanel.
+// Rows of A that go through the weights together: up to kFew in one pass, more in panels of kPanel. P: the planes of their codes.
 #if defined(FASTLM_ISA_AVX512)
-constexpr int kFew = 12, kPanel = 6;
+template <int P> constexpr int kFew = P == 1 ? 12 : 8;
+template <int P> constexpr int kPanel = P == 1 ? 6 : 8;
 #else
-constexpr int kFew = 4, kPanel = 3;
+template <int P> constexpr int kFew = 4;
+template <int P> constexpr int kPanel = 3;
 #endif
 constexpr int64_t kBlock = 384 << 10;        // bytes of quantised A that stay in L2 while the columns of a piece go by
 constexpr int64_t kAloneInt8 = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneQuantise = 1 << 15;  // numbers
 
 // Vectors of rows of the weight that walk together.
-constexpr int int8_vectors(int rows) {
+constexpr int int8_vectors(int rows, int planes) {
 #if defined(FASTLM_ISA_AVX512)
-    return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
+    return planes == 1 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : rows <= 1 ? 4 : rows <= 3 ? 2 : 1;
 #else
-    return rows <= 1 ? 4 : rows <= 3 ? 2 : 1;
+    return planes == 1 ? (rows <= 1 ? 4 : rows <= 3 ? 2 : 1) : rows <= 1 ? 2 : 1;
 #endif
 }
 
-// A panel of R quantised rows, for each group of 32: codes R x 32, scales R, and what each row adds to the integer sums or, where
-// the weights have minima, the float that multiplies them (Q6_K: for both halves).
-template <Quant Q> struct Rows8 {
+// A panel of R quantised rows, for each group of 32: P planes of codes R x 32, scales R, and what each row adds to the integer sums
+// or, where the weights have minima, the float that multiplies them (Q6_K: for both halves). Two planes: 256 times the first and
+// the second are the code.
+template <Quant Q, int P> struct Rows8 {
     using L = Layout<Q>;
     static constexpr int kHalves = Q == Quant::Q6_K ? 2 : 1;
-    static constexpr int64_t kBytes = kUnit + 4 + 4 * kHalves;  // of one row in one group
+    static constexpr int64_t kBytes = P * kUnit + 4 + 4 * kHalves;  // of one row in one group
 
     // Row i of a panel of R.
     static void quantise(const float* x, int64_t K, uint8_t* out, int64_t R, int64_t i) {
@@ -57,18 +60,28 @@ template <Quant Q> struct Rows8 {
             const float largest = reduce_max(most);
             float scale = 0.0f, inverse = 0.0f;
             if (sane && largest >= 0x1p-100f) scale = largest * (1.0f / 127.0f), inverse = 127.0f / largest;
-            uint8_t* codes = out + i * kUnit;
+            uint8_t *codes = out + i * kUnit, *below = out + (R + i) * kUnit;
             vf sum[kHalves];
 #pragma GCC unroll 8
             for (int j = 0; j < V; ++j) {
-                const vf r = sane ? round(v[j] * set(inverse)) : zero();
+                const vf scaled = v[j] * set(inverse);
+                vf r = sane ? round(scaled) : zero();
                 store_i8(codes + j * W, to_int(r));
+                if constexpr (P == 2) {
+                    const vf rest = sane ? max(min(round((scaled - r) * set(256.0f)), set(127.0f)), set(-127.0f)) : zero();
+                    store_i8(below + j * W, to_int(rest));
+                    r = r * set(256.0f) + rest;
+                }
                 vf& s = sum[j * kHalves / V];
                 s = j % (V / kHalves) ? s + r : r;
             }
-            if (L::kBits < 8) even_first(codes);
+            if (L::kBits < 8) {
+                even_first(codes);
+                if (P == 2) even_first(below);
+            }
+            if (P == 2) scale = scale * 0x1p-8f;
             if (!sane) scale = __builtin_nanf("");
-            uint8_t* to = out + R * kUnit + 4 * i;
+            uint8_t* to = out + P * R * kUnit + 4 * i;
             std::memcpy(to, &scale, 4);
 #pragma GCC unroll 2
             for (int h = 0; h < kHalves; ++h) {
@@ -88,11 +101,12 @@ template <Quant Q> struct Rows8 {
 FASTLM_INLINE vf set_float(const uint8_t* p) { return as_float(set_bytes(p)); }
 
 // sum (M, columns) = A panel times S vectors of rows of the weight.
-template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
-                                                 const uint8_t* a, float* sum, int64_t ld, const float* bias, bool ahead) {
+template <Quant Q, int M, int S, int P> void int8_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
+                                                        const uint8_t* a, float* sum, int64_t ld, const float* bias, bool ahead) {
     using L = Layout<Q>;
-    using A = Rows8<Q>;
-    constexpr int kWords = 4 / A::kHalves;  // of the codes under one scale
+    using A = Rows8<Q, P>;
+    constexpr int kWords = 4 / A::kHalves;    // of the codes under one scale
+    constexpr int64_t kFar = 4 * kAhead / S;  // a few streams cover what memory takes to answer, one must reach further
     Decoder<Q, S> decoder(packed, K, column);
     vf acc[M][S];
 #pragma GCC unroll 16
@@ -100,10 +114,10 @@ template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t 
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) acc[i][s] = zero();
     // At the end of these rows, the ones that are likely to come next: behind a group lies its neighbour, which is at work already.
-    const int64_t last = (L::group_bytes(K) - kAhead) / L::kUnitBytes, next = (S * W / kGroup - 1) * L::group_bytes(K);
+    const int64_t last = (L::group_bytes(K) - kFar) / L::kUnitBytes, next = (S * W / kGroup - 1) * L::group_bytes(K);
     for (int64_t u = 0; u < K / kUnit; ++u, a += M * A::kBytes) {
-        const uint8_t* scales = a + M * kUnit;
-        const int64_t reach = kAhead + (u > last && S * W > kGroup ? next : 0);
+        const uint8_t* scales = a + P * M * kUnit;
+        const int64_t reach = kFar + (u > last && S * W > kGroup ? next : 0);
 #pragma GCC unroll 2
         for (int half = 0; half < A::kHalves; ++half) {
             decoder.scales(u, half);
@@ -114,12 +128,15 @@ template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t 
 #pragma GCC unroll 16
                         for (int64_t line = 0; line < L::kUnitBytes; line += 64)
                             __builtin_prefetch(decoder.at[s] + reach + line, 0, 2);
-            vi dots[M][S];
+            vi dots[M][S], high[P == 2 ? M : 1][S];
 #pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 const vi from = L::kMinimum ? seti(0) : set_bytes(scales + 4 * M * (1 + half) + 4 * i);
 #pragma GCC unroll 4
-                for (int s = 0; s < S; ++s) dots[i][s] = from;
+                for (int s = 0; s < S; ++s) {
+                    dots[i][s] = from;
+                    if (P == 2) high[i][s] = seti(0);
+                }
             }
 #pragma GCC unroll 4
             for (int t = half * kWords; t < (half + 1) * kWords; ++t) {
@@ -128,11 +145,22 @@ template <Quant Q, int M, int S> void int8_block(const uint8_t* packed, int64_t 
 #pragma GCC unroll 16
                 for (int i = 0; i < M; ++i) {
                     const uint8_t* at = a + i * kUnit + 8 * t;
+                    if constexpr (P == 2) {
+                        const vi first = set_bytes(at), second = set_bytes(at + 4);
+#pragma GCC unroll 4
+                        for (int s = 0; s < S; ++s) high[i][s] = dot<L::kBits>(high[i][s], q[s][0], first, q[s][1], second);
+                        at += M * kUnit;
+                    }
                     const vi first = set_bytes(at), second = set_bytes(at + 4);
 #pragma GCC unroll 4
                     for (int s = 0; s < S; ++s) dots[i][s] = dot<L::kBits>(dots[i][s], q[s][0], first, q[s][1], second);
                 }
             }
+            if constexpr (P == 2)
+#pragma GCC unroll 16
+                for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; ++s) dots[i][s] = addi(shl<8>(high[i][s]), dots[i][s]);
 #pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 const vf scale = set_float(scales + 4 * i);
@@ -160,11 +188,11 @@ struct Int8Choice {
     Int8Block block;
     int64_t columns;
 };
-template <Quant Q, int M = kFew> Int8Choice int8_choice(int64_t rows) {
+template <Quant Q, int P, int M = kFew<P>> Int8Choice int8_choice(int64_t rows) {
     if constexpr (M > 1)
-        if (rows < M) return int8_choice<Q, M - 1>(rows);
-    constexpr int S = int8_vectors(M);
-    return {int8_block<Q, M, S>, S * W};
+        if (rows < M) return int8_choice<Q, P, M - 1>(rows);
+    constexpr int S = int8_vectors(M, P);
+    return {int8_block<Q, M, S, P>, S * W};
 }
 
 // up (rows, columns) = act(gate) up, as `gated` does it.
@@ -179,7 +207,7 @@ constexpr void (*gate_tiles[])(float*, int64_t, const float*, int64_t, int64_t, 
     gate_tile<Activation::relu>};
 
 // `number` products of one A. Where they are a gate and what it multiplies, the gate's tile never leaves the first cache.
-struct Int8Product {
+template <int P> struct Int8Product {
     const QuantizedMatmul* each;
     int64_t number;
     float* workspace;
@@ -187,14 +215,14 @@ struct Int8Product {
     Activation gate = Activation::none;
 
     template <Quant Q> void run() const {
-        using A = Rows8<Q>;
+        using A = Rows8<Q, P>;
         const int64_t M = each->M, K = each->K;
         int64_t N = 0;
         for (int64_t i = 0; i < number; ++i) N += each[i].N;
         if (M == 0 || N == 0) return;
         const bool threads = num_threads() > 1, parallel = threads && M * N * K >= kAloneInt8;
         // All rows in one panel, or panels as equal as they can be.
-        const int64_t count = M <= kFew ? 1 : ceil_div(M, kPanel), size = M / count, longer = M % count;
+        const int64_t count = M <= kFew<P> ? 1 : ceil_div(M, kPanel<P>), size = M / count, longer = M % count;
         auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
         const int64_t groups = K / kUnit, row_bytes = groups * A::kBytes;
         uint8_t* quantised = reinterpret_cast<uint8_t*>(workspace);
@@ -222,7 +250,7 @@ struct Int8Product {
             choice.block(p.packed, K, n, columns, a, target.sum + row * p.N + n, p.N, p.bias ? p.bias + n : nullptr, ahead);
             target.finish(row, n, rows, columns);
         };
-        const Int8Choice choice = int8_choice<Q>(size + (longer ? 1 : 0)), shorter = int8_choice<Q>(size);
+        const Int8Choice choice = int8_choice<Q, P>(size + (longer ? 1 : 0)), shorter = int8_choice<Q, P>(size);
         const int64_t step = choice.columns, first = gated ? 1 : 0;
         if (count == 1) {
             // Six pieces a thread, so that none waits long for another; columns are read in long runs where there are enough.
@@ -257,17 +285,20 @@ struct Int8Product {
         }
     }
 };
-void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product{&p, 1, p.workspace}); }
-void int8_matmuls(const QuantizedMatmuls& p) { dispatch(p.each->kind, Int8Product{p.each, p.count, p.workspace, p.gated, p.gate}); }
+void int8_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product<1>{&p, 1, p.workspace}); }
+void int16_matmul(const QuantizedMatmul& p) { dispatch(p.kind, Int8Product<2>{&p, 1, p.workspace}); }
+void int8_matmuls(const QuantizedMatmuls& p) {
+    dispatch(p.each->kind, Int8Product<1>{p.each, p.count, p.workspace, p.gated, p.gate});
+}
 
-struct Int8Workspace {
+template <int P> struct Int8Workspace {
     const QuantizedMatmul& p;
     int64_t* bytes;
-    template <Quant Q> void run() const { *bytes = p.M * (p.K / kUnit) * Rows8<Q>::kBytes; }
+    template <Quant Q> void run() const { *bytes = p.M * (p.K / kUnit) * Rows8<Q, P>::kBytes; }
 };
-int64_t int8_workspace(const QuantizedMatmul& p) {
+template <int P> int64_t int8_workspace(const QuantizedMatmul& p) {
     int64_t bytes = 0;
-    dispatch(p.kind, Int8Workspace{p, &bytes});
+    dispatch(p.kind, Int8Workspace<P>{p, &bytes});
     return bytes;
 }
 
@@ -300,8 +331,8 @@ void int8_peak(const Int8Peak& p) {
 
 }  // namespace
 
-extern const Int8MatmulKernels int8_matmul_kernels = {kPeakChains * W * kUnit * 2, int8_workspace, int8_matmul, int8_matmuls,
-                                                      int8_peak};
+extern const Int8MatmulKernels int8_matmul_kernels = {
+    kPeakChains * W * kUnit * 2, int8_workspace<1>, int8_workspace<2>, int8_matmul, int16_matmul, int8_matmuls, int8_peak};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm
