@@ -110,7 +110,7 @@ def convert(model: LanguageModel, dtype: str) -> None:
 
 
 def set_activations(model: LanguageModel, activations: str) -> None:
-    """What quantised matrices but the head's are multiplied with, "float32" or "int8". ValueError where the model has none."""
+    """What quantised matrices are multiplied with, "float32" or "int8", a head 16 bits then. ValueError where the model has none."""
     _check(activations)
     found = [(name, p) for name, p in model.named_parameters().items() if isinstance(p.data, QuantizedArray)]
     if not found and activations != "float32":
