@@ -23,11 +23,14 @@ HEADER = """# Kernels
 
 Written by `tools/kernel_table.py`. *gpu-verified (card, commit)*: the twin passed its operation's cases there, `tools/gpu_check`. *emulated
 only*: it passes them on the emulated device (CUDA C++ as fibers, Triton by its interpreter) and compiles within its budget. *of others*:
-the operation is made of other operations' kernels.
+the operation is made of other operations' kernels. *matmul's*: on a device the weight lies as it was, and is multiplied by those twins.
 
 | operation | CPU | CUDA C++ | Triton |
 |---|---|---|---|
 """
+
+
+ELSEWHERE = {"lossless_matmul": "matmul's"}  # a form for the host alone: whose twins do its work
 
 
 def sources(op: str, twin: str) -> str:
@@ -63,7 +66,7 @@ def table(folder: Path = ROOT / "benchmarks/results") -> str:
         op = path.name
         cpu = "yes" if any(path.glob("*_cpu.cpp")) else "none"
         twins = {"cuda": path / f"{op}_cuda.cu", "triton": path / f"{op}_triton.py"}
-        said = [state(op, twin, found) if file.exists() else "none" for twin, file in twins.items()]
+        said = [state(op, twin, found) if file.exists() else ELSEWHERE.get(op, "none") for twin, file in twins.items()]
         row = [cpu, *said]
         lines.append(f"| [{op}]({op}/README.md) | {' | '.join(row if row != ['none'] * 3 else ['of others'] * 3)} |")
     return HEADER + "\n".join(lines) + "\n"
