@@ -276,9 +276,10 @@ template <int P> struct Int8Product {
             for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
                 for (int64_t piece = begin; piece < end; ++piece) {
                     const int64_t block = piece / steps, n = piece % steps * step;
-                    for (int64_t i = block * count / blocks; i < (block + 1) * count / blocks; ++i) {
+                    const int64_t first_panel = block * count / blocks;
+                    for (int64_t i = first_panel; i < (block + 1) * count / blocks; ++i) {
                         const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
-                        multiply(p, rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), false);
+                        multiply(p, rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), i == first_panel);
                     }
                 }
             });
