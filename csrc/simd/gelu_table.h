@@ -4,6 +4,8 @@
 // multiples of 3/16 into pieces around 0, 3/8, .. 45/8, each a polynomial of degree 5 in the distance from its centre, fitted in
 // float64 and off by 5e-9 at most; from 45/8 on q is 1/2. A piece's coefficients come from registers: 18 operations where exp and a
 // quotient take 55.
+//
+// Their derivatives are 1/2 + x's sign times a number that is about 1/2 from |x| = 3 on: pieces of 7/16, of degree 6, off by 4e-9.
 #pragma once
 
 #include "simd.h"
@@ -50,20 +52,76 @@ alignas(64) const float kGeluTanh[6][16] = {
      9.89058776e-07f, 0.000214354703f},
 };
 
-FASTLM_INLINE vf gelu_by(const float (&table)[6][16], vf x) {
-    const vf a = abs(x), inside = min(a, set(5.625f));  // min returns its second operand where a is nan
-    const vf magic = set(12582912.0f);                  // 1.5 * 2^23: the low bits then hold the number of the piece
-    const vf shifted = fma(inside, set(8.0f / 3.0f), magic);
-    const vf r = fnma(shifted - magic, set(0.375f), inside);
+alignas(64) const float kGeluSlope[7][16] = {
+    {0.0f, 0.327733487f, 0.547261178f, 0.626602829f, 0.610926151f, 0.565405071f, 0.52906853f, 0.510132611f, 0.502821743f,
+     0.500634134f, 0.500115693f, 0.500017226f, 0.500002086f, 0.500000179f, 0.5f, 0.5f},
+    {0.797884464f, 0.655673623f, 0.335817963f, 0.0467583276f, -0.0916696638f, -0.101549149f, -0.0622292124f, -0.0270581655f,
+     -0.00894499198f, -0.0023160011f, -0.000477093039f, -7.89344776e-05f, -1.0553531e-05f, -1.14509749e-06f, -1.0114335e-07f,
+     -3.80711242e-07f},
+    {0.0f, -0.302036375f, -0.3849684f, -0.251963735f, -0.0707744211f, 0.0313112848f, 0.0482748747f, 0.0302027594f, 0.0125993527f,
+     0.00388432131f, 0.000921865925f, 0.000171983338f, 2.55353971e-05f, 3.04173545e-06f, 2.92303582e-07f, -1.98788639e-05f},
+    {-0.265942693f, -0.162940174f, 0.0350460447f, 0.143042535f, 0.115880996f, 0.0401026867f, -0.00688264193f, -0.0160814784f,
+     -0.00993675552f, -0.00388323376f, -0.00109651603f, -0.000235123647f, -3.92511902e-05f, -5.17634408e-06f, -5.44382374e-07f,
+     -0.000388096727f},
+    {0.0f, 0.105272122f, 0.100811563f, 0.018614836f, -0.0396827199f, -0.0390125476f, -0.0143593345f, 0.00130767969f, 0.00423991447f,
+     0.00247155223f, 0.000881977787f, 0.000224107382f, 4.28388012e-05f, 6.33121772e-06f, 7.35143715e-07f, -0.00342047447f},
+    {0.0590520054f, 0.0264047366f, -0.0269470457f, -0.0381915197f, -0.0121986335f, 0.00910654385f, 0.0104302466f, 0.00376911461f,
+     -0.000282450026f, -0.000924427877f, -0.000491168292f, -0.000157867878f, -3.58774596e-05f, -6.10301504e-06f, -7.99564702e-07f,
+     -0.0138977198f},
+    {0.0f, -0.0214249436f, -0.0145388339f, 0.00533686345f, 0.0112991333f, 0.00402617548f, -0.00202129851f, -0.00234810752f,
+     -0.000750080042f, 8.74044199e-05f, 0.000173448178f, 7.94770749e-05f, 2.23006882e-05f, 4.42528108e-06f, 6.56018528e-07f,
+     -0.0211754292f},
+};
+alignas(64) const float kGeluTanhSlope[7][16] = {
+    {0.0f, 0.327643842f, 0.546917856f, 0.626520693f, 0.611597002f, 0.566194952f, 0.529190838f, 0.509730756f, 0.502422631f,
+     0.500439584f, 0.500056446f, 0.500004947f, 0.500000298f, 0.5f, 0.5f, 0.5f},
+    {0.797884464f, 0.655146837f, 0.335534036f, 0.0482577644f, -0.0902788714f, -0.102450833f, -0.0639357045f, -0.0276048612f,
+     -0.00854945369f, -0.00188358512f, -0.000288459647f, -2.98426021e-05f, -2.02234969e-06f, -8.69475443e-08f, -2.29539632e-09f,
+     -1.16984344e-09f},
+    {0.0f, -0.302765101f, -0.383423775f, -0.250313699f, -0.0727453977f, 0.0289526246f, 0.0488440692f, 0.0317605436f, 0.013086075f,
+     0.00363814668f, 0.00068158732f, 8.44082679e-05f, 6.73450313e-06f, 3.36364081e-07f, 1.02020383e-08f, -6.02469967e-08f},
+    {-0.267258197f, -0.162189975f, 0.0368786976f, 0.141052246f, 0.113570727f, 0.041766461f, -0.00494601997f, -0.0164487958f,
+     -0.0108268261f, -0.00408925349f, -0.000975135947f, -0.000148092571f, -1.41250066e-05f, -8.27049007e-07f, -2.89236173e-08f,
+     -1.17884122e-06f},
+    {0.0f, 0.107029721f, 0.0996977687f, 0.0164982621f, -0.0378612019f, -0.0373281427f, -0.0154987536f, 0.000325394241f,
+     0.00449882867f, 0.00282363477f, 0.000923830317f, 0.00017890126f, 2.09033915e-05f, 1.46097591e-06f, 5.9879774e-08f,
+     -1.03842594e-05f},
+    {0.0603828207f, 0.0261605605f, -0.028622346f, -0.0370334238f, -0.0108368099f, 0.00785435829f, 0.00970615633f, 0.00437365798f,
+     3.71783026e-05f, -0.0010582665f, -0.000587529736f, -0.000158249357f, -2.39763212e-05f, -2.10108487e-06f, -1.06120716e-07f,
+     -4.21986952e-05f},
+    {0.0f, -0.0224362183f, -0.0141697647f, 0.00646091998f, 0.0103514306f, 0.00350609608f, -0.00135396863f, -0.00217562309f,
+     -0.00100040156f, 2.76254068e-05f, 0.00022311919f, 9.69454049e-05f, 1.97239206e-05f, 2.16309104e-06f, 1.3153057e-07f,
+     -6.4286316e-05f},
+};
+
+// What a table gives for |x|, cut at its end.
+template <int N> FASTLM_INLINE vf by_pieces(const float (&table)[N][16], vf a, float step) {
+    const vf inside = min(a, set(15 * step));  // min returns its second operand where a is nan
+    const vf magic = set(12582912.0f);         // 1.5 * 2^23: the low bits then hold the number of the piece
+    const vf shifted = fma(inside, set(1 / step), magic);
+    const vf r = fnma(shifted - magic, set(step), inside);
     const vi piece = as_int(shifted);
-    vf q = lookup16(table[5], piece);
-#pragma GCC unroll 5
-    for (int d = 4; d >= 0; --d) q = fma(q, r, lookup16(table[d], piece));
-    return fma(a, q, set(0.5f) * x);
+    vf q = lookup16(table[N - 1], piece);
+#pragma GCC unroll 6
+    for (int d = N - 2; d >= 0; --d) q = fma(q, r, lookup16(table[d], piece));
+    return q;
+}
+
+FASTLM_INLINE vf gelu_by(const float (&table)[6][16], vf x) {
+    const vf a = abs(x);
+    return fma(a, by_pieces(table, a, 0.375f), set(0.5f) * x);
+}
+
+FASTLM_INLINE vf slope_by(const float (&table)[7][16], vf x) {
+    const vi sign = andi(as_int(x), seti(int32_t(0x80000000)));
+    const vf y = set(0.5f) + as_float(xori(as_int(by_pieces(table, abs(x), 0.4375f)), sign));
+    return select(is_nan(x), x, y);
 }
 
 FASTLM_INLINE vf gelu_table(vf x) { return gelu_by(kGelu, x); }
 FASTLM_INLINE vf gelu_tanh_table(vf x) { return gelu_by(kGeluTanh, x); }
+FASTLM_INLINE vf gelu_slope(vf x) { return slope_by(kGeluSlope, x); }
+FASTLM_INLINE vf gelu_tanh_slope(vf x) { return slope_by(kGeluTanhSlope, x); }
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -61,6 +61,8 @@ bool probe(const char* name, float* y, const float* x, int64_t n) {
     if (is("erf")) return map(y, x, n, [](vf v) { return erf(v); }), true;
     if (is("gelu_table")) return map(y, x, n, [](vf v) { return gelu_table(v); }), true;
     if (is("gelu_tanh_table")) return map(y, x, n, [](vf v) { return gelu_tanh_table(v); }), true;
+    if (is("gelu_slope")) return map(y, x, n, [](vf v) { return gelu_slope(v); }), true;
+    if (is("gelu_tanh_slope")) return map(y, x, n, [](vf v) { return gelu_tanh_slope(v); }), true;
     if (is("sigmoid")) return map(y, x, n, [](vf v) { return sigmoid(v); }), true;
     if (is("round")) return map(y, x, n, [](vf v) { return round(v); }), true;
     if (is("bfloat16")) {  // rounds to bfloat16 and back

@@ -12,7 +12,11 @@ namespace {
 constexpr int64_t kBlock = 1024;               // floats that one step of the online pass takes: they stay in L1
 constexpr int64_t kStream = int64_t(4) << 20;  // floats from which a gradient is not read back from cache
 
-int64_t grain(int64_t V) { return V >= 16384 ? 1 : 16384 / (V > 0 ? V : 1); }
+// Rows of a piece: few enough that threads finish together, but not worth waking one for a small call.
+int64_t grain(int64_t R, int64_t V) {
+    const int64_t size = V > 0 ? V : 1, alone = 16384 / size, rows = R <= alone ? alone : 4096 / size;
+    return rows > 0 ? rows : 1;
+}
 
 // Maximum of n floats. A nan may be lost here; the sum of exponentials keeps it.
 float block_max(const float* x, int64_t n) {
@@ -117,7 +121,7 @@ void zero_row(float* y, int64_t V) { std::memset(y, 0, size_t(V) * sizeof(float)
 void forward(const CrossEntropyForward& p) {
     const bool streamed = p.R * p.V >= kStream && p.dlogits != p.logits;
     const int64_t blocks = (p.V + kBlock - 1) / kBlock;
-    parallel_for(p.R, grain(p.V), [&](int64_t begin, int64_t end) {
+    parallel_for(p.R, grain(p.R, p.V), [&](int64_t begin, int64_t end) {
         float* terms = static_cast<float*>(scratch(size_t(blocks * kBlock + blocks) * sizeof(float)));
         float* reference = terms + blocks * kBlock;
         for (int64_t r = begin; r < end; ++r) {
@@ -147,7 +151,7 @@ void forward(const CrossEntropyForward& p) {
 
 void backward(const CrossEntropyBackward& p) {
     const bool streamed = p.R * p.V >= kStream;
-    parallel_for(p.R, grain(p.V), [&](int64_t begin, int64_t end) {
+    parallel_for(p.R, grain(p.R, p.V), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             float* y = p.dlogits + r * p.V;
             if (p.targets[r] == p.ignore_index) {
@@ -167,7 +171,7 @@ void backward(const CrossEntropyBackward& p) {
 }
 
 void log_softmax(const LogSoftmax& p) {
-    parallel_for(p.R, grain(p.V), [&](int64_t begin, int64_t end) {
+    parallel_for(p.R, grain(p.R, p.V), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const float* x = p.logits + r * p.V;
             float* y = p.y + r * p.V;

@@ -20,16 +20,8 @@ template <Activation A> FASTLM_INLINE vf activated(vf x) {
 }
 
 template <Activation A> FASTLM_INLINE vf derivative(vf x) {
-    if constexpr (A == Activation::gelu) {
-        const vf density = set(0.39894228f) * exp(set(-0.5f) * x * x);
-        return fma(x, density, fma(set(0.5f), erf(x * set(0.70710678f)), set(0.5f)));
-    }
-    if constexpr (A == Activation::gelu_tanh) {
-        const vf square = x * x, u = set(0.79788456f) * fma(square * x, set(0.044715f), x);
-        const vf t = tanh(u), du = set(0.79788456f) * fma(square, set(0.134145f), set(1.0f));
-        const vf half = set(0.5f) * x * fnma(t, t, set(1.0f));
-        return fma(half, du, fma(set(0.5f), t, set(0.5f)));
-    }
+    if constexpr (A == Activation::gelu) return gelu_slope(x);
+    if constexpr (A == Activation::gelu_tanh) return gelu_tanh_slope(x);
     if constexpr (A == Activation::silu) {
         const vf s = sigmoid(x);
         return s * fma(x, set(1.0f) - s, set(1.0f));

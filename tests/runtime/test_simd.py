@@ -78,6 +78,26 @@ def test_gelu_by_a_table(isa, name):
     np.testing.assert_array_equal(simd(name, np.array([0, np.inf, np.nan, 50, -50], np.float32)), [0, np.inf, np.nan, 50, 0])
 
 
+@pytest.mark.parametrize("name", ["gelu_slope", "gelu_tanh_slope"])
+def test_gelu_slope_by_a_table(isa, name):
+    """Two roundings of a number below 1, and the rounding of the result."""
+    x = whole_range()
+    got, wide = simd(name, x), np.clip(x.astype(np.float64), -1e3, 1e3)
+    if name == "gelu_slope":
+        exact = (1 + EXACT["erf"](wide / math.sqrt(2))) / 2 + wide * np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+    else:
+        c = math.sqrt(2 / math.pi)
+        t = np.tanh(c * (wide + 0.044715 * wide**3))
+        exact = (1 + t) / 2 + wide / 2 * (1 - t * t) * c * (1 + 0.134145 * wide * wide)
+    known = ~np.isnan(x)
+    error = np.abs(got[known] - exact[known])
+    allowed = 2.0**-24 + 5e-9 + np.spacing(np.abs(exact[known]).astype(np.float32)) / 2
+    assert (error <= allowed).all(), x[known][np.argmax(error - allowed)]
+    np.testing.assert_array_equal(
+        simd(name, np.array([0, np.inf, -np.inf, np.nan, 50, -50], np.float32)), [0.5, 1, 0, np.nan, 1, 0]
+    )
+
+
 @pytest.mark.parametrize("name", ["tanh", "erf"])
 def test_odd_functions(isa, name):
     """f(-x) = -f(x) to the bit, the sign of zero included; subnormal arguments keep their precision."""
