@@ -32,7 +32,7 @@ constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 2 << 20;  // floats of A packed at once: its place is L3, beside what else is there
 constexpr int64_t kRowsEach = 384;     // rows a thread from which they are cut: a panel of B is packed by each
 constexpr int64_t kWideness = 4;       // columns a row beyond which they are not: C is then the larger part
-constexpr int64_t kShallow = 512;      // depth up to which a tile's own misses are felt
+constexpr int64_t kTileSteps = 48;     // before the end of a chain, where its tile is fetched
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneBatch = 1 << 18;
@@ -59,11 +59,19 @@ struct Ahead {
     }
 };
 
-// What a product of two panels fetches: first `lines` lines from `a`, of the next panel of A, then lines of `b`.
+// `runs` runs of n elements, `stride` elements from one to the next.
+template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_t stride, int64_t runs) {
+    const int64_t lines = ceil_div(n * int64_t(sizeof(T)), 64);
+    return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, runs, lines};
+}
+
+// What a product of two panels fetches: first `lines` lines from `a`, of the next panel of A, then lines of `b`, and during the
+// last steps the tile of C at `c`, row by row.
 struct Fetch {
     const char* a = nullptr;
     int64_t lines = 0;
     Ahead b;
+    const float* c = nullptr;
 };
 
 // sum (M, columns) = or += A panel (kc, M) times the first V vectors of B panel (kc, NR). The loop over k is the chain: nothing may
@@ -101,17 +109,26 @@ template <int M, int V> void micro(const float* a, const float* b, int64_t kc, f
         a += M;
         b += NR;
     };
-    const int64_t lines = least(fetch.lines, kc);
+    const int64_t last = kc > kTileSteps ? kc - kTileSteps : 0, lines = least(fetch.lines, last);
     for (int64_t k = 0; k < lines; ++k) {
         __builtin_prefetch(fetch.a + k * 64, 0, 2);
         step();
     }
     Ahead ahead = fetch.b;
-    for (int64_t k = lines; k < kc; ++k) {
+    for (int64_t k = lines; k < last; ++k) {
         if (ahead.at) ahead.next();
         step();
     }
     fetch.b = ahead;
+    const float* c = fetch.c;
+    for (int64_t k = last, row = 0; k < kc; ++k, ++row) {
+        if (row < M) {
+#pragma GCC unroll 4
+            for (int j = 0; j < V * W; j += 16) __builtin_prefetch(c + j, 1, 3);
+            c += ld;
+        }
+        step();
+    }
     if (bias) {
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
@@ -167,6 +184,7 @@ struct Product {
     bool a_transposed, accumulate;
     Target target;
     int64_t a_row = 0;  // from one row of A to the next where that is more than K
+    int64_t row_step() const { return a_row ? a_row : K; }
 };
 
 // One panel of A as (kc, rows). `out` ends where the next panel begins, which another thread may be writing.
@@ -181,7 +199,7 @@ inline void pack_a_panel(float* out, const Product& p, int64_t row, int64_t rows
             }
         return;
     }
-    const int64_t ld = p.a_row ? p.a_row : p.K;
+    const int64_t ld = p.row_step();
     const float* a = p.a + row * ld + k0;
     for (int64_t k = 0; k < kc; k += W) {
         const int64_t n = least(W, kc - k);
@@ -273,52 +291,89 @@ template <class B, int M> void gemm_few(const Product* p, const B* b, int64_t co
     gemm_fused<B, M>(p, b, count, a, parallel);
 }
 
-template <class B> void gemm_block(const Product& p, const B& b, const float* a, float* packed_b, int64_t row0, int64_t m,
-                                   int64_t k0, int64_t kb, bool parallel) {
-    const RowPanels panels(m, MR);
+// The product of m rows from row0 on, and of kb of their k from k0 on.
+template <class B> struct Block {
+    const Product& p;
+    const B& b;
+    float* a;  // packed panels, (kb, rows) each
+    int64_t row0, k0, kb, depth;
+    RowPanels panels;
+
+    // Columns n0 .. n1 of the panels first .. last. kPackA: packs each panel just before it is used.
+    template <bool kPackA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
+        const int64_t width = n1 - n0;
+        int64_t k = 0;
+        do {
+            const int64_t kc = least(depth, kb - k), end = k + kc;
+            const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + end == p.K;
+            b.pack(packed, k0 + k, kc, n0, width);
+            // For B the next block of k, or what this thread is likely to take next.
+            const int64_t then = end < kb ? n0 : n1, k_then = end < kb ? end : 0;
+            Ahead b_then;
+            if (then < p.N) b_then = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(width, p.N - then));
+            Fetch fetch;
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t row = panels.begin(i), rows = panels.rows(i), below = i + 1 < last ? i + 1 : first;
+                float* a_panel = a + row * kb + k * rows;
+                const char* a_then = reinterpret_cast<const char*>(a + panels.begin(below) * kb + k * panels.rows(below));
+                int64_t lines = last - first > 1 ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
+                fetch.b = b_then;
+                if (kPackA) {
+                    pack_a_panel(a_panel, p, row0 + row, rows, k0 + k, kc);
+                    lines = 0;
+                    const int64_t step = p.row_step();
+                    if (i + 1 < last) fetch.b = ahead_of(p.a + (row0 + row + rows) * step + k0 + k, kc, step, panels.rows(below));
+                }
+                for (int64_t n = n0; n < n1; n += NR) {
+                    const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / width;
+                    fetch.a = a_then + from * 64;
+                    fetch.lines = lines * (n + c - n0) / width - from;
+                    if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
+                    float* sum = p.target.sum + (row0 + row) * p.N + n;
+                    // What is only written is needed at the end, what is added to at once: then the tile after this one.
+                    fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
+                    const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
+                    multiply(a_panel, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
+                             end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
+                    if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
+                }
+                if (!kPackA) b_then = fetch.b;
+            }
+            k = end;
+        } while (k < kb);
+    }
+};
+
+template <class B> void gemm_block(const Product& p, const B& b, float* a, float* packed_b, int64_t row0, int64_t m, int64_t k0,
+                                   int64_t kb, bool pack_a, bool parallel) {
+    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
+    const Block<B> block{p, b, a, row0, k0, kb, depth, RowPanels(m, MR)};
+    const int64_t panels = block.panels.count, threads = num_threads();
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
     // Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has these rows in the operations
     // before and after. Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
-    const int64_t threads = num_threads();
     const int64_t cuts = !parallel                                          ? 1
                          : m >= kRowsEach * threads && p.N <= kWideness * m ? threads
-                         : groups < 3 * threads                             ? least(panels.count, ceil_div(4 * threads, groups))
+                         : groups < 3 * threads                             ? least(panels, ceil_div(4 * threads, groups))
                                                                             : 1;
-    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
-    for_pieces(parallel, groups * cuts, 1, [&](int64_t begin, int64_t end) {
-        float* packed = packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
+    const auto pack_room = [&]() FASTLM_LAMBDA {
+        return packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
+    };
+    const int64_t done = pack_a ? least(columns, group) : 0, left = columns - done;
+    const int64_t dealt = cuts == 1 && parallel ? threads : 1, rest = least(left, ceil_div(ceil_div(left, group), dealt) * dealt);
+    if (pack_a) {
+        const int64_t parts = parallel ? least(panels, 2 * threads) : 1;
+        for_pieces(parallel, parts, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t part = begin; part < end; ++part)
+                block.template piece<true>(pack_room(), 0, least(p.N, done * NR), part * panels / parts,
+                                           (part + 1) * panels / parts);
+        });
+    }
+    for_pieces(parallel, rest * cuts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t n0 = piece % groups * group * NR, n1 = least(p.N, n0 + group * NR), cut = piece / groups;
-            const int64_t first = cut * panels.count / cuts, last = (cut + 1) * panels.count / cuts;
-            for (int64_t k = 0, block = 0; block < blocks; ++block, k += depth) {
-                const int64_t kc = least(depth, kb - k);
-                const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + k + kc == p.K;
-                b.pack(packed, k0 + k, kc, n0, n1 - n0);
-                Fetch fetch;
-                // For B the next block of k, or what this thread is likely to take next.
-                const int64_t then = block + 1 < blocks ? n0 : n0 + group * NR;
-                const int64_t k_then = block + 1 < blocks ? k + depth : 0;
-                if (then < p.N) fetch.b = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(group * NR, p.N - then));
-                for (int64_t i = first; i < last; ++i) {
-                    const int64_t row = panels.begin(i), rows = panels.rows(i), below = i + 1 < last ? i + 1 : first;
-                    const char* a_then = reinterpret_cast<const char*>(a + panels.begin(below) * kb + k * panels.rows(below));
-                    const int64_t lines = last - first > 1 ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
-                    for (int64_t n = n0; n < n1; n += NR) {
-                        const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / (n1 - n0);
-                        fetch.a = a_then + from * 64;
-                        fetch.lines = lines * (n + c - n0) / (n1 - n0) - from;
-                        if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
-                        float* sum = p.target.sum + (row0 + row) * p.N + n;
-                        // What is only written is needed at the end, what is added to at once: then the tile after this one.
-                        if (kc <= kShallow)
-                            fetch_tile(from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0), p.N, rows);
-                        const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
-                        multiply(a + row * kb + k * rows, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
-                                 end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
-                        if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
-                    }
-                }
-            }
+            const int64_t i = piece % rest, cut = piece / rest;
+            const int64_t n0 = (done + i * left / rest) * NR, n1 = least(p.N, (done + (i + 1) * left / rest) * NR);
+            block.template piece<false>(pack_room(), n0, n1, cut * panels / cuts, (cut + 1) * panels / cuts);
         }
     });
 }
@@ -336,7 +391,10 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
             const int64_t kb = least(at_once, p.K - k0);
             const float* a = p.a + k0;
             const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
-            if (most > 1) {
+            // Many panels of A are each packed just before their first use, by the thread that uses them.
+            const bool late = most > 1 && !few && !p.a_transposed && m >= 4 * MR * (parallel ? num_threads() : 1);
+            if (most > 1) a = packed_a;
+            if (most > 1 && !late) {
                 const RowPanels panels(m, few ? m : MR);
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
                 for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
@@ -346,11 +404,10 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                             pack_a_panel(packed_a + r * kb + k * rows, p, row + r, rows, k0 + k, least(128, kb - k));
                         }
                 });
-                a = packed_a;
             }
             if constexpr (B::kFusedRows > 0)
                 if (few) gemm_few<B, 1>(&p, &b, 1, a, threads);
-            if (!few) gemm_block(p, b, a, packed_b, row, m, k0, kb, parallel);
+            if (!few) gemm_block(p, b, const_cast<float*>(a), packed_b, row, m, k0, kb, late, parallel);
             k0 += kb;
         } while (k0 < p.K);
     }

@@ -30,12 +30,6 @@ template <class T> FASTLM_INLINE vf load_as_float_n(const T* p, int64_t n) {
     return load_as_float(t);
 }
 
-// `runs` runs of n elements, `stride` elements from one to the next.
-template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_t stride, int64_t runs) {
-    const int64_t lines = ceil_div(n * int64_t(sizeof(T)), 64);
-    return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, runs, lines};
-}
-
 // sum (M, columns) = acc + bias. Stores under a mask are slow on some processors: only where they are needed.
 template <int M, int S>
 FASTLM_INLINE void finish_sums(vf (&acc)[M][S], float* sum, int64_t ld, const float* bias, int64_t columns) {
