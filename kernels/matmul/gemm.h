@@ -170,12 +170,12 @@ FASTLM_INLINE void fetch_tile(const float* sum, int64_t ld, int64_t rows) {
         for (int64_t n = 0; n < NR; n += 16) __builtin_prefetch(sum + i * ld + n, 1, 2);
 }
 
-// M rows in panels of at most `most` rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2.
+// M rows in panels of at most `most` rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2. `of` threads have as many each.
 struct RowPanels {
-    int64_t count, size, longer;  // the first `longer` panels have size + 1 rows
-    RowPanels(int64_t M, int64_t most) : count(ceil_div(M, most)), size(count ? M / count : 0), longer(count ? M % count : 0) {}
-    int64_t begin(int64_t i) const { return i * size + least(i, longer); }
-    int64_t rows(int64_t i) const { return size + (i < longer ? 1 : 0); }
+    int64_t M, count;
+    RowPanels(int64_t M, int64_t most, int64_t of = 1) : M(M), count(ceil_div(ceil_div(M, most), of) * of) {}
+    int64_t begin(int64_t i) const { return i * M / count; }
+    int64_t rows(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
 struct Product {
@@ -299,6 +299,12 @@ template <class B> struct Block {
     int64_t row0, k0, kb, depth;
     RowPanels panels;
 
+    // What a panel of A is packed from. Of a transposed A the line of each k where the panel ends: panels share the others.
+    FASTLM_MEMBER Ahead raw(int64_t row, int64_t rows, int64_t k, int64_t kc) const {
+        if (p.a_transposed) return ahead_of(p.a + k * p.M + row + rows - 1, 1, p.M, kc);
+        return ahead_of(p.a + row * p.row_step() + k, kc, p.row_step(), rows);
+    }
+
     // Columns n0 .. n1 of the panels first .. last. kPackA: packs each panel just before it is used.
     template <bool kPackA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
         const int64_t width = n1 - n0;
@@ -316,13 +322,13 @@ template <class B> struct Block {
                 const int64_t row = panels.begin(i), rows = panels.rows(i), below = i + 1 < last ? i + 1 : first;
                 float* a_panel = a + row * kb + k * rows;
                 const char* a_then = reinterpret_cast<const char*>(a + panels.begin(below) * kb + k * panels.rows(below));
-                int64_t lines = last - first > 1 ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
+                // Where A is packed here, the memory that it is packed to; for a single tile that and the rows would be too much.
+                const bool fetches = last - first > 1 && !(kPackA && width <= NR);
+                const int64_t lines = fetches ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
                 fetch.b = b_then;
                 if (kPackA) {
                     pack_a_panel(a_panel, p, row0 + row, rows, k0 + k, kc);
-                    lines = 0;
-                    const int64_t step = p.row_step();
-                    if (i + 1 < last) fetch.b = ahead_of(p.a + (row0 + row + rows) * step + k0 + k, kc, step, panels.rows(below));
+                    if (i + 1 < last) fetch.b = raw(row0 + row + rows, panels.rows(below), k0 + k, kc);
                 }
                 for (int64_t n = n0; n < n1; n += NR) {
                     const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / width;
@@ -344,22 +350,31 @@ template <class B> struct Block {
     }
 };
 
+// Threads that rows are dealt to. Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has
+// these rows in the operations before and after.
+FASTLM_INLINE int64_t rows_dealt_to(int64_t m, int64_t N, bool parallel) {
+    const int64_t threads = parallel ? num_threads() : 1;
+    return m >= kRowsEach * threads && N <= kWideness * m ? threads : 1;
+}
+
 template <class B> void gemm_block(const Product& p, const B& b, float* a, float* packed_b, int64_t row0, int64_t m, int64_t k0,
                                    int64_t kb, bool pack_a, bool parallel) {
     const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
-    const Block<B> block{p, b, a, row0, k0, kb, depth, RowPanels(m, MR)};
+    const int64_t dealt_to = rows_dealt_to(m, p.N, parallel);
+    const Block<B> block{p, b, a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
     const int64_t panels = block.panels.count, threads = num_threads();
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
-    // Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has these rows in the operations
-    // before and after. Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
-    const int64_t cuts = !parallel                                          ? 1
-                         : m >= kRowsEach * threads && p.N <= kWideness * m ? threads
-                         : groups < 3 * threads                             ? least(panels, ceil_div(4 * threads, groups))
-                                                                            : 1;
+    // Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
+    const int64_t cuts = !parallel              ? 1
+                         : dealt_to > 1         ? dealt_to
+                         : groups < 3 * threads ? least(panels, ceil_div(4 * threads, groups))
+                                                : 1;
     const auto pack_room = [&]() FASTLM_LAMBDA {
         return packed_b ? packed_b : static_cast<float*>(scratch(size_t(kPackedB) * sizeof(float)));
     };
-    const int64_t done = pack_a ? least(columns, group) : 0, left = columns - done;
+    // Where panels of B are dealt one by one, the first group is so wide that each thread has as many of the others.
+    const int64_t odd = group == 1 && cuts == 1 && parallel ? least(kPanels - 1, (columns - 1) % threads) : 0;
+    const int64_t done = pack_a ? least(columns, group + odd) : 0, left = columns - done;
     const int64_t dealt = cuts == 1 && parallel ? threads : 1, rest = least(left, ceil_div(ceil_div(left, group), dealt) * dealt);
     if (pack_a) {
         const int64_t parts = parallel ? least(panels, 2 * threads) : 1;
@@ -392,10 +407,10 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
             const float* a = p.a + k0;
             const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
             // Many panels of A are each packed just before their first use, by the thread that uses them.
-            const bool late = most > 1 && !few && !p.a_transposed && m >= 4 * MR * (parallel ? num_threads() : 1);
+            const bool late = most > 1 && !few && m >= 4 * MR * (parallel ? num_threads() : 1);
             if (most > 1) a = packed_a;
             if (most > 1 && !late) {
-                const RowPanels panels(m, few ? m : MR);
+                const RowPanels panels(m, few ? m : MR, few ? 1 : rows_dealt_to(m, p.N, parallel));
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
                 for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
                     for (int64_t k = 0; k < kb; k += 128)  // so that a transposed A is read in lines that stay in L1
