@@ -208,13 +208,18 @@ def _step(node: _Node, gradients: dict[int, Array]) -> None:
             assert isinstance(parent, Tensor)
             if parent.grad is not None:
                 backend.add(parent.grad, d, out=parent.grad)
-            elif _alone(d, 2) and d.dtype == np.float32 and (d.__class__ is not np.ndarray or d.base.__class__ is not np.ndarray):
+            elif _alone(d, 2) and d.dtype == np.float32 and _whole(d):
                 parent.grad = d
             elif d.__class__ is np.ndarray or d.dtype == np.float32:
                 parent.grad = backend.copy(d)
             else:  # bfloat16 on a device: gradients of leaves are float32
                 parent.grad = backend.zeros(d.shape, like=d)
                 backend.add(parent.grad, d, out=parent.grad)
+
+
+def _whole(d: Array) -> bool:
+    """Whether d has all of its memory: a piece kept as a leaf's gradient would keep the rest with it."""
+    return not isinstance(d, np.ndarray) or not isinstance(d.base, np.ndarray) or d.base.nbytes == d.nbytes
 
 
 def _alone(d: Array, held: int) -> bool:
