@@ -26,6 +26,24 @@ template <class Kernels, class Product> void multiply(const Kernels& kernels, Pr
     kernels.matmul(p);
 }
 
+// f(begin, end) over n products, dealt to the threads. Each is cut as it would be on one thread: the cuts for several, narrow
+// groups of columns, cost time and bring nothing here.
+template <class F> void deal(int64_t n, const F& f) {
+    struct Alone {
+        const bool on = num_threads() > 1;
+        Alone() {
+            if (on) compute_alone(true);
+        }
+        ~Alone() {
+            if (on) compute_alone(false);
+        }
+    };
+    parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+        const Alone alone;
+        f(begin, end);
+    });
+}
+
 enum class Multiplies : int { plain = 0, quantized = 1, int8 = 2 };
 
 // The weight of one expert, (N, K).
@@ -85,7 +103,7 @@ void grouped_linear(const GroupedLinear& p) {
     };
     const int64_t work = p.starts[p.E] * p.N * p.K;
     if (used < 2 * num_threads() || work / used >= kWhole) some(0, p.E);
-    else parallel_for(p.E, 1, some);
+    else deal(p.E, some);
 }
 
 }  // namespace
@@ -157,7 +175,7 @@ void bind_moe(py::module_& m) {
             for (const Matmul& job : jobs) multiply(matmul_kernels(), job);
             return;
         }
-        parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+        deal(n, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) multiply(matmul_kernels(), jobs[size_t(i)]);
         });
     });
