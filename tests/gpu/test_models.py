@@ -245,11 +245,11 @@ def test_decoding(name, how, quick, monkeypatch):
 
 def test_quantised(quick):
     """Quantised weights lie on the device as they are: the host's ids, recorded and not, and its bytes when they come back."""
-    config = models.LlamaConfig(**SIZES | {"d_model": 32}, d_ff=64, n_kv_head=1, head_dim=16)
+    config = models.LlamaConfig(**SIZES | {"d_model": 32, "n_layer": 1}, d_ff=64, n_kv_head=1, head_dim=16)
     make = lambda: LM(models.create(config, seed=3)).quantize("Q4_1")  # noqa: E731
     expected, lm = ids_of(make().model, max_tokens=4), make().to("cuda")
     kept = {k: p.data.blocks for k, p in make().model.named_parameters().items() if p.dtype == "Q4_1"}
-    assert len(kept) == 2 * 7 + 2  # q, k, v, out, gate, up, down of two layers; the table and the head
+    assert len(kept) == 7 + 2  # q, k, v, out, gate, up, down; the table and the head
     assert all(lm.model.named_parameters()[k].data.device is quick for k in kept)
     assert lm.model.device is quick
     assert ids_of(lm.model, max_tokens=4) == expected
