@@ -93,8 +93,8 @@ class LM:
     def quantize(self, kind: str, activations: str | None = None) -> LM:
         """Puts the matrices into ggml's blocks, in place: "Q8_0", "Q4_0", "Q4_1", "Q5_0" or "Q5_1"; or "Q8_ROW", "LOSSLESS". Returns self.
 
-        LOSSLESS keeps every bit of float32 and bfloat16 matrices in 28 and 12 bits a weight: the same results, and decoding, which reads
-        them all for each id, is faster by about a third.
+        LOSSLESS keeps every bit of float32 and bfloat16 matrices in 28 and 12 bits a weight: the same results, and decoding one sequence,
+        which reads them all for each id, is faster, from bfloat16 by about a third.
 
         Q8_ROW is the fastest for prompts, batches and encoders: 8 bits with one scale a row, multiplied with rows of x that are rounded
         the same way (`activations` is "int8" then). The head and the token embedding become Q8_0.

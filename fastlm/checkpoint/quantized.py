@@ -33,12 +33,12 @@ class QuantizedArray:
     "int8": x is rounded to 8 bits in groups of 32, and the sums are sums of integers. `with_activations` changes it. Q8_ROW has
     "int8" alone, and rounds whole rows of x, of which two numbers stay exact; LOSSLESS has "float32" alone.
     columns: of Q8_ROW, (in,) float32 or None, where blocks are: a weight is scale * code * column, and x is multiplied by them before it
-    is rounded.
+    is rounded. value_bytes: of LOSSLESS weights before they were packed, 4 or 2; else 0.
 
     Raises TypeError and ValueError for arguments that do not fit together.
     """
 
-    __slots__ = ("__weakref__", "activations", "blocks", "cache", "columns", "kind", "shape")
+    __slots__ = ("__weakref__", "activations", "blocks", "cache", "columns", "kind", "shape", "value_bytes")
 
     kind: str
     shape: tuple[int, ...]
@@ -46,6 +46,7 @@ class QuantizedArray:
     cache: dict[str, Any]
     activations: str
     columns: NDArray[np.float32] | None
+    value_bytes: int
 
     def __init__(
         self,
@@ -71,8 +72,9 @@ class QuantizedArray:
         if not (isinstance(blocks, np.ndarray) or there) or blocks.dtype != np.uint8:
             got = blocks.dtype if isinstance(blocks, np.ndarray) else type(blocks).__name__
             raise TypeError(f"[QuantizedArray] blocks must be a uint8 array, got {got}.")
+        value_bytes = 0
         if kind == LOSSLESS and not there:
-            lossless.check(blocks, shape)
+            value_bytes = lossless.check(blocks, shape).itemsize
         elif blocks.shape != expected:
             raise ValueError(
                 f"[QuantizedArray] blocks must be (rows, bytes of a row) = {expected} for {kind} {shape}, got {blocks.shape}."
@@ -82,6 +84,7 @@ class QuantizedArray:
         set_(self, "shape", shape)
         set_(self, "blocks", blocks if there else np.ascontiguousarray(blocks))
         set_(self, "cache", {})
+        set_(self, "value_bytes", value_bytes)
         activations = activations or ("int8" if kind == ROW else "float32")
         if activations not in (*ACTIVATIONS, "int16"):
             raise ValueError(f"[QuantizedArray] activations must be 'float32' or 'int8', got {activations!r}.")
@@ -146,11 +149,6 @@ class QuantizedArray:
         w: NDArray[Any] = _C.empty(self.shape, dtype)
         _C.lossless_unpack(w, self.blocks, None, self.value_bytes)
         return w
-
-    @property
-    def value_bytes(self) -> int:
-        """Of LOSSLESS weights, before they were packed: 4 or 2."""
-        return int(self.blocks[:8].view(np.int64)[0])
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weights as float32, (out, in), where the blocks are: the bits of ggml's reference."""
