@@ -25,10 +25,10 @@ def place_model(model: Module, device: Any, dtype: str | None) -> None:
     for name, p in parameters.items():
         if isinstance(p.data, Declared):
             raise ValueError(f"[to] {name} has no value yet: load or initialise the model first.")
-    matrices = DTYPES[dtype] if dtype is not None else _storage(parameters)
-    for p in parameters.values():
         if device is not None and isinstance(p.data, QuantizedArray) and p.data.kind == LOSSLESS:
             p.data = p.data.plain()  # a form for the host
+    matrices = DTYPES[dtype] if dtype is not None else _storage(parameters)
+    for p in parameters.values():
         if isinstance(p.data, QuantizedArray):
             p.data = placed_blocks(p.data, device)
             continue

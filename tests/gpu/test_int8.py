@@ -115,7 +115,7 @@ def test_weights_without_loss_are_put_there_as_they_were(dtype, on):
     ids = np.arange(12).reshape(2, 6)
     lm = LM(models.create(CONFIG, seed=3)).to(dtype)
     before = {k: np.array(p.data) for k, p in lm.model.named_parameters().items()}
-    lm.quantize("LOSSLESS").to("cuda", dtype)
+    lm.quantize("LOSSLESS").to("cuda")
     for k, p in lm.model.named_parameters().items():
         assert str(p.dtype) == dtype
         np.testing.assert_array_equal(backend.host(p.data).astype(np.float32), before[k].astype(np.float32))
