@@ -173,9 +173,8 @@ template <int kSize> struct Lossless {
 
     Ahead ahead(int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
         using L = Layout<kSize>;
-        const int64_t bytes = ceil_div(K, kUnit) * L::kBytes, lines = ceil_div(kc, kUnit) * L::kBytes / 64;
         const uint8_t* from = L::panel(packed, column, K) + k0 / kUnit * L::kBytes;
-        return {reinterpret_cast<const char*>(from), lines, bytes - lines * 64, ceil_div(columns, kLosslessPanel), lines};
+        return ahead_of(from, ceil_div(kc, kUnit) * L::kBytes, ceil_div(K, kUnit) * L::kBytes, ceil_div(columns, kLosslessPanel));
     }
 
     template <int M>
