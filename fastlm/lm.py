@@ -136,7 +136,7 @@ class LM:
 
         With float32 a quantised model gives every bit of its dequantised copy. With int8 the input of each product is rounded to 8 bits
         in groups of 32 and the products are sums of integers, as llama.cpp does it: several times faster on prompts and batches, at
-        an error like that of Q8_0 weights. What the head reads is not rounded: that is where it costs most and gains least. Either way
+        an error like that of Q8_0 weights. What the head reads, where rounding costs most, is rounded to 16 bits. Either way
         the result does not depend on the batch or the threads. Setting "int8" raises ValueError where no weight is quantised.
         """
         return storage.activations_of(self.model)
