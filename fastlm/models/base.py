@@ -113,14 +113,16 @@ class CausalLM(LanguageModel):
     def scores(self, ids: Any, cache: Cache | None = None, last: bool = False) -> Array:
         """`logits` as they are, where the model is."""
         with no_grad():
-            x = self._run(ids, cache)
+            x = self._run(ids, cache, last)
             if last:
                 x = data(x)[:, -1]
             return scores_of(backend.contiguous(data(x)), self._head_weight())
 
-    def _run(self, ids: Any, cache: Cache | None) -> Any:
+    def _run(self, ids: Any, cache: Cache | None, last: bool = False) -> Any:
         ids = as_ids("ids", ids)
         context = Context(ids.shape[0], ids.shape[1], cache, device=self.device)
+        if last and ids.shape[1] > 1:
+            context.only_last = self.config.n_layer - 1
         x = self.hidden(ids, context)
         context.finish()
         return x

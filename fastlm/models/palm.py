@@ -66,7 +66,7 @@ class Block(Module):
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
         h = self.norm(x)
-        return self.mlp(h, residual=self.attention(h, context, layer, residual=x))
+        return self.mlp(context.asked(h, layer), residual=self.attention(h, context, layer, residual=x))
 
 
 class PaLM(CausalLM):

@@ -145,7 +145,7 @@ class XLNet(CausalLM):
             xs = block(xs, memory, distances, streams)
         return xs[-1], kept
 
-    def _run(self, ids: Any, cache: Any) -> Any:
+    def _run(self, ids: Any, cache: Any, last: bool = False) -> Any:
         return self.run(ids)[0]
 
     @property

@@ -96,17 +96,20 @@ class Attention(Module):
             return self.joined(_reshape(y, (1, *y.shape)), residual)
         if context.cache is not None:
             k, v = context.append(layer, data(k), data(v))
+        bias = _sum(bias, context.bias)
+        if layer == context.only_last and bias is not None:
+            bias = data(bias)[:, :, -1:]
         y = ops.attention(
-            q,
+            context.asked(q, layer),
             k,
             v,
             self.sees.causal,
             scale=self.scale,
-            bias=_sum(bias, context.bias),
+            bias=bias,
             lengths=context.lengths,
             window=self.sees.window,
         )
-        return self.joined(y, residual)
+        return self.joined(y, context.asked(residual, layer))
 
 
 class FusedAttention(Attention):

@@ -11,6 +11,7 @@ import numpy as np
 from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.nn.memory import Memory, Padding
+from fastlm.tensor import data
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -148,6 +149,7 @@ class Context:
     A mask (see Padding) is for models that see everything; a causal model needs none for padding on the right.
 
     device: that of the model; what is here lies there then. `starts`: (B,), the cache's lengths before the call.
+    `only_last`: the layer of whose output nothing but the last position is asked, the last one of a prompt; else None (`asked`).
     """
 
     __slots__ = (
@@ -158,6 +160,7 @@ class Context:
         "lengths",
         "memory",
         "offsets",
+        "only_last",
         "positions",
         "routings",
         "segments",
@@ -187,6 +190,7 @@ class Context:
         self.positions: Array | None = None
         self.lengths: Array | None = None
         self.offsets: Array | None = None
+        self.only_last: int | None = None
         if mask is not None:
             if cache is not None:
                 raise ValueError("[mask] mask must be None with a cache: the cache's lengths say what is there.")
@@ -254,6 +258,10 @@ class Context:
     def add_bias(self, bias: Any) -> None:
         """Adds (1 or B, 1 or H, T, S) to the scores of every layer's self-attention, with its gradient."""
         self.bias = bias if self.bias is None else ops.add_broadcast(bias, self.bias)
+
+    def asked(self, x: Any, layer: int) -> Any:
+        """What is asked of x (B, T, ...), beside the layer's keys and values: all of it, or (B, 1, ...) in the layer `only_last`."""
+        return backend.contiguous(data(x)[:, -1:]) if layer == self.only_last else x
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Writes k and v (B, T, G, D) into the cache's layer and returns all that is there: views (B, end, G, D)."""
