@@ -95,6 +95,8 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32, like: Any = None)
     if n < _POOLED and not _recorders:
         return np.empty(shape, dt)
     array: Array = _C.empty(shape, dt)
+    if _recorders and _thread.spoils:
+        array.view(np.uint8).fill(0xFF)
     return array
 
 
@@ -239,6 +241,7 @@ class Unrecordable(Exception):
 class _Thread(threading.local):
     plan: Any = None  # of C++, or a device
     turned: dict[tuple[int, ...], tuple[Array, list[Array]]] | None = None  # of the recording, where it keeps such
+    spoils = False  # `empty` gives nan
 
 
 _thread = _Thread()
@@ -319,6 +322,40 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._plan)
+
+
+def deferred(step: Callable[[], T], spoil: bool = False) -> T:
+    """step(), with its kernels put off until it has returned: they then run one after another in C++, without the GIL.
+
+    For a step of many kernels on much data, between which Python's own code and data would be read anew from memory, and threads would
+    wait for each other's Python. The step may compute with NumPy, but not with what kernels give or read of it: where `spoil` is set,
+    all that `empty` gives is nan before the kernels run, to show that. Arrays in the result hold all of the step's memory.
+
+    Raises Unrecordable where an operation cannot be put off, RuntimeError where this thread records already. The step's own exceptions
+    are passed on.
+    """
+    global _recorders
+    plan = _C.Plan()
+    plan.begin(True)
+    with _lock:
+        _recorders += 1
+    _thread.plan, _thread.spoils = plan, spoil
+    try:
+        result = step()
+    except Exception as e:
+        if plan.refused:
+            raise Unrecordable(plan.refused) from e
+        raise
+    finally:
+        arrays = plan.end()
+        _thread.plan, _thread.spoils = None, False
+        with _lock:
+            _recorders -= 1
+    if spoil:
+        plan.spoil()
+    plan.run()
+    arrays.clear()  # what the kernels read had to live until now
+    return result
 
 
 def turned(weights: list[Array]) -> Array | None:

@@ -9,6 +9,8 @@
 #include <pybind11/stl.h>
 
 #include <cassert>
+#include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "csrc/bind/workspace.h"
@@ -40,9 +42,13 @@ inline int64_t rows(const py::array& array) {
 }
 inline int64_t last(const py::array& array) { return array.ndim() ? int64_t(array.shape(array.ndim() - 1)) : 1; }
 
-// Runs a kernel without the GIL and, where this thread records, appends it and a copy of its arguments to the plan.
+// Runs a kernel without the GIL and, where this thread records, appends it and a copy of its arguments to the plan; a deferred plan
+// will run it itself.
 template <class Args> void launch(void (*kernel)(const Args&), const Args& args) {
-    if (Plan* plan = recording()) plan->add(kernel, args);
+    if (Plan* plan = recording()) {
+        plan->add(kernel, args);
+        if (plan->deferred) return;
+    }
     const py::gil_scoped_release nogil;
     kernel(args);
 }
@@ -67,12 +73,19 @@ template <class T> const T* listed(const std::vector<T>& list) {
     return plan ? plan->keep(list) : list.data();
 }
 
-// For work whose arguments are not one plain struct, or that the host decides: releases the GIL, and a recording is refused.
+// For work whose arguments are not one plain struct, or that the host decides: releases the GIL, and a recording is refused. What
+// it would read of a deferred plan is not there yet.
 struct NoGil {
-    py::gil_scoped_release nogil;
     NoGil() {
-        if (Plan* plan = recording()) plan->refuse("an operation of the host");
+        if (Plan* plan = recording()) {
+            plan->refuse("an operation of the host");
+            if (plan->deferred) throw std::runtime_error("[plan] an operation of the host cannot be deferred");
+        }
+        nogil.emplace();
     }
+
+  private:
+    std::optional<py::gil_scoped_release> nogil;
 };
 
 // For what is prepared once and kept, such as a packed weight: it happens while a step is recorded, not when it is run again.

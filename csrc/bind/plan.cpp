@@ -52,8 +52,9 @@ struct PyPlan {
     Plan plan;
     py::list arrays;
 
-    void begin() {
+    void begin(bool deferred) {
         if (recording()) throw std::runtime_error("[plan] this thread records already");
+        plan.deferred = deferred;
         recording() = &plan, noted() = &arrays;
     }
     py::list end() {
@@ -83,7 +84,7 @@ void bind_plan(py::module_& m) {
     m.def("zero", [](const py::array& y) { launch(&zero, {data<void>(y), int64_t(y.nbytes())}); });
     py::class_<PyPlan>(m, "Plan")
         .def(py::init<>())
-        .def("begin", &PyPlan::begin)
+        .def("begin", &PyPlan::begin, py::arg("deferred") = false)
         .def("end", &PyPlan::end)
         .def(
             "run", [](const PyPlan& p) { p.plan.run(); }, py::call_guard<py::gil_scoped_release>())

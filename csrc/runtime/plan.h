@@ -80,6 +80,7 @@ class Plan {
 
     std::shared_ptr<Arena> arena = std::make_shared<Arena>();
     std::string refused;
+    bool deferred = false;  // what is launched is only noted, to be run for the first time by run()
 
   private:
     struct Step {

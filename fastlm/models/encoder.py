@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import LanguageModel, as_ids, host_float
+from fastlm.models.deferred import in_one_go
 from fastlm.nn import Context, Embedding, Module
 from fastlm.tensor import Tensor, data, no_grad
 
@@ -97,16 +98,20 @@ class Encoder(LanguageModel):
 
     def states(self, ids: Any, mask: Any = None, segments: Any = None) -> Array:
         """The hidden states after the last layer, (B, T, C) float32; nothing is recorded."""
-        with no_grad():
-            return host_float(data(self.run(ids, mask, segments)))
+        kind = np.ndim(ids), None if mask is None else np.ndim(mask), segments is None
+        return self._in_one_go(kind, lambda: data(self.run(ids, mask, segments)))
 
     def packed_states(self, rows: Sequence[Sequence[int]]) -> Array:
         """The hidden states of sequences of any lengths, one behind the other, (R, C) float32: nothing is padded, a sequence has the
         same bits alone and in company; nothing is recorded."""
         ids = as_ids("ids", np.concatenate([np.asarray(row) for row in rows])[None])
-        context = Context.packed([len(row) for row in rows], self.device)
+        lengths = [len(row) for row in rows]
+        return self._in_one_go("packed", lambda: data(self.hidden(ids, Context.packed(lengths, self.device)))[0])
+
+    def _in_one_go(self, kind: Hashable, forward: Callable[[], Any]) -> Array:
+        """What forward gives, float32 on the host. kind: see fastlm/models/deferred.py."""
         with no_grad():
-            return host_float(data(self.hidden(ids, context))[0])
+            return host_float(forward()) if self.device is not None else in_one_go(self, kind, forward)
 
     def run(self, ids: Any, mask: Any = None, segments: Any = None) -> Any:
         """The hidden states, recorded."""

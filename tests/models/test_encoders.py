@@ -11,10 +11,10 @@ import pytest
 
 from fastlm import hub, models, ops
 from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
-from fastlm.models import convert
+from fastlm.models import convert, deferred
 from fastlm.models.base import names
 from fastlm.nn import count_parameters
-from fastlm.tensor import no_grad
+from fastlm.tensor import data, no_grad
 from fastlm.train import AdamW
 
 DATA = Path(__file__).parents[1] / "data" / "encoders"
@@ -192,6 +192,39 @@ def test_packed(name):
     for b, n in enumerate(lengths):
         np.testing.assert_array_equal(packed[b], model.packed_states([rows[b]]))
         close(packed[b], whole[b, :n])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if GOLDEN[f"{name}.ids"].ndim == 2])
+def test_passes_in_one_go(name, monkeypatch):
+    """Kernels that are put off until Python has returned give the bits of the ordinary pass, with and without padding."""
+    model, (ids, mask, segments) = load(name), inputs(name)
+    rows = [row[: 3 + b] for b, row in enumerate(ids)]
+    passes = [lambda: model.states(ids, mask, segments), lambda: model.states(ids), lambda: model.packed_states(rows)]
+    monkeypatch.setenv("FASTLM_RECORD", "0")
+    ordinary = [each() for each in passes]
+    monkeypatch.setenv("FASTLM_RECORD", "1")
+    for _ in range(2):  # the first compares, the second relies on it
+        for each, want in zip(passes, ordinary, strict=True):
+            np.testing.assert_array_equal(each(), want)
+    assert deferred.why_not(model) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x + x, "it computes outside kernels"),
+        (lambda x: x * np.float32(2 if ops.global_norm([x]) > 0 else 0), "an operation of the host"),
+    ],
+)
+def test_what_cannot_be_put_off_is_found_out(change, reason, monkeypatch, caplog):
+    ids, model = inputs("bert.masked_lm")[0], load("bert.masked_lm")
+    want, hidden = model.states(ids), model.hidden
+    model = load("bert.masked_lm")
+    monkeypatch.setattr(model, "hidden", lambda *given: change(data(hidden(*given))))
+    for _ in range(2):
+        np.testing.assert_array_equal(model.states(ids), 2 * want)
+    assert [reason in why for why in deferred.why_not(model)] == [True]
+    assert [reason in record.message for record in caplog.records] == [True]
 
 
 def test_ignored_positions_cost_and_change_nothing():
