@@ -6,6 +6,7 @@ namespace {
 
 constexpr int64_t kAloneKeys = 12000;  // numbers of keys and values below which waking a thread costs more than it gives
 constexpr int64_t kNear = 1 << 13;     // numbers that the first cache holds
+constexpr int64_t kLead = 1 << 14;     // bytes that are on their way while others are read
 
 int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
 
@@ -32,17 +33,18 @@ void close(const AttentionForward& p, int64_t b, int64_t g, int64_t groups, cons
         if (bad[i]) one_row(p, b, g + i / R, i % R);
 }
 
-// What a piece will read: `groups` neighbouring groups' keys [begin, end), beyond the first tile, and values [first, end).
-template <class S> Ahead ahead_of(const AttentionInputs& p, int64_t b, int64_t g, int64_t groups, int64_t first, int64_t end) {
+// One piece of a call: the keys [low, high) of one chunk, for `groups` groups from g on.
+struct Piece {
+    int64_t b, g, groups, chunk, low, high;
+};
+
+// Its keys, or its values.
+template <class S, bool Keys> Ahead::Run run_of(const AttentionInputs& p, const Piece& at) {
     constexpr int64_t size = sizeof(typename S::T);
-    const int64_t k = first / kKeys * kKeys + kKeys;
-    Ahead a;
-    if (k < end) a.at = reinterpret_cast<const char*>(key<S>(p, b, k, g));
-    a.rows = end - k, a.width = groups * (p.D + S::kExtra) * size, a.stride = p.k_time * size;
-    a.next_at = reinterpret_cast<const char*>(value<S>(p, b, first, g));
-    a.next_rows = end - first, a.next_width = groups * (p.E + S::kExtra) * size, a.next_stride = p.v_time * size;
-    if (a.rows <= 0) a.at = a.next_at, a.rows = a.next_rows, a.width = a.next_width, a.stride = a.next_stride, a.next_rows = 0;
-    return a;
+    if (at.low >= at.high) return {nullptr, 0, 0, 0};
+    const int64_t width = at.groups * ((Keys ? p.D : p.E) + S::kExtra) * size;
+    const void* from = Keys ? key<S>(p, at.b, at.low, at.g) : value<S>(p, at.b, at.low, at.g);
+    return {static_cast<const char*>(from), at.high - at.low, width, (Keys ? p.k_time : p.v_time) * size};
 }
 
 // Pieces are (b, chunk of keys, some neighbouring groups): as many groups as leave each thread several pieces, since what lies
@@ -61,22 +63,36 @@ void forward(const AttentionForward& p) {
     const bool near = in.B * in.G * longest(in) * (in.D + in.E) <= kNear;
     const bool far = !near && (!in.table || in.page % kChunk == 0);  // a chunk in one page lies as it does without pages
     parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
+        const auto piece = [&](int64_t i) {
+            Piece at{i / blocks / chunks, i % blocks * groups, 0, i / blocks % chunks, 0, 0};
+            at.groups = least(groups, in.G - at.g);
+            int64_t unused;
+            visible(in, at.b, 0, at.low, unused), visible(in, at.b, in.T - 1, unused, at.high);
+            at.low = most(at.chunk * kChunk, at.low), at.high = least((at.chunk + 1) * kChunk, at.high);
+            return at;
+        };
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t g = i % blocks * groups, n = least(groups, in.G - g), c = i / blocks % chunks, b = i / blocks / chunks;
+            const Piece at = piece(i);
+            const int64_t b = at.b, g = at.g, n = at.groups, c = at.chunk;
             if (c * kChunk >= length(in, b) && chunks > 1) continue;
             const int64_t own = chunks == 1 ? n * R * width : 0;
             float* memory =
                 static_cast<float*>(scratch(size_t(own + packed_floats(in, R) + n * rows_floats(in, R)) * sizeof(float)));
-            float *packed = memory + own, *at = packed + packed_floats(in, R);
+            float *packed = memory + own, *packed_rows = packed + packed_floats(in, R);
             const int64_t step = chunks * R * width;
             float* out = chunks == 1 ? memory : p.partial + ((b * in.G + g) * chunks + c) * R * width;
+            Ahead ahead;
+            if (far)
+                each_store(in, [&](auto kind) {
+                    using S = decltype(kind);
+                    ahead.add(run_of<S, true>(in, at)), ahead.add(run_of<S, false>(in, at));
+                    if (i + 1 < pieces) ahead.add(run_of<S, true>(in, piece(i + 1)));
+                });
+            ahead.step(kLead);
             Rows rows[kMaxRows];
-            for (int64_t k = 0; k < n; ++k) open_rows(rows[k], in, b, g + k, 0, R, at + k * rows_floats(in, R));
-            const int64_t low = most(c * kChunk, rows[0].low_min), high = least((c + 1) * kChunk, rows[0].high_max);
-            if (low < high) {
-                Ahead ahead;
-                if (far) each_store(in, [&](auto kind) { ahead = ahead_of<decltype(kind)>(in, b, g, n, low, high); });
-                rows_chunk(out, step, rows, n, in, low, high, packed, ahead);
+            for (int64_t k = 0; k < n; ++k) open_rows(rows[k], in, b, g + k, 0, R, packed_rows + k * rows_floats(in, R));
+            if (at.low < at.high) {
+                rows_chunk(out, step, rows, n, in, at.low, at.high, packed, ahead);
             } else {
                 for (int64_t k = 0; k < n; ++k)
                     for (int64_t r = 0; r < R; ++r) open_total(out + k * step + r * width, in);

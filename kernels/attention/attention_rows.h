@@ -45,21 +45,30 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
 }
 
 // Fetches memory ahead of its use into the second-level cache, in the order in which it lies: `step` as much as is being used up.
-// A head's vectors are too far apart for the hardware to guess, and memory gives more where neighbours are read together.
+// A head's vectors are too far apart for the hardware to guess, and memory gives more where neighbours are read together. Many
+// steps of a few lines: what comes as a burst is in the way of the loads.
 struct Ahead {
-    const char* at = nullptr;
-    int64_t rows = 0, width = 0, stride = 0, column = 0;  // in bytes
-    const char* next_at = nullptr;
-    int64_t next_rows = 0, next_width = 0, next_stride = 0;
+    struct Run {  // in bytes
+        const char* at;
+        int64_t rows, width, stride;
+    };
+    Run runs[3];  // what a piece reads, keys and values, then what the next one begins with
+    int64_t count = 0, run = 0, row = 0, column = 0;
 
+    void add(Run r) {
+        if (r.stride == r.width) r.width *= r.rows, r.rows = 1;
+        if (r.rows > 0 && r.width > 0) runs[count++] = r;
+    }
     void step(int64_t bytes) {
-        for (; rows > 0 && bytes > 0; bytes -= 64) {
-            __builtin_prefetch(at + column, 0, 2);
-            column += 64;
-            if (column < width) continue;
-            column = 0, at += stride;
-            if (--rows > 0) continue;
-            at = next_at, rows = next_rows, width = next_width, stride = next_stride, next_rows = 0;
+        while (run < count && bytes > 0) {
+            const Run& r = runs[run];
+            const char* at = r.at + row * r.stride + column;
+            const int64_t n = least(bytes, r.width - column);
+            for (int64_t c = 0; c < n; c += 64) __builtin_prefetch(at + c, 0, 2);
+            bytes -= n, column += n;
+            if (column < r.width) return;
+            column = 0;
+            if (++row == r.rows) row = 0, ++run;
         }
     }
 };
@@ -69,40 +78,53 @@ struct Ahead {
 FASTLM_INLINE int64_t row_end(const AttentionInputs& p) { return round_up(p.E); }
 FASTLM_INLINE int64_t row_width(const AttentionInputs& p) { return row_end(p) + W; }
 
-// part[r] += elements [c, c + W) of the products of row r with the W / 4 keys `at`, four chains each.
+// part[r][i] += elements [c, c + W) of the products of row r with the W / 4 keys at[i], four chains each.
 template <class S, int NR, bool Whole>
-FASTLM_INLINE void dot_step(vf (&part)[NR], const Row<S> (&at)[W / 4], const float* q, int64_t width, int64_t c, int64_t D) {
-    vf x[W / 4];
+FASTLM_INLINE void dot_step(vf (&part)[NR][2], const Row<S> (&at)[2][W / 4], const float* q, int64_t width, int64_t c, int64_t D) {
+    vf x[2][W / 4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < W / 4; ++j) x[j] = Whole ? at[j].whole(c) : at[j].part(c, D - c);
-    transpose_quads(x);
+        for (int j = 0; j < W / 4; ++j) x[i][j] = Whole ? at[i][j].whole(c) : at[i][j].part(c, D - c);
+        transpose_quads(x[i]);
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < W / 4; ++j)
 #pragma GCC unroll 4
-        for (int r = 0; r < NR; ++r) part[r] = fma(load_quad(q + r * width + c + 4 * j), x[j], part[r]);
+        for (int r = 0; r < NR; ++r) {
+            const vf y = load_quad(q + r * width + c + 4 * j);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) part[r][i] = fma(y, x[i][j], part[r][i]);
+        }
 }
 
 // NR x W scores: the dot products of NR rows with the keys k + i stride, i < n; a key too many reads the last one again. A vector
-// holds four elements of each of W / 4 keys: keys are transposed by fours of their elements, not by the element. Not more than W /
-// 4 keys at once: they may lie a large power of two apart, in the same sets of the first cache.
-template <class S, int NR>
-static void dots(float* out, const float* q, int64_t width, const typename S::T* k, int64_t stride, int64_t D, int64_t n) {
+// holds four elements of each of W / 4 keys: keys are transposed by fours of their elements, not by the element. Two vectors of
+// keys at once use what is loaded of q twice; not more, since keys may lie a large power of two apart, in the same sets of the
+// first cache.
+template <class S, int NR> static void dots(float* out, const float* q, int64_t width, const typename S::T* k, int64_t stride,
+                                            int64_t D, int64_t n, Ahead& ahead) {
+    constexpr int64_t size = sizeof(typename S::T);
     for (int64_t begin = 0; begin < D; begin += kDotBlock) {
         const int64_t end = least(D, begin + kDotBlock);
         vf parts[NR][4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {  // keys i, i + 4, ...
-            Row<S> at[W / 4];
-#pragma GCC unroll 4
-            for (int j = 0; j < W / 4; ++j) at[j] = Row<S>(k + least(4 * j + i, n - 1) * stride, D);
-            vf part[NR];
-#pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) part[r] = zero();
+#pragma GCC unroll 2
+        for (int i = 0; i < 4; i += 2) {  // keys i, i + 4, ... and i + 1, i + 5, ...
+            Row<S> at[2][W / 4];
+#pragma GCC unroll 8
+            for (int j = 0; j < W / 2; ++j) at[j % 2][j / 2] = Row<S>(k + least(4 * (j / 2) + i + j % 2, n - 1) * stride, D);
+            vf part[NR][2];
+            each_sum(part, [](vf& x, int, int) FASTLM_LAMBDA { x = zero(); });
             int64_t c = begin;
-            for (; c + W <= end; c += W) dot_step<S, NR, true>(part, at, q, width, c, D);
-            if (c < end) dot_step<S, NR, false>(part, at, q, width, c, D);
-#pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) parts[r][i] = part[r];
+            for (; c + W <= end; c += W) {
+                ahead.step(n * (W / 2) * size);
+                dot_step<S, NR, true>(part, at, q, width, c, D);
+            }
+            if (c < end) {
+                ahead.step(n * (end - c) / 2 * size);
+                dot_step<S, NR, false>(part, at, q, width, c, D);
+            }
+            each_sum(part, [&](vf& x, int r, int v) FASTLM_LAMBDA { parts[r][i + v] = x; });
         }
 #pragma GCC unroll 4
         for (int r = 0; r < NR; ++r) {
@@ -129,24 +151,22 @@ template <class S> static void pack_keys(float* kt, const typename S::T* k, int6
         }
 }
 
-// The scores of keys [begin, end), begin a multiple of W. packed: packed_floats.
+// The scores of the keys [j, end): W of them at most, for more than kFew rows kBlockVectors W; j a multiple of W. packed:
+// packed_floats.
 template <class S>
-static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t begin, int64_t end, float* packed, Ahead& ahead) {
-    const int64_t n = rows.n, w = rows.width, block = n <= kFew ? W : kBlockVectors * W;
-    for (int64_t j = begin; j < end; j += block) {
-        const typename S::T* k = key<S>(p, rows.b, j, rows.g);
-        const int64_t m = least(block, end - j), vectors = (m + W - 1) / W;
-        float* out = rows.scores + j % kChunk;
-        ahead.step(m * (p.D + S::kExtra) * int64_t(sizeof(typename S::T)));
-        switch (n) {
-            case 1: dots<S, 1>(out, rows.q, w, k, p.k_time, p.D, m); break;
-            case 2: dots<S, 2>(out, rows.q, w, k, p.k_time, p.D, m); break;
-            case 3: dots<S, 3>(out, rows.q, w, k, p.k_time, p.D, m); break;
-            case 4: dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m); break;
-            default:
-                pack_keys<S>(packed, k, p.k_time, p.D, m, vectors);
-                dot(out, kChunk, rows.q, w, packed, block, n, vectors, p.D);
-        }
+static void rows_scores(const Rows& rows, const AttentionInputs& p, int64_t j, int64_t end, float* packed, Ahead& ahead) {
+    const int64_t n = rows.n, w = rows.width, m = end - j, vectors = (m + W - 1) / W;
+    const typename S::T* k = key<S>(p, rows.b, j, rows.g);
+    float* out = rows.scores + j % kChunk;
+    ahead.step(m * ((n <= kFew ? 0 : p.D) + S::kExtra) * int64_t(sizeof(typename S::T)));
+    switch (n) {
+        case 1: return dots<S, 1>(out, rows.q, w, k, p.k_time, p.D, m, ahead);
+        case 2: return dots<S, 2>(out, rows.q, w, k, p.k_time, p.D, m, ahead);
+        case 3: return dots<S, 3>(out, rows.q, w, k, p.k_time, p.D, m, ahead);
+        case 4: return dots<S, 4>(out, rows.q, w, k, p.k_time, p.D, m, ahead);
+        default:
+            pack_keys<S>(packed, k, p.k_time, p.D, m, vectors);
+            dot(out, kChunk, rows.q, w, packed, kBlockVectors * W, n, vectors, p.D);
     }
 }
 
@@ -190,7 +210,7 @@ static void rows_softmax(float* out, Rows& rows, const AttentionInputs& p, int64
 // o[r][e] += the sum over a chain of n keys of p[r][j] v[j][e] for NR rows and NV vectors.
 template <class S, int NR, int NV, bool Whole> FASTLM_INLINE void mix_block(float* o, int64_t ldo, const float* p,
                                                                             const typename S::T* v, int64_t stride, int64_t n,
-                                                                            int64_t E, int64_t e) {
+                                                                            int64_t E, int64_t e, Ahead& ahead) {
     vf acc[NR][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < NR; ++r)
@@ -198,6 +218,7 @@ template <class S, int NR, int NV, bool Whole> FASTLM_INLINE void mix_block(floa
         for (int i = 0; i < NV; ++i) acc[r][i] = zero();
     for (int64_t j = 0; j < n; ++j) {
         const Row<S> row(v + j * stride, E);
+        if (j % 4 == 0) ahead.step(least(4, n - j) * (Whole ? NV * W : E - e) * int64_t(sizeof(typename S::T)));
         vf x[NV];
 #pragma GCC unroll 4
         for (int i = 0; i < NV; ++i) x[i] = Whole ? row.whole(e + i * W) : row.part(e + i * W, E - e - i * W);
@@ -218,64 +239,61 @@ template <class S, int NR, int NV, bool Whole> FASTLM_INLINE void mix_block(floa
 }
 
 template <class S, int NR>
-static void mix(float* o, int64_t ldo, const float* p, const typename S::T* v, int64_t stride, int64_t n, int64_t E) {
+static void mix(float* o, int64_t ldo, const float* p, const typename S::T* v, int64_t stride, int64_t n, int64_t E, Ahead& ahead) {
     constexpr int NV = kBlockVectors;
     int64_t e = 0;
-    for (; e + NV * W <= E; e += NV * W) mix_block<S, NR, NV, true>(o, ldo, p, v, stride, n, E, e);
-    for (; e + W <= E; e += W) mix_block<S, NR, 1, true>(o, ldo, p, v, stride, n, E, e);
-    if (e < E) mix_block<S, NR, 1, false>(o, ldo, p, v, stride, n, E, e);
+    for (; e + NV * W <= E; e += NV * W) mix_block<S, NR, NV, true>(o, ldo, p, v, stride, n, E, e, ahead);
+    for (; e + W <= E; e += W) mix_block<S, NR, 1, true>(o, ldo, p, v, stride, n, E, e, ahead);
+    if (e < E) mix_block<S, NR, 1, false>(o, ldo, p, v, stride, n, E, e, ahead);
 }
 
-// out's rows += the sum of weights times values over the keys [first, end) of one tile, chain by chain; `opens`: the first ones.
-template <class S> static void rows_values(float* out, int64_t ldo, const Rows& rows, const AttentionInputs& p, int64_t first,
+// out's rows += the sum of weights times values over one chain, the keys [j, end). opens: the first ones.
+template <class S> static void rows_values(float* out, int64_t ldo, const Rows& rows, const AttentionInputs& p, int64_t j,
                                            int64_t end, bool opens, float* packed, Ahead& ahead) {
-    const int64_t n = rows.n, E = p.E, width = round_up(E), tile = first % kChunk / kKeys;
-    for (int64_t r = 0; r < n; ++r) {
-        const float shrink = opens ? 0.0f : rows.shrink[r][tile];
+    const int64_t n = rows.n, E = p.E, width = round_up(E), keys = end - j;
+    for (int64_t r = 0; r < n && (opens || j % kKeys == 0); ++r) {
+        const float shrink = opens ? 0.0f : rows.shrink[r][j % kChunk / kKeys];
         if (shrink == 1.0f) continue;
         for (int64_t e = 0; e < E; e += W) {
             float* at = out + r * ldo + e;
             store(at, opens ? zero() : load(at) * set(shrink));
         }
     }
-    for (int64_t j = first; j < end;) {
-        const int64_t keys = least(end, j / kChain * kChain + kChain) - j;
-        const float* weights = rows.scores + j % kChunk;
-        const typename S::T* v = value<S>(p, rows.b, j, rows.g);
-        ahead.step(keys * (E + S::kExtra) * int64_t(sizeof(typename S::T)));
-        switch (n) {
-            case 1: mix<S, 1>(out, ldo, weights, v, p.v_time, keys, E); break;
-            case 2: mix<S, 2>(out, ldo, weights, v, p.v_time, keys, E); break;
-            case 3: mix<S, 3>(out, ldo, weights, v, p.v_time, keys, E); break;
-            case 4: mix<S, 4>(out, ldo, weights, v, p.v_time, keys, E); break;
-            default: {
-                const Range all[] = {{0, keys}, {0, keys}, {0, keys}, {0, keys}};
-                mix<false, kChain>(out, ldo, weights, kChunk, pack_rows<S>(packed, v, p.v_time, keys, E, width), width, n,
-                                   width / W, all, false, nullptr);
-            }
+    const float* weights = rows.scores + j % kChunk;
+    const typename S::T* v = value<S>(p, rows.b, j, rows.g);
+    ahead.step(keys * ((n <= kFew ? 0 : E) + S::kExtra) * int64_t(sizeof(typename S::T)));
+    switch (n) {
+        case 1: return mix<S, 1>(out, ldo, weights, v, p.v_time, keys, E, ahead);
+        case 2: return mix<S, 2>(out, ldo, weights, v, p.v_time, keys, E, ahead);
+        case 3: return mix<S, 3>(out, ldo, weights, v, p.v_time, keys, E, ahead);
+        case 4: return mix<S, 4>(out, ldo, weights, v, p.v_time, keys, E, ahead);
+        default: {
+            const Range all[] = {{0, keys}, {0, keys}, {0, keys}, {0, keys}};
+            mix<false, kChain>(out, ldo, weights, kChunk, pack_rows<S>(packed, v, p.v_time, keys, E, width), width, n, width / W,
+                               all, false, nullptr);
         }
-        j += keys;
     }
 }
 
-// f(from, to) for the pieces of [first, end), at most a chunk, that lie in one tile each.
-template <class F> FASTLM_INLINE void each_tile(int64_t first, int64_t end, const F& f) {
-    for (int64_t tile = first / kKeys * kKeys; tile < end; tile += kKeys) f(most(first, tile), least(end, tile + kKeys));
+// f(from, to) for the pieces of [first, end) that begin at multiples of `size`.
+template <class F> FASTLM_INLINE void each_piece(int64_t first, int64_t end, int64_t size, const F& f) {
+    for (int64_t at = first / size * size; at < end; at += size) f(most(first, at), least(end, at + size));
 }
 
-// Keys [first, end) of one chunk for several groups' rows, tile by tile. out: (groups, n, row_width); further groups `step` on.
+// Keys [first, end) of one chunk for several groups' rows, which take turns: in memory a key's groups are neighbours. out: (groups,
+// n, row_width); further groups `step` on.
 static void rows_chunk(float* out, int64_t step, Rows* rows, int64_t groups, const AttentionInputs& p, int64_t first, int64_t end,
                        float* packed, Ahead& ahead) {
     // Whole vectors from the chunk's beginning, so that a key's lane, and with it the bits, do not depend on the other rows.
     const int64_t begin = first / W * W, ldo = row_width(p);
     each_store(p, [&](auto kind) {
         using S = decltype(kind);
-        each_tile(begin, end, [&](int64_t from, int64_t to) {
+        each_piece(begin, end, rows->n <= kFew ? W : kBlockVectors * W, [&](int64_t from, int64_t to) {
             for (int64_t i = 0; i < groups; ++i) rows_scores<S>(rows[i], p, from, to, packed, ahead);
         });
         for (int64_t i = 0; i < groups; ++i)
             for (int64_t r = 0; r < rows[i].n; ++r) rows_softmax(out + i * step + r * ldo + row_end(p), rows[i], p, begin, end, r);
-        each_tile(first, end, [&](int64_t from, int64_t to) {
+        each_piece(first, end, kChain, [&](int64_t from, int64_t to) {
             for (int64_t i = 0; i < groups; ++i)
                 rows_values<S>(out + i * step, ldo, rows[i], p, from, to, from == first, packed, ahead);
         });
