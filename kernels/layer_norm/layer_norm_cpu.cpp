@@ -59,44 +59,74 @@ void forward(const LayerNormForward& p) {
     });
 }
 
-// From this size on dx goes past the caches, where x and dy of the next rows are wanted: a store that misses reads first.
-constexpr int64_t kPast = 4 << 20;  // numbers
+// From this size on nothing is still in a cache. Then dx goes past them, since a store that misses reads first; x and dy are
+// fetched ahead, and rows are taken two at a time: without being fetched, streams that short are slower than one row's.
+constexpr int64_t kPast = 4 << 20;   // numbers
+constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
 
-void backward_row(const LayerNormBackward& p, int64_t r, float* dweight, float* dbias, bool past) {
-    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C, *stats = p.stats + 3 * r;
-    const vf mean = set(stats[0]), shift = set(stats[1]), scale = set(stats[2]);
-    vf sum_g[4] = {zero(), zero(), zero(), zero()}, sum_gn[4] = {zero(), zero(), zero(), zero()};
+// N rows at once, so that the sums over rows are loaded and stored once for all.
+template <int N, bool Far> void backward_rows(const LayerNormBackward& p, int64_t first, float* dweight, float* dbias, bool past) {
+    const float *dy = p.dy + first * p.C, *x = p.x + first * p.C, *stats = p.stats + 3 * first;
+    const int64_t ahead = N * p.C > kAhead ? N * p.C : kAhead;
+    vf mean[N], shift[N], scale[N], sum_g[N][4], sum_gn[N][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+        mean[i] = set(stats[3 * i]), shift[i] = set(stats[3 * i + 1]), scale[i] = set(stats[3 * i + 2]);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) sum_g[i][u] = sum_gn[i][u] = zero();
+    }
     each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
-        const vf d = v.load(dy + c), normal = fma(v.load(x + c) - mean, scale, shift), g = d * v.load(p.weight + c);
-        sum_g[u] = sum_g[u] + g;
-        sum_gn[u] = fma(g, normal, sum_gn[u]);
+        const vf weight = v.load(p.weight + c);
+        vf d[N], normal[N];
+#pragma GCC unroll 2
+        for (int i = 0; i < N; ++i) {
+            const int64_t at = i * p.C + c;
+            if (Far) __builtin_prefetch(dy + at + ahead, 0, 2);
+            d[i] = v.load(dy + at), normal[i] = fma(v.load(x + at) - mean[i], scale[i], shift[i]);
+            const vf g = d[i] * weight;
+            sum_g[i][u] = sum_g[i][u] + g;
+            sum_gn[i][u] = fma(g, normal[i], sum_gn[i][u]);
+        }
         if (dweight) {
-            v.store(dweight + c, fma(d, normal, v.load(dweight + c)));
-            v.store(dbias + c, v.load(dbias + c) + d);
+            vf dw = v.load(dweight + c);
+#pragma GCC unroll 2
+            for (int i = 0; i < N; ++i) dw = fma(d[i], normal[i], dw);
+            v.store(dweight + c, dw);
+            vf db = v.load(dbias + c);
+#pragma GCC unroll 2
+            for (int i = 0; i < N; ++i) db = db + d[i];
+            v.store(dbias + c, db);
         }
     });
-    const vf mean_g = set(reduce_add_4(sum_g) / float(p.C)), mean_gn = set(reduce_add_4(sum_gn) / float(p.C));
-    const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
-    float* dx = p.dx + r * p.C;
-    const auto gradient = [&](int64_t c, auto v) FASTLM_LAMBDA {
-        const vf g = v.load(dy + c) * v.load(p.weight + c), normal = fma(v.load(x + c) - mean, scale, shift);
-        const vf d = scale * (g - fma(normal, mean_gn, mean_g));
-        return dtotal ? d + v.load(dtotal + c) : d;
-    };
-    if (past) each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { stream(dx + c, gradient(c, v)); });
-    else each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(dx + c, gradient(c, v)); });
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+        const vf mean_g = set(reduce_add_4(sum_g[i]) / float(p.C)), mean_gn = set(reduce_add_4(sum_gn[i]) / float(p.C));
+        const float* dtotal = p.dtotal ? p.dtotal + (first + i) * p.C : nullptr;
+        float* dx = p.dx + (first + i) * p.C;
+        const auto gradient = [&](int64_t c, auto v) FASTLM_LAMBDA {
+            const int64_t at = i * p.C + c;
+            if (Far) __builtin_prefetch(x + at + ahead, 0, 2);
+            const vf g = v.load(dy + at) * v.load(p.weight + c), normal = fma(v.load(x + at) - mean[i], scale[i], shift[i]);
+            const vf d = scale[i] * (g - fma(normal, mean_gn, mean_g));
+            return dtotal ? d + v.load(dtotal + c) : d;
+        };
+        if (past) each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { stream(dx + c, gradient(c, v)); });
+        else each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(dx + c, gradient(c, v)); });
+    }
 }
 
 void backward(const LayerNormBackward& p) {
     const bool parameters = p.dweight || p.dbias;
     const bool apart = p.dx != p.dy && p.dx != p.dtotal;  // what is read has its lines already
     const bool aligned = p.C % W == 0 && reinterpret_cast<uintptr_t>(p.dx) % (W * sizeof(float)) == 0;
-    const bool past = p.R * p.C >= kPast && aligned && apart;
+    const bool large = p.R * p.C >= kPast, past = large && aligned && apart;
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = parameters ? p.partial + begin / kLayerNormRows * 2 * p.C : nullptr;
         float* dbias = parameters ? dweight + p.C : nullptr;
         if (parameters) std::memset(dweight, 0, size_t(2 * p.C) * sizeof(float));
-        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight, dbias, past);
+        int64_t r = begin;
+        for (; large && r + 2 <= end; r += 2) backward_rows<2, true>(p, r, dweight, dbias, past);
+        for (; r < end; ++r) backward_rows<1, false>(p, r, dweight, dbias, past);
         if (past) fence();
     });
     if (!parameters) return;

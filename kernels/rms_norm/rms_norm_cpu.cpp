@@ -40,30 +40,65 @@ void forward(const RmsNormForward& p) {
     });
 }
 
-void backward_row(const RmsNormBackward& p, int64_t r, float* dweight) {
-    const float *dy = p.dy + r * p.C, *x = p.x + r * p.C;
-    const vf scale = set(p.rstd[r]);
-    vf sum[4] = {zero(), zero(), zero(), zero()};
+// As in layer_norm_cpu.cpp: from this size on dx goes past the caches, x and dy are fetched ahead, rows are taken two at a time.
+constexpr int64_t kPast = 4 << 20;   // numbers
+constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
+
+// N rows at once, so that the sums over rows are loaded and stored once for all.
+template <int N, bool Far> void backward_rows(const RmsNormBackward& p, int64_t first, float* dweight, bool past) {
+    const float *dy = p.dy + first * p.C, *x = p.x + first * p.C;
+    const int64_t ahead = N * p.C > kAhead ? N * p.C : kAhead;
+    vf scale[N], sum[N][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+        scale[i] = set(p.rstd[first + i]);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) sum[i][u] = zero();
+    }
     each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
-        const vf dn = v.load(dy + c) * (v.load(x + c) * scale);
-        sum[u] = fma(dn, v.load(p.weight + c), sum[u]);
-        if (dweight) v.store(dweight + c, v.load(dweight + c) + dn);
+        const vf weight = v.load(p.weight + c);
+        vf dn[N];
+#pragma GCC unroll 2
+        for (int i = 0; i < N; ++i) {
+            const int64_t at = i * p.C + c;
+            if (Far) __builtin_prefetch(dy + at + ahead, 0, 2);
+            dn[i] = v.load(dy + at) * (v.load(x + at) * scale[i]);
+            sum[i][u] = fma(dn[i], weight, sum[i][u]);
+        }
+        if (!dweight) return;
+        vf dw = v.load(dweight + c);
+#pragma GCC unroll 2
+        for (int i = 0; i < N; ++i) dw = dw + dn[i];
+        v.store(dweight + c, dw);
     });
-    const vf mean = set(reduce_add_4(sum) / float(p.C));
-    const float* dtotal = p.dtotal ? p.dtotal + r * p.C : nullptr;
-    float* dx = p.dx + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
-        const vf g = v.load(dy + c) * v.load(p.weight + c), normal = v.load(x + c) * scale;
-        const vf d = scale * fnma(normal, mean, g);
-        v.store(dx + c, dtotal ? d + v.load(dtotal + c) : d);
-    });
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+        const vf mean = set(reduce_add_4(sum[i]) / float(p.C));
+        const float* dtotal = p.dtotal ? p.dtotal + (first + i) * p.C : nullptr;
+        float* dx = p.dx + (first + i) * p.C;
+        const auto gradient = [&](int64_t c, auto v) FASTLM_LAMBDA {
+            const int64_t at = i * p.C + c;
+            if (Far) __builtin_prefetch(x + at + ahead, 0, 2);
+            const vf g = v.load(dy + at) * v.load(p.weight + c), normal = v.load(x + at) * scale[i];
+            const vf d = scale[i] * fnma(normal, mean, g);
+            return dtotal ? d + v.load(dtotal + c) : d;
+        };
+        if (past) each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { stream(dx + c, gradient(c, v)); });
+        else each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(dx + c, gradient(c, v)); });
+    }
 }
 
 void backward(const RmsNormBackward& p) {
+    const bool apart = p.dx != p.dy && p.dx != p.dtotal;  // what is read has its lines already
+    const bool aligned = p.C % W == 0 && reinterpret_cast<uintptr_t>(p.dx) % (W * sizeof(float)) == 0;
+    const bool large = p.R * p.C >= kPast, past = large && aligned && apart;
     parallel_for(p.R, kRmsNormRows, [&](int64_t begin, int64_t end) {
         float* dweight = p.dweight ? p.partial + begin / kRmsNormRows * p.C : nullptr;
         if (dweight) std::memset(dweight, 0, size_t(p.C) * sizeof(float));
-        for (int64_t r = begin; r < end; ++r) backward_row(p, r, dweight);
+        int64_t r = begin;
+        for (; large && r + 2 <= end; r += 2) backward_rows<2, true>(p, r, dweight, past);
+        for (; r < end; ++r) backward_rows<1, false>(p, r, dweight, past);
+        if (past) fence();
     });
     if (!p.dweight) return;
     const int64_t pieces = (p.R + kRmsNormRows - 1) / kRmsNormRows;

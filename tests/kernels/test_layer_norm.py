@@ -158,3 +158,23 @@ def test_a_large_gradient_past_the_caches(isa):
 
     parts = np.concatenate([gradient(slice(i, i + 1100)) for i in range(0, 5500, 1100)])
     np.testing.assert_array_equal(gradient(slice(None)), parts)
+
+
+def test_large_sums_over_rows(isa, threads):
+    """Gradients of weight and bias have the bits of the pieces of 32 rows, added in order; the last piece has an odd number of rows."""
+    rng = np.random.default_rng(1)
+    R, C = 5501, 768
+    x, dy = rng.standard_normal((2, R, C), np.float32)
+    weight, bias = rng.standard_normal((2, C), np.float32)
+
+    def gradients(rows):
+        w, b = Tensor(weight, requires_grad=True), Tensor(bias, requires_grad=True)
+        ops.layer_norm(x[rows], w, b).backward(dy[rows])
+        return w.grad, b.grad
+
+    sums = np.zeros((2, C), np.float32)
+    for at in range(0, R, _C.layer_norm_rows):
+        sums += gradients(slice(at, at + _C.layer_norm_rows))
+    for n in (1, 2):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(gradients(slice(None)), sums)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastlm import _C, ops
+from fastlm import _C, backend, ops
 from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
@@ -96,3 +96,41 @@ def test_refuses():
         ops.add_rms_norm(x, x[0], np.zeros(64, np.float32))
     with pytest.raises(ValueError, match=r"\[rms_norm\] eps must be from 0\.0 to inf, got -1\.0"):
         ops.rms_norm(x, np.zeros(64, np.float32), eps=-1)
+
+
+@pytest.mark.parametrize("C", [768, 771])
+def test_large(isa, C):
+    """Gradients that go past the caches have the bits of their rows a few at a time: fresh, in the place of a gradient, added to one."""
+    rng = np.random.default_rng(1)
+    R = (1 << 22) // C + 40
+    x, dy = rng.standard_normal((2, R, C), np.float32)
+    weight, rstd = rng.standard_normal(C, np.float32), rng.uniform(0.5, 2, R).astype(np.float32)
+    few, small, dx = slice(R - 35, R), np.empty((35, C), np.float32), backend.empty((R, C))
+    _C.rms_norm_backward(small, None, None, dy[few], None, x[few], weight, rstd[few])
+    _C.rms_norm_backward(dx, None, None, dy, None, x, weight, rstd)
+    np.testing.assert_array_equal(dx[few], small)
+    dx[...] = dy
+    _C.rms_norm_backward(dx, None, None, dx, None, x, weight, rstd)
+    np.testing.assert_array_equal(dx[few], small)
+    _C.rms_norm_backward(dx, None, None, dy, dy, x, weight, rstd)
+    np.testing.assert_array_equal(dx[few], small + dy[few])
+
+
+def test_large_sums_over_rows(isa, threads):
+    """The gradient of the weight has the bits of the pieces of 32 rows, added in order; the last piece has an odd number of rows."""
+    rng = np.random.default_rng(1)
+    R, C = 5501, 768
+    x, dy = rng.standard_normal((2, R, C), np.float32)
+    weight = rng.standard_normal(C, np.float32)
+
+    def gradient(rows):
+        w = Tensor(weight, requires_grad=True)
+        ops.rms_norm(x[rows], w).backward(dy[rows])
+        return w.grad
+
+    total = np.zeros(C, np.float32)
+    for at in range(0, R, _C.rms_norm_rows):
+        total += gradient(slice(at, at + _C.rms_norm_rows))
+    for n in (1, 2):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(gradient(slice(None)), total)
