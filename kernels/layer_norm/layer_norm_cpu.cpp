@@ -9,8 +9,15 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-void forward_row(const LayerNormForward& p, int64_t r) {
-    const float* x = p.x + r * p.C;
+// From this size on nothing is still in a cache, and memory is fetched ahead. dx goes past the caches, since a store that misses
+// reads first; its rows are taken two at a time: without being fetched, streams that short are slower than one row's.
+constexpr int64_t kPast = 4 << 20;   // numbers
+constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
+constexpr int64_t kWide = 1 << 11;   // from this width on a row's y is fetched as well: less of it waits in the core's store queue
+
+template <bool Far> void forward_row(const LayerNormForward& p, int64_t r) {
+    const float *x = p.x + r * p.C, *next = x + p.C;
+    float* y = p.y + r * p.C;
     vf sums[4] = {zero(), zero(), zero(), zero()};
     if (p.residual) {
         const float* residual = p.residual + r * p.C;
@@ -22,7 +29,10 @@ void forward_row(const LayerNormForward& p, int64_t r) {
         });
         x = total;
     } else {
-        each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA { sums[u] = sums[u] + v.load(x + c); });
+        each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+            if (Far && p.C >= kWide) __builtin_prefetch(y + c, 1);
+            sums[u] = sums[u] + v.load(x + c);
+        });
     }
     const float mean = reduce_add_4(sums) / float(p.C);
     // The row is in cache now, and sum(x^2) - mean^2 would cancel. `mean` is rounded, by half an ulp or more: `rest` is what it
@@ -30,6 +40,7 @@ void forward_row(const LayerNormForward& p, int64_t r) {
     const vf m = set(mean);
     vf rests[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
     each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+        if (Far) __builtin_prefetch(next + c, 0, 2);
         const vf d = v.keep(v.load(x + c) - m);
         rests[u] = rests[u] + d;
         squares[u] = fma(d, d, squares[u]);
@@ -43,7 +54,6 @@ void forward_row(const LayerNormForward& p, int64_t r) {
         p.stats[3 * r + 2] = rstd;
     }
     const vf scale = set(rstd), s = set(shift);
-    float* y = p.y + r * p.C;
     if (p.bias)
         each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
             v.store(y + c, fma(fma(v.load(x + c) - m, scale, s), v.load(p.weight + c), v.load(p.bias + c)));
@@ -55,14 +65,9 @@ void forward_row(const LayerNormForward& p, int64_t r) {
 
 void forward(const LayerNormForward& p) {
     parallel_for(p.R, kLayerNormRows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) forward_row(p, r);
+        for (int64_t r = begin; r < end; ++r) p.R* p.C >= kPast ? forward_row<true>(p, r) : forward_row<false>(p, r);
     });
 }
-
-// From this size on nothing is still in a cache. Then dx goes past them, since a store that misses reads first; x and dy are
-// fetched ahead, and rows are taken two at a time: without being fetched, streams that short are slower than one row's.
-constexpr int64_t kPast = 4 << 20;   // numbers
-constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
 
 // N rows at once, so that the sums over rows are loaded and stored once for all.
 template <int N, bool Far> void backward_rows(const LayerNormBackward& p, int64_t first, float* dweight, float* dbias, bool past) {

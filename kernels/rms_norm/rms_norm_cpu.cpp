@@ -9,8 +9,14 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-void forward_row(const RmsNormForward& p, int64_t r) {
-    const float* x = p.x + r * p.C;
+// As in layer_norm_cpu.cpp: from this size on memory is fetched ahead, dx goes past the caches, its rows are taken two at a time.
+constexpr int64_t kPast = 4 << 20;   // numbers
+constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
+constexpr int64_t kWide = 1 << 11;   // from this width on a row's y is fetched as well
+
+template <bool Far> void forward_row(const RmsNormForward& p, int64_t r) {
+    const float *x = p.x + r * p.C, *next = x + p.C;
+    float* y = p.y + r * p.C;
     vf squares[4] = {zero(), zero(), zero(), zero()};
     if (p.residual) {
         const float* residual = p.residual + r * p.C;
@@ -23,6 +29,7 @@ void forward_row(const RmsNormForward& p, int64_t r) {
         x = total;
     } else {
         each_vector_of_4(p.C, [&](int64_t c, int u, auto v) FASTLM_LAMBDA {
+            if (Far && p.C >= kWide) __builtin_prefetch(y + c, 1);
             const vf a = v.load(x + c);
             squares[u] = fma(a, a, squares[u]);
         });
@@ -30,19 +37,17 @@ void forward_row(const RmsNormForward& p, int64_t r) {
     const float rstd = 1.0f / std::sqrt(reduce_add_4(squares) / float(p.C) + p.eps);
     if (p.rstd) p.rstd[r] = rstd;
     const vf scale = set(rstd);
-    float* y = p.y + r * p.C;
-    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA { v.store(y + c, v.load(x + c) * scale * v.load(p.weight + c)); });
+    each_vector(p.C, [&](int64_t c, auto v) FASTLM_LAMBDA {
+        if (Far) __builtin_prefetch(next + c, 0, 2);
+        v.store(y + c, v.load(x + c) * scale * v.load(p.weight + c));
+    });
 }
 
 void forward(const RmsNormForward& p) {
     parallel_for(p.R, kRmsNormRows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) forward_row(p, r);
+        for (int64_t r = begin; r < end; ++r) p.R* p.C >= kPast ? forward_row<true>(p, r) : forward_row<false>(p, r);
     });
 }
-
-// As in layer_norm_cpu.cpp: from this size on dx goes past the caches, x and dy are fetched ahead, rows are taken two at a time.
-constexpr int64_t kPast = 4 << 20;   // numbers
-constexpr int64_t kAhead = 1 << 12;  // the same, but never less than the rows that are at work
 
 // N rows at once, so that the sums over rows are loaded and stored once for all.
 template <int N, bool Far> void backward_rows(const RmsNormBackward& p, int64_t first, float* dweight, bool past) {
