@@ -95,7 +95,8 @@ void weigh(State& state, float* scores, const Span* list, int64_t count, int64_t
 }
 
 // One key tile, k: (n, D), values: (n, E in vectors): the online softmax of FlashAttention. scores: (kKeys, kRows).
-void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n) {
+void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n,
+              Ahead& ahead) {
     const Tile& t = state.t;
     const vf unit = set(units(p).unit), lowest = set(units(p).low);
     const int64_t E = round_up(p.E);
@@ -103,10 +104,10 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
     Range seen[kRows / kMixRows];
     alignas(64) float shrink[kRows];
     const int64_t count = spans(t, j0, n, list);
-    for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, p.D);
+    for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, p.D, &ahead);
     for (int64_t v = 0; v < t.vectors; ++v) weigh(state, scores, list, count, j0, v, unit, lowest, shrink);
     seen_keys(t, j0, n, seen);
-    mix<true, kChain>(state.o, E, scores, kRows, values, E, t.vectors * W, E / W, seen, !state.opened, shrink);
+    mix<true, kChain>(state.o, E, scores, kRows, values, E, t.vectors * W, E / W, seen, !state.opened, shrink, &ahead);
     state.opened = true;
 }
 
@@ -137,8 +138,35 @@ bool close_tile(const State& state, const AttentionForward& p) {
     return any(is_nan(check));
 }
 
-// Rows [first, first + rows) of (b, g), in tiles of kRows.
-void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t first, int64_t rows) {
+constexpr int64_t kFetched = 1 << 19;  // numbers in q, k and v from which they are not in the second-level cache anyway
+
+// Rows [first, first + rows) of (b, g).
+struct Piece {
+    int64_t b, g, first, rows;
+};
+
+// n keys and values from key j on.
+void fetch_keys(Ahead& ahead, const AttentionInputs& p, int64_t b, int64_t g, int64_t j, int64_t n) {
+    if (n <= 0) return;
+    each_store(p, [&](auto kind) {
+        using S = decltype(kind);
+        constexpr int64_t size = sizeof(typename S::T);
+        const auto add = [&](const void* at, int64_t width, int64_t stride) {
+            ahead.add({static_cast<const char*>(at), n, (width + S::kExtra) * size, stride * size});
+        };
+        add(key<S>(p, b, j, g), p.D, p.k_time), add(value<S>(p, b, j, g), p.E, p.v_time);
+    });
+}
+
+// Where y of a piece goes, or its queries: the rows of the group's heads.
+void fetch_heads(Ahead& ahead, const AttentionInputs& p, const Piece& piece, const float* at, int64_t width, int64_t stride) {
+    const int64_t share = p.H / p.G, size = sizeof(float);
+    ahead.add({reinterpret_cast<const char*>(at), piece.rows / share, share * width * size, stride * size});
+}
+
+// A piece, in tiles of kRows. then: what this thread is likely to take next, to be fetched; no rows: nothing.
+void forward_piece(const AttentionForward& p, const Piece& piece, const Piece& then) {
+    const int64_t b = piece.b, g = piece.g, first = piece.first, rows = piece.rows;
     const AttentionInputs& in = p.in;
     State states[kTogether];
     const int64_t tiles = (rows + kRows - 1) / kRows;
@@ -169,18 +197,19 @@ void forward_piece(const AttentionForward& p, int64_t b, int64_t g, int64_t firs
             k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
             v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, E);
         });
-        const int64_t next = least(kKeys, high - j - kKeys);
-        if (next > 0)
-            each_store(in, [&](auto kind) {
-                using S = decltype(kind);
-                constexpr int64_t size = sizeof(typename S::T);
-                fetch_rows(key<S>(in, b, j + kKeys, g), in.k_time * size, next, (in.D + S::kExtra) * size);
-                fetch_rows(value<S>(in, b, j + kKeys, g), in.v_time * size, next, (in.E + S::kExtra) * size);
-            });
+        // During the products the next keys and values, at last where y goes and what the next piece begins with.
+        const int64_t share = in.H / in.G;
+        Ahead ahead;
+        fetch_keys(ahead, in, b, g, j + kKeys, least(kKeys, high - j - kKeys));
+        if (j + kKeys >= high && then.rows > 0) {
+            fetch_heads(ahead, in, piece, p.y + output(in, b, first / share, g * share) * in.E, in.E, in.H * in.E);
+            fetch_heads(ahead, in, then, query(in, then.b, then.first / share, then.g * share), in.D, in.q_time);
+            fetch_keys(ahead, in, then.b, then.g, 0, least(kKeys, length(in, then.b)));
+        }
         for (int64_t i = 0; i < tiles; ++i) {
             State& s = states[i];
             if (j >= s.t.high_max || j + n <= s.t.low_min) continue;
-            add_tile(s, in, scores, k, v, j, least(n, s.t.high_max - j));
+            add_tile(s, in, scores, k, v, j, least(n, s.t.high_max - j), ahead);
             if ((j + kKeys) % kChunk == 0 || j + kKeys >= s.t.high_max) close_chunk(s, in);
         }
     }
@@ -211,11 +240,16 @@ void forward(const AttentionForward& p) {
     while (!even && rows > W && in.B * in.G * ((R + rows - 1) / rows) < 4 * num_threads()) rows /= 2;
     const int64_t pieces = (R + rows - 1) / rows;
     const int64_t cost = most(1, least(rows, R) * in.S * (in.D + in.E));
+    const auto piece_at = [&](int64_t i) {
+        const int64_t first = (pieces - 1 - i % pieces) * rows;  // under a causal mask the last rows cost most: they go first
+        const int64_t b = i / pieces / in.G, n = least(rows, queries(in, b) * (in.H / in.G) - first);
+        return Piece{b, i / pieces % in.G, first, n};
+    };
+    const bool fetches = in.rows * (in.H * in.D + in.G * (in.D + in.E)) >= kFetched;
     parallel_for(in.B * in.G * pieces, most(1, 400000 / cost), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = (pieces - 1 - i % pieces) * rows;  // under a causal mask the last rows cost most: they go first
-            const int64_t b = i / pieces / in.G, n = least(rows, queries(in, b) * (in.H / in.G) - first);
-            if (n > 0) forward_piece(p, b, i / pieces % in.G, first, n);
+            const Piece piece = piece_at(i);
+            if (piece.rows > 0) forward_piece(p, piece, fetches && i + 1 < in.B * in.G * pieces ? piece_at(i + 1) : Piece{});
         }
     });
 }

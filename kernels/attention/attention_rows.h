@@ -44,35 +44,6 @@ static void open_rows(Rows& rows, const AttentionInputs& p, int64_t b, int64_t g
     rows.low_min = rows.low[0], rows.high_max = rows.high[n - 1];  // both grow with the time
 }
 
-// Fetches memory ahead of its use into the second-level cache, in the order in which it lies: `step` as much as is being used up.
-// A head's vectors are too far apart for the hardware to guess, and memory gives more where neighbours are read together. Many
-// steps of a few lines: what comes as a burst is in the way of the loads.
-struct Ahead {
-    struct Run {  // in bytes
-        const char* at;
-        int64_t rows, width, stride;
-    };
-    Run runs[3];  // what a piece reads, keys and values, then what the next one begins with
-    int64_t count = 0, run = 0, row = 0, column = 0;
-
-    void add(Run r) {
-        if (r.stride == r.width) r.width *= r.rows, r.rows = 1;
-        if (r.rows > 0 && r.width > 0) runs[count++] = r;
-    }
-    void step(int64_t bytes) {
-        while (run < count && bytes > 0) {
-            const Run& r = runs[run];
-            const char* at = r.at + row * r.stride + column;
-            const int64_t n = least(bytes, r.width - column);
-            for (int64_t c = 0; c < n; c += 64) __builtin_prefetch(at + c, 0, 2);
-            bytes -= n, column += n;
-            if (column < r.width) return;
-            column = 0;
-            if (++row == r.rows) row = 0, ++run;
-        }
-    }
-};
-
 // A row of what a chunk gives, or several chunks together: E sums of weights times values in whole vectors, then, at row_end, the
 // largest score and the sum of weights against it.
 FASTLM_INLINE int64_t row_end(const AttentionInputs& p) { return round_up(p.E); }

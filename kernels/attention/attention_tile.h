@@ -142,6 +142,45 @@ FASTLM_INLINE void visible(const AttentionInputs& p, int64_t b, int64_t t, int64
 constexpr int64_t kQuad = 4;
 constexpr int64_t kDotBlock = 64;
 
+// Fetches memory ahead of its use into the second-level cache, in the order in which it lies: `step` as much as is being used up.
+// A head's vectors are too far apart for the hardware to guess, and memory gives more where neighbours are read together. Many
+// steps of a few lines: what comes as a burst is in the way of the loads.
+struct Ahead {
+    struct Run {  // in bytes
+        const char* at;
+        int64_t rows, width, stride;
+    };
+    static constexpr int64_t kMost = 4, kBetween = 768;  // runs; bytes between two blocks of a product
+    Run runs[kMost];
+    int64_t count = 0, run = 0, row = 0, column = 0;
+
+    void add(Run r) {
+        if (r.stride == r.width) r.width *= r.rows, r.rows = 1;
+        if (r.rows > 0 && r.width > 0 && count < kMost) runs[count++] = r;
+    }
+    void step(int64_t bytes) {
+        if (run == count) return;
+        Run r = runs[run];
+        int64_t y = row, x = column;
+        for (;;) {
+            const char* at = r.at + y * r.stride + x;
+            const int64_t n = least(bytes, r.width - x);
+            for (int64_t c = 0; c < n; c += 64) __builtin_prefetch(at + c, 0, 2);
+            bytes -= n, x += n;
+            if (x == r.width) {
+                x = 0;
+                if (++y == r.rows) {
+                    y = 0;
+                    if (++run == count) return;
+                    r = runs[run];
+                }
+            }
+            if (bytes <= 0) break;
+        }
+        row = y, column = x;
+    }
+};
+
 // acc += a's column k times b's row k. Transposed: a[k][i].
 template <int NI, int NV, bool Transposed>
 FASTLM_INLINE void add_outer(vf (&acc)[NI][NV], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k) {
@@ -182,11 +221,14 @@ template <int NI, int NV> static __attribute__((noinline)) void dot_block(float*
     each_sum(total, [&](vf& x, int i, int v) FASTLM_LAMBDA { store(c + i * ldc + v * W, x); });
 }
 
-template <int NV>
-static void dot_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t K) {
+template <int NV> static void dot_columns(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                          int64_t M, int64_t K, Ahead* ahead) {
     constexpr int NI = 6;
     int64_t i = 0;
-    for (; i + NI <= M; i += NI) dot_block<NI, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, K);
+    for (; i + NI <= M; i += NI) {
+        if (ahead) ahead->step(Ahead::kBetween);
+        dot_block<NI, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, K);
+    }
     c += i * ldc, a += i * lda;
     switch (M - i) {
         case 5: return dot_block<5, NV>(c, ldc, a, lda, b, ldb, K);
@@ -200,9 +242,9 @@ static void dot_columns(float* c, int64_t ldc, const float* a, int64_t lda, cons
 
 // Dot products of the M rows of a with `vectors` vectors of columns of b.
 static void dot(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t M, int64_t vectors,
-                int64_t K) {
-    for (; vectors > 1; vectors -= 2, c += 2 * W, b += 2 * W) dot_columns<2>(c, ldc, a, lda, b, ldb, M, K);
-    if (vectors) dot_columns<1>(c, ldc, a, lda, b, ldb, M, K);
+                int64_t K, Ahead* ahead = nullptr) {
+    for (; vectors > 1; vectors -= 2, c += 2 * W, b += 2 * W) dot_columns<2>(c, ldc, a, lda, b, ldb, M, K, ahead);
+    if (vectors) dot_columns<1>(c, ldc, a, lda, b, ldb, M, K, ahead);
 }
 
 // What a block of rows of a product sums over.
@@ -218,6 +260,22 @@ constexpr int64_t kMixRows = 4;
 template <int NI, int NV, bool Transposed, int Step>
 static __attribute__((noinline)) void mix_block(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb,
                                                 Range range, bool opens, const float* keep) {
+    if constexpr (2 * NV <= kBlockVectors) {  // room for sums and chain in registers
+        vf sum[NI][NV];
+        each_sum(sum, [&](vf& x, int i, int v) FASTLM_LAMBDA {
+            x = opens ? zero() : load(c + i * ldc + v * W);
+            if (keep && !opens) x = x * set(keep[i]);
+        });
+        for (int64_t k = range.begin; k < range.end;) {
+            const int64_t end = least(range.end, k / Step * Step + Step);
+            vf acc[NI][NV];
+            each_sum(acc, [](vf& x, int, int) FASTLM_LAMBDA { x = zero(); });
+            for (; k < end; ++k) add_outer<NI, NV, Transposed>(acc, a, lda, b, ldb, k);
+            each_sum(acc, [&](vf& x, int i, int v) FASTLM_LAMBDA { sum[i][v] = sum[i][v] + x; });
+        }
+        each_sum(sum, [&](vf& x, int i, int v) FASTLM_LAMBDA { store(c + i * ldc + v * W, x); });
+        return;
+    }
     for (int64_t k = range.begin; k < range.end; opens = false, keep = nullptr) {
         const int64_t end = least(range.end, k / Step * Step + Step);
         vf acc[NI][NV];
@@ -233,7 +291,7 @@ static __attribute__((noinline)) void mix_block(float* c, int64_t ldc, const flo
 
 template <int NV, bool Transposed, int Step> static void mix_columns(float* c, int64_t ldc, const float* a, int64_t lda,
                                                                      const float* b, int64_t ldb, int64_t M, const Range* ranges,
-                                                                     bool opens, const float* keep) {
+                                                                     bool opens, const float* keep, Ahead* ahead) {
     for (int64_t i = 0; i < M; i += kMixRows, a += kMixRows * (Transposed ? 1 : lda), c += kMixRows * ldc) {
         const Range r = ranges[i / kMixRows];
         const float* k = keep ? keep + i : nullptr;
@@ -242,6 +300,7 @@ template <int NV, bool Transposed, int Step> static void mix_columns(float* c, i
             for (int64_t n = 0; opens && n < rows * NV; ++n) store(c + n / NV * ldc + n % NV * W, zero());
             continue;
         }
+        if (ahead) ahead->step(Ahead::kBetween);
         if (rows == 4) mix_block<4, NV, Transposed, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
         if constexpr (!Transposed) {  // there rows are whole vectors
             if (rows == 3) mix_block<3, NV, false, Step>(c, ldc, a, lda, b, ldb, r, opens, k);
@@ -254,14 +313,14 @@ template <int NV, bool Transposed, int Step> static void mix_columns(float* c, i
 // mix_block over M rows, `vectors` vectors of columns; ranges: of each kMixRows rows.
 template <bool Transposed, int Step> static void mix(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
                                                      int64_t ldb, int64_t M, int64_t vectors, const Range* ranges, bool opens,
-                                                     const float* keep) {
+                                                     const float* keep, Ahead* ahead = nullptr) {
     while (vectors > 0) {
         const int64_t n = least(vectors, kBlockVectors);
-        if (n == 1) mix_columns<1, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
-        if (n == 2) mix_columns<2, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
+        if (n == 1) mix_columns<1, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep, ahead);
+        if (n == 2) mix_columns<2, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep, ahead);
         if constexpr (kBlockVectors > 2) {
-            if (n == 3) mix_columns<3, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
-            if (n == 4) mix_columns<4, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep);
+            if (n == 3) mix_columns<3, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep, ahead);
+            if (n == 4) mix_columns<4, Transposed, Step>(c, ldc, a, lda, b, ldb, M, ranges, opens, keep, ahead);
         }
         c += n * W, b += n * W, vectors -= n;
     }
@@ -355,9 +414,9 @@ static void add_bias(float* scores, const Tile& t, const AttentionInputs& p, con
 
 // Scores, -inf where a row does not see a key. qt: (D, kRows), with its sign; k: rows of keys from j0 on.
 static void score(float* scores, const Tile& t, const AttentionInputs& p, const Span& s, int64_t j0, const float* qt,
-                  const float* k, int64_t k_time) {
+                  const float* k, int64_t k_time, Ahead* ahead = nullptr) {
     float* out = scores + (s.j - j0) * kRows;
-    dot(out + s.v0 * W, kRows, k + (s.j - j0) * k_time, k_time, qt + s.v0 * W, kRows, s.n, s.v1 - s.v0, p.D);
+    dot(out + s.v0 * W, kRows, k + (s.j - j0) * k_time, k_time, qt + s.v0 * W, kRows, s.n, s.v1 - s.v0, p.D, ahead);
     if (p.bias) add_bias(scores, t, p, s, j0);
     if (!s.masked) return;
     for (int64_t v = s.v0; v < s.v1; ++v) {
@@ -418,12 +477,6 @@ static const float* pack_rows(float* out, const typename S::T* x, int64_t stride
         if (c < width) store_n(out + i * padded + c, row.part(c, width - c), padded - c);
     }
     return out;
-}
-
-// Fetches rows that pack_rows will copy, into the second-level cache: they are too far apart for the hardware to guess.
-static void fetch_rows(const void* x, int64_t stride, int64_t n, int64_t width) {
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < width; c += 64) __builtin_prefetch(static_cast<const char*>(x) + i * stride + c, 0, 2);
 }
 
 // How many tiles of rows one piece takes through the keys together: K and V come from memory once for all of them.
