@@ -19,16 +19,16 @@ from fastlm.ops.linear import linear, packed
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, recording, wrap
 
-_FEW = 12  # rows: above, a launch costs nothing beside its product; rounding x to 8 bits once still gains
+_FEW = 12  # rows: above, a launch costs nothing beside its product; packing x once, or rounding it to 8 bits, still gains
 _F32 = np.dtype(np.float32)
 
 
 def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None) -> list[Any]:
     """[linear(x, weight, bias) for each], with the same bits.
 
-    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So are those with x
-    rounded to 8 bits, for any number of rows: it is rounded once. Else, and where a gradient is wanted, they are what `linear` makes
-    of them, which also says what is wrong.
+    For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So are those of plain
+    arrays and those with x rounded to 8 bits, for any number of rows: x is packed or rounded once. Else, and where a gradient is wanted,
+    they are what `linear` makes of them, which also says what is wrong.
     """
     biases = [None] * len(weights) if biases is None else biases
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
@@ -76,7 +76,8 @@ def _rounded(w: Any) -> bool:
 def _together(x: Any, weights: Sequence[Any], biases: Sequence[Any]) -> bool:
     """Whether the products can be one launch, and should."""
     ready = type(x) is np.ndarray and x.dtype == _F32 and x.ndim > 0 and x.flags.c_contiguous and 1 < len(weights) <= _C.together
-    if not ready or not 0 < math.prod(x.shape[:-1]) <= (_FEW if not _rounded(weights[0]) else 1 << 62):
+    once = _rounded(weights[0]) or isinstance(weights[0], np.ndarray)  # x is made ready for all
+    if not ready or not 0 < math.prod(x.shape[:-1]) <= (1 << 62 if once else _FEW):
         return False
     return all(_fits(w, b, weights[0], x.shape[-1]) for w, b in zip(weights, biases, strict=True))
 

@@ -393,11 +393,15 @@ template <class B> void gemm_block(const Product& p, const B& b, float* a, float
     });
 }
 
-// packed_a: packed_a_size(M, K) floats. packed_b: kPackedB floats, or null for the scratch of each thread.
-template <class B> void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel) {
+FASTLM_INLINE bool enough(const Product& p) { return num_threads() > 1 && p.M * p.N * p.K >= kAlone; }
+
+// packed_a: packed_a_size(M, K) floats. packed_b: kPackedB floats, or null for the scratch of each thread. is_packed: packed_a
+// holds the panels already.
+template <class B>
+void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel, bool is_packed = false) {
     if (p.M == 0 || p.N == 0) return;
     const bool threads = parallel && num_threads() > 1;
-    parallel = threads && p.M * p.N * p.K >= kAlone;
+    parallel = parallel && enough(p);
     const int64_t most = rows_at_once(p.M);
     for (int64_t row = 0; row < p.M; row += most) {
         const int64_t m = least(most, p.M - row), at_once = depth_at_once(most, p.K);
@@ -407,9 +411,9 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
             const float* a = p.a + k0;
             const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
             // Many panels of A are each packed just before their first use, by the thread that uses them.
-            const bool late = most > 1 && !few && m >= 4 * MR * (parallel ? num_threads() : 1);
+            const bool late = most > 1 && !few && !is_packed && m >= 4 * MR * (parallel ? num_threads() : 1);
             if (most > 1) a = packed_a;
-            if (most > 1 && !late) {
+            if (most > 1 && !late && !is_packed) {
                 const RowPanels panels(m, few ? m : MR, few ? 1 : rows_dealt_to(m, p.N, parallel));
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
                 for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
@@ -428,13 +432,19 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
     }
 }
 
-// Several products of one A, (M, K): in one go where the rows are few, else one after the other.
+// Several products of one A, (M, K): in one go where the rows are few, else one after the other, of panels that the first has
+// packed.
 template <class B> void gemm_together(const Product* p, const B* b, int64_t count, float* packed_a) {
     const int64_t M = p->M, K = p->K;
     bool together = M > 0 && M <= B::kFusedRows && depth_at_once(M, K) == K;
     for (int64_t i = 0; i < count; ++i) together = together && p[i].N > 0;
     if (!together) {
-        for (int64_t i = 0; i < count; ++i) gemm(p[i], b[i], packed_a, nullptr, true);
+        const bool whole = M > B::kFusedRows && rows_at_once(M) == M && depth_at_once(M, K) == K;
+        const auto dealt_to = [&](int64_t i) { return rows_dealt_to(M, p[i].N, enough(p[i])); };
+        for (int64_t i = 0; i < count; ++i) {
+            const bool is_packed = i > 0 && whole && p[i - 1].N > 0 && dealt_to(i) == dealt_to(i - 1);
+            gemm(p[i], b[i], packed_a, nullptr, true, is_packed);
+        }
         return;
     }
     const float* a = p->a;

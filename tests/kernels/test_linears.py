@@ -52,6 +52,20 @@ def test_bits(isa: Any, threads: Any, kind: str, K: int) -> None:
                 same(ops.linears(x, weights), [ops.linear(x, w) for w in weights])
 
 
+@pytest.mark.parametrize(("M", "K", "sizes"), [(1600, 40, (70, 33, 192)), (2100, 24, (70, 40)), (800, 24, (192, 3300, 33))])
+def test_many_rows(isa: Any, threads: Any, M: int, K: int, sizes: tuple[int, ...]) -> None:
+    """x is packed for the first product, and anew where the next one deals its rows out in another way or packs them in parts."""
+    rng = np.random.default_rng(3)
+    weights = [weight(rng, N, K, "float32") for N in sizes]
+    biases = [rng.standard_normal(N).astype(np.float32) for N in sizes]
+    x = rng.standard_normal((M, K)).astype(np.float32)
+    _C.set_num_threads(1)
+    want = [ops.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    for n in (1, 2, 5):
+        _C.set_num_threads(n)
+        same(ops.linears(x, weights, biases), want)
+
+
 def test_one_launch() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((1, 1, 64)).astype(np.float32)
