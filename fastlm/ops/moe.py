@@ -177,20 +177,16 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
         if dx is not None:
             plain = [each[e].dequantize() if isinstance(each[e], QuantizedArray) else each[e] for e in used]
             _products([dx[spans[e]] for e in used], [dz[spans[e]] for e in used], plain)
-        if stacked:
-            target = leaf(weights)
-            total = None
-            if needs_grad(weights):
-                total = target.grad_buffer() if target else backend.zeros(weights.shape)
-            into: list[Array | None] = [None if total is None else total[e] for e in range(len(each))]
-            returned: list[Array | None] = [None if target else total]
-        else:
-            into, returned = _buffers(weights)
-        trained = [e for e in used if into[e] is not None]
-        _products(
-            [into[e] for e in trained], [dz[spans[e]] for e in trained], [xd[spans[e]] for e in trained],
-            a_transposed=True, accumulate=True,
-        )  # fmt: skip
+        into, adds, returned = _stacked_targets(weights) if stacked else _targets(weights)
+        for e in np.flatnonzero(counts == 0).tolist():
+            if not adds[e]:
+                into[e][...] = 0
+        for add in (False, True):
+            trained = [e for e in used if into[e] is not None and adds[e] == add]
+            _products(
+                [into[e] for e in trained], [dz[spans[e]] for e in trained], [xd[spans[e]] for e in trained],
+                a_transposed=True, accumulate=add,
+            )  # fmt: skip
         return dx, *returned
 
     return record(y, parents, backward)
@@ -274,12 +270,37 @@ def _stacked_buffer(weights: Any) -> tuple[list[Array | None], list[Array | None
     return [total[e] for e in range(weights.shape[0])], [None if target is not None else total]
 
 
+def _stacked_targets(weights: Any) -> tuple[list[Any], list[bool], list[Array | None]]:
+    """As `_targets`, of one array (E, N, K)."""
+    E = weights.shape[0]
+    if not needs_grad(weights):
+        return [None] * E, [True] * E, [None]
+    target = leaf(weights)
+    total, add = target.grad_target() if target is not None else (backend.empty(weights.shape), False)
+    return list(total), [add] * E, [None if target is not None else total]
+
+
+def _targets(weights: Sequence[Any]) -> tuple[list[Any], list[bool], list[Array | None]]:
+    """Where each matrix's gradient goes, whether it is added to what is there, and what is returned for it."""
+    into: list[Any] = []
+    adds: list[bool] = []
+    returned: list[Array | None] = []
+    for w in weights:
+        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and w.dtype == np.float32
+        target = leaf(w) if trained else None
+        total, add = target.grad_target() if target is not None else (backend.empty(w.shape) if trained else None, not trained)
+        into.append(total)
+        adds.append(add)
+        returned.append(None if target is not None else total)
+    return into, adds, returned
+
+
 def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | None]]:
     """Where each matrix's gradient is added, and what is returned for it."""
     into: list[Array | None] = []
     returned: list[Array | None] = []
     for w in weights:
-        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and (w.dtype == np.float32 or on_device(w.data))
+        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray)
         target = leaf(w) if trained else None
         buffer = target.grad_buffer() if target is not None else backend.zeros(w.shape, like=w.data) if trained else None
         into.append(buffer)
