@@ -81,8 +81,27 @@ void grouped_linear(const GroupedLinear& p) {
             float *y = p.y + row * p.N, *z = p.z ? p.z + row * p.N : nullptr;
             const float* x = p.x + row * p.K;
             if (expert.how == Multiplies::plain) {
-                multiply(matmul_kernels(), Matmul{y, z, nullptr, x, expert.weight, nullptr, nullptr, 1, M, p.N, p.K, 0, 0, false,
-                                                  true, Storage(expert.type), false, p.activation});
+                const bool alike = e + 1 < p.E && (&expert)[1].how == expert.how && (&expert)[1].type == expert.type;
+                multiply(matmul_kernels(), Matmul{y,
+                                                  z,
+                                                  nullptr,
+                                                  x,
+                                                  expert.weight,
+                                                  nullptr,
+                                                  nullptr,
+                                                  1,
+                                                  M,
+                                                  p.N,
+                                                  p.K,
+                                                  0,
+                                                  0,
+                                                  false,
+                                                  true,
+                                                  Storage(expert.type),
+                                                  false,
+                                                  p.activation,
+                                                  0,
+                                                  alike ? (&expert)[1].weight : nullptr});
                 continue;
             }
             const QuantizedMatmul product{y,
@@ -168,6 +187,10 @@ void bind_moe(py::module_& m) {
             jobs.push_back({f32(c[i]), nullptr, nullptr, f32(a[i]), data<void>(b[i]), nullptr, nullptr, 1, M, N, K, 0, 0,
                             a_transposed, false, Storage(types[i]), accumulate, Activation::none});
             work += M * N * K;
+        }
+        for (size_t i = 0; i + 1 < jobs.size(); ++i) {
+            const Matmul& next = jobs[i + 1];
+            if (next.N == jobs[i].N && next.K == jobs[i].K && next.b_type == jobs[i].b_type) jobs[i].b_next = next.b;
         }
         NoGil nogil;
         const int64_t n = int64_t(jobs.size());

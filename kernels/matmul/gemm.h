@@ -184,6 +184,7 @@ struct Product {
     bool a_transposed, accumulate;
     Target target;
     int64_t a_row = 0;  // from one row of A to the next where that is more than K
+    Ahead next = {};    // what the thread that ends this product reads after it
     int64_t row_step() const { return a_row ? a_row : K; }
 };
 
@@ -315,7 +316,7 @@ template <class B> struct Block {
             b.pack(packed, k0 + k, kc, n0, width);
             // For B the next block of k, or what this thread is likely to take next.
             const int64_t then = end < kb ? n0 : n1, k_then = end < kb ? end : 0;
-            Ahead b_then;
+            Ahead b_then = p.next, a_raw;
             if (then < p.N) b_then = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(width, p.N - then));
             Fetch fetch;
             for (int64_t i = first; i < last; ++i) {
@@ -325,10 +326,9 @@ template <class B> struct Block {
                 // Where A is packed here, the memory that it is packed to; for a single tile that and the rows would be too much.
                 const bool fetches = last - first > 1 && !(kPackA && width <= NR);
                 const int64_t lines = fetches ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
-                fetch.b = b_then;
                 if (kPackA) {
                     pack_a_panel(a_panel, p, row0 + row, rows, k0 + k, kc);
-                    if (i + 1 < last) fetch.b = raw(row0 + row + rows, panels.rows(below), k0 + k, kc);
+                    if (i + 1 < last) a_raw = raw(row0 + row + rows, panels.rows(below), k0 + k, kc);
                 }
                 for (int64_t n = n0; n < n1; n += NR) {
                     const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / width;
@@ -338,12 +338,14 @@ template <class B> struct Block {
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
                     fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
+                    Ahead& more = a_raw.at ? a_raw : b_then;
+                    fetch.b = more;
                     const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
                     multiply(a_panel, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
+                    more = fetch.b;
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                 }
-                if (!kPackA) b_then = fetch.b;
             }
             k = end;
         } while (k < kb);

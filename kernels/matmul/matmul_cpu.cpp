@@ -269,13 +269,17 @@ template <class T> void tiny(const Product& p, const Rows<T>& b) {
     for (int64_t i = 0; i < panels.count; ++i) tiny_rows(p, b, panels.begin(i), panels.rows(i));
 }
 
-template <class T>
-void of_type(const Matmul& p, int64_t i, const Product& product, float* packed_a, float* packed_b, bool parallel) {
+template <class T> void of_type(const Matmul& p, int64_t i, Product product, float* packed_a, float* packed_b, bool parallel) {
     const T* b = static_cast<const T*>(p.b) + i * p.b_step;
+    const auto multiply = [&](auto all, auto next) {
+        if (next.b) product.next = next.ahead(0, least(p.K, kDepth), 0, least(p.N, kPanels * NR));
+        gemm(product, all, packed_a, packed_b, parallel);
+    };
     const bool small = !p.a_transposed && !p.accumulate && !p.a_row && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
+    const T* next = static_cast<const T*>(p.b_next);
     if (!p.b_transposed && small) tiny(product, Rows<T>{b, p.N, p.K});
-    else if (p.b_transposed) gemm(product, Columns<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
-    else gemm(product, Rows<T>{b, p.N, p.K}, packed_a, packed_b, parallel);
+    else if (p.b_transposed) multiply(Columns<T>{b, p.N, p.K}, Columns<T>{next, p.N, p.K});
+    else multiply(Rows<T>{b, p.N, p.K}, Rows<T>{next, p.N, p.K});
 }
 
 void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool parallel) {

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastlm import _C, ops
+from fastlm import _C, backend, ops
 from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
@@ -167,3 +167,29 @@ def test_refuses():
         ops.dispatch(np.zeros((5, 3), np.float32), ops.route(x, 1))
     with pytest.raises(ValueError, match=r"\[combine\] y must be \(P, C\) = \(4, 3\), got \(3, 3\)"):
         ops.combine(np.zeros((3, 3), np.float32), ops.route(x, 1))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_grouped_gradients_are_written_then_added(stacked):
+    """A gradient that is not there yet is assigned, zeros where an expert has no rows; a second one is added, also within one call."""
+    rng = np.random.default_rng(5)
+    x, dy = rng.standard_normal((40, 24), np.float32), rng.standard_normal((40, 33), np.float32)
+    w = rng.standard_normal((3, 33, 24), np.float32)
+    counts = np.array([25, 0, 15])
+    for _ in range(2):
+        backend.empty((3, 33, 24))[...] = np.nan  # memory that is used again
+    weights = Tensor(w, requires_grad=True) if stacked else [Tensor(m, requires_grad=True) for m in w]
+
+    def gradient():
+        return weights.grad if stacked else np.stack([m.grad for m in weights])
+
+    ops.grouped_linear(x, weights, counts).backward(dy)
+    once = gradient().copy()
+    np.testing.assert_allclose(once, np.stack([dy[:25].T @ x[:25], np.zeros((33, 24)), dy[25:].T @ x[25:]]), atol=1e-4)
+    assert not once[1].any()
+    ops.grouped_linear(x, weights, counts).backward(dy)
+    np.testing.assert_allclose(gradient(), 2 * once, rtol=1e-5, atol=1e-4)
+    if not stacked:
+        m = Tensor(w[0], requires_grad=True)
+        ops.grouped_linear(x, [m, m, m], counts).backward(dy)
+        np.testing.assert_allclose(m.grad, dy.T @ x, atol=1e-4)
