@@ -206,7 +206,7 @@ class LM:
 
     # Encoders
 
-    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = 1024) -> Array:
+    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = 1280) -> Array:
         """One vector for each text, or each list of ids: (N, C) float32; (C,) for one text.
 
         The mean over the tokens or the first token's state, of length 1 or not, as the checkpoint's sentence-transformers files say
