@@ -25,12 +25,15 @@ constexpr int64_t kBlock = 384 << 10;        // bytes of quantised A that stay i
 constexpr int64_t kAloneInt8 = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneQuantise = 1 << 15;  // numbers
 
-// Vectors of rows of the weight that walk together.
+// Vectors of rows of the weight that walk together, as many for every number of rows that panels beside each other may have. One or
+// two rows of A take one group of the weight at a time, so that it is read from its first byte to its last, faster than by any
+// number of streams that are fetched ahead.
+constexpr int kUnfetched = 2;
 constexpr int int8_vectors(int rows, int planes) {
 #if defined(FASTLM_ISA_AVX512)
-    return planes == 1 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : rows <= 1 ? 4 : rows <= 3 ? 2 : 1;
+    return planes == 1 ? (rows >= 4 && rows <= 6 ? 2 : 1) : rows == 3 ? 2 : 1;
 #else
-    return planes == 1 ? (rows <= 1 ? 4 : rows <= 3 ? 2 : 1) : rows <= 1 ? 2 : 1;
+    return planes == 1 ? (rows <= 3 ? 2 : 1) : rows <= 1 ? 2 : 1;
 #endif
 }
 
@@ -121,7 +124,7 @@ template <Quant Q, int M, int S, int P> void int8_block(const uint8_t* packed, i
 #pragma GCC unroll 2
         for (int half = 0; half < A::kHalves; ++half) {
             decoder.scales(u, half);
-            if (ahead && half == 0)
+            if (M > kUnfetched && ahead && half == 0)
 #pragma GCC unroll 4
                 for (int s = 0; s < S; ++s)
                     if (decoder.lane[s] == 0)
@@ -250,7 +253,7 @@ template <int P> struct Int8Product {
             choice.block(p.packed, K, n, columns, a, target.sum + row * p.N + n, p.N, p.bias ? p.bias + n : nullptr, ahead);
             target.finish(row, n, rows, columns);
         };
-        const Int8Choice choice = int8_choice<Q, P>(size + (longer ? 1 : 0)), shorter = int8_choice<Q, P>(size);
+        const Int8Choice choice = int8_choice<Q, P>(size + (longer ? 1 : 0)), shorter = int8_choice<Q, P>(size);  // of one width
         const int64_t step = choice.columns, first = gated ? 1 : 0;
         if (count == 1) {
             // Six pieces a thread, so that none waits long for another; columns are read in long runs where there are enough.

@@ -32,8 +32,10 @@ constexpr int64_t kAloneRounding = 1 << 15;  // numbers
 constexpr uint32_t kLanes = (1u << W) - 1;
 constexpr int64_t kRowsAhead = 2048;  // bytes from what is read to what is fetched
 
-// Few rows are bound by memory, which wants several streams.
-constexpr int rows_vectors(int rows) { return rows == 1 && kWide == 2 ? 4 : kWide; }
+// Few rows are bound by memory: they take one panel of W at a time, which is then read from its first byte to its last, faster than
+// any number of streams that are fetched ahead. So few are never a panel beside others, whose columns it must share.
+constexpr int kUnfetchedRows = (kTall - 1) / 2;
+constexpr int rows_vectors(int rows) { return rows <= kUnfetchedRows && kWide == 2 ? int(kSide / W) : kWide; }
 
 FASTLM_INLINE int64_t groups_of(int64_t K) { return ceil_div(K, kGroup); }
 FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kHead + groups_of(K) * 2 * kWord; }
@@ -166,7 +168,7 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             q[s] = load_bytes(at[s] + t * kWord);
-            __builtin_prefetch(ahead[s] + t * step, 0, 2);
+            if (M > kUnfetchedRows) __builtin_prefetch(ahead[s] + t * step, 0, 2);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {

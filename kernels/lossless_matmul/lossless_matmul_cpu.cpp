@@ -129,20 +129,19 @@ template <int kSize, int S> struct Decoder {
         }
     }
 
-    // f(k, s, v) for 8 values of k from `begin`, fewer at the end.
-    template <class F> FASTLM_MEMBER void step(int64_t begin, int64_t K, const F& f) {
-        if (soonest >= begin + kUnit && begin + kUnit <= K) {
-            unit.decode(exponents, f);
-        } else {
+    // f(k, s, v) for every k from `begin` on, a multiple of 8 where the walk is, up to `end`.
+    template <class F> FASTLM_MEMBER void walk(int64_t begin, int64_t end, const F& f) {
+        for (int64_t k = begin; k < end; k += kUnit, unit.advance()) {
+            // Without a call in it, so that sums stay in registers.
+            for (const int64_t plain = least(soonest, end) - kUnit; k <= plain; k += kUnit, unit.advance())
+                unit.decode(exponents, [&](int u, int s, vf v) FASTLM_LAMBDA { f(k + u, s, v); });
+            if (k >= end) return;
             float w[kUnit * S * W];
-            soonest = patched(w, unit, packed, lane, begin, next);
+            soonest = patched(w, unit, packed, lane, k, next);
+            for (int u = 0; u < int(kUnit) && k + u < end; ++u)
 #pragma GCC unroll 8
-            for (int k = 0; k < int(kUnit); ++k)
-                if (begin + k < K)
-#pragma GCC unroll 8
-                    for (int s = 0; s < S; ++s) f(k, s, load(w + (k * S + s) * W));
+                for (int s = 0; s < S; ++s) f(k + u, s, load(w + (u * S + s) * W));
         }
-        unit.advance();
     }
 };
 
@@ -164,10 +163,7 @@ template <int kSize> struct Lossless {
     void pack(float* out, int64_t k0, int64_t kc, int64_t column, int64_t columns) const {
         for (int64_t n = 0; n < columns; n += NR, out += kc * NR) {
             Decoder<kSize, NV> decoder(packed, where, K, column + n, k0);
-            for (int64_t k = 0; k < kc; k += kUnit) {
-                float* to = out + k * NR;
-                decoder.step(k0 + k, K, [&](int u, int s, vf w) FASTLM_LAMBDA { store(to + u * NR + s * W, w); });
-            }
+            decoder.walk(k0, k0 + kc, [&](int64_t k, int s, vf w) FASTLM_LAMBDA { store(out + (k - k0) * NR + s * W, w); });
         }
     }
 
@@ -186,13 +182,10 @@ template <int kSize> struct Lossless {
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) acc[i][s] = zero();
-        for (int64_t k = 0; k < depth; k += kUnit) {
-            const float* x = a + k * M;
-            decoder.step(k, depth, [&](int u, int s, vf w) FASTLM_LAMBDA {
+        decoder.walk(0, depth, [&](int64_t k, int s, vf w) FASTLM_LAMBDA {
 #pragma GCC unroll 16
-                for (int i = 0; i < M; ++i) acc[i][s] = fma(set(x[u * M + i]), w, acc[i][s]);
-            });
-        }
+            for (int i = 0; i < M; ++i) acc[i][s] = fma(set(a[k * M + i]), w, acc[i][s]);
+        });
         for (int s = 0; s < S; ++s) {
             const int64_t left = columns - s * W;
             if (left <= 0) return;
