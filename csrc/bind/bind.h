@@ -57,7 +57,7 @@ template <class Args> void launch(void (*kernel)(const Args&), const Args& args)
 template <class Args, class T> void launch(void (*kernel)(const Args&), Args args, T* Args::* workspace, int64_t bytes) {
     if (Plan* plan = recording()) {
         const std::shared_ptr<Arena> arena = plan->arena;
-        args.*workspace = bytes > 0 ? static_cast<T*>(arena->allocate(size_t(bytes))) : nullptr;
+        args.*workspace = bytes > 0 ? static_cast<T*>(arena->allocate(size_t(bytes), std::is_floating_point_v<T>)) : nullptr;
         launch(kernel, args);
         if (bytes > 0) arena->release(args.*workspace);
         return;

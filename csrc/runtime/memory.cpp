@@ -163,23 +163,23 @@ Heap& heap() {
     return *h;
 }
 
+}  // namespace
+
 // The stagger grows with the size, so that arrays of 9 and of 3 MiB fit where one of 12 was; never a multiple of a page.
-size_t block(size_t bytes) {
+size_t cached_block(size_t bytes) {
     const size_t steps = bytes >> 20;
     return (bytes + kPage - 1) / kPage * kPage + kStagger * (steps + (steps % 64 == 0));
 }
 
-}  // namespace
-
 void* cached_allocate(size_t bytes) {
     if (bytes > SIZE_MAX / 4) throw std::bad_alloc();
-    void* memory = heap().take(block(bytes));
+    void* memory = heap().take(cached_block(bytes));
     if (!memory) throw std::bad_alloc();
     return memory;
 }
 
 void cached_free(void* memory, size_t bytes) {
-    if (memory) heap().give(static_cast<char*>(memory), block(bytes));
+    if (memory) heap().give(static_cast<char*>(memory), cached_block(bytes));
 }
 
 size_t cached_bytes() { return heap().held(); }

@@ -9,9 +9,10 @@ namespace fastlm {
 
 void* cached_allocate(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
 void cached_free(void* memory, size_t bytes);
-size_t cached_bytes();  // held for reuse now
-size_t live_bytes();    // in use now
-size_t peak_bytes();    // the most in use at once since the last reset_peak
+size_t cached_block(size_t bytes);  // what a block of so many bytes takes, its distance from the next one included
+size_t cached_bytes();              // held for reuse now
+size_t live_bytes();                // in use now
+size_t peak_bytes();                // the most in use at once since the last reset_peak
 void reset_peak();
 void release_cached();  // what is held for reuse, back to the system
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <iterator>
 
 #include "csrc/runtime/memory.h"
 
@@ -13,33 +14,45 @@ namespace fastlm {
 using Clock = std::chrono::steady_clock;
 
 Arena::~Arena() {
-    for (const Slab& slab : slabs_) cached_free(slab.memory, slab.bytes);
+    for (const Slab& slab : slabs_) cached_free(slab.memory, slab.asked);
 }
 
 void* Arena::allocate(size_t bytes, bool floats) {
-    constexpr size_t kSlab = size_t(1) << 18;
-    bytes = (bytes ? bytes + 63 : 64) / 64 * 64;
-    Block* best = nullptr;
-    for (Block& b : blocks_)
-        if (b.free && b.bytes >= bytes && b.bytes <= 2 * bytes && (!best || b.bytes < best->bytes)) best = &b;
-    if (best) {
-        best->free = false, best->floats = best->floats && floats;
-        return best->memory;
+    constexpr size_t kSlab = size_t(1) << 18, kLarge = size_t(1) << 20;
+    const size_t asked = std::max(bytes, kSlab);
+    bytes = bytes < kLarge ? (bytes ? bytes + 63 : 64) / 64 * 64 : cached_block(bytes);
+    auto best = holes_.end();
+    for (auto i = holes_.begin(); i != holes_.end(); ++i)
+        if (i->second >= bytes && (best == holes_.end() || i->second < best->second)) best = i;
+    if (best == holes_.end()) {
+        slabs_.push_back({static_cast<char*>(cached_allocate(asked)), asked, cached_block(asked), 0});
+        give(slabs_.back().memory, slabs_.back().bytes);  // joined to the slab before, if that ends there
+        for (best = holes_.begin(); best->second < bytes;) ++best;
     }
-    if (slabs_.empty() || slabs_.back().bytes - slabs_.back().used < bytes) {
-        const size_t size = bytes < kSlab ? kSlab : bytes;
-        slabs_.push_back({static_cast<char*>(cached_allocate(size)), size, 0});
-    }
-    Slab& slab = slabs_.back();
-    char* memory = slab.memory + slab.used;
-    slab.used += bytes;
-    blocks_.push_back({memory, bytes, false, floats});
+    char* memory = best->first;
+    const size_t rest = best->second - bytes;
+    holes_.erase(best);
+    if (rest > 0) holes_.emplace(memory + bytes, rest);
+    blocks_.emplace(memory, bytes);
+    if (!floats) others_.push_back({memory, bytes});
+    for (Slab& slab : slabs_)
+        if (memory >= slab.memory && memory < slab.memory + slab.bytes)
+            slab.used = std::max(slab.used, size_t(memory + bytes - slab.memory));
     return memory;
 }
 
 void Arena::release(void* memory) {
-    for (Block& b : blocks_)
-        if (b.memory == memory) b.free = true;
+    const auto block = blocks_.find(static_cast<char*>(memory));
+    give(block->first, block->second);
+    blocks_.erase(block);
+}
+
+void Arena::give(char* memory, size_t bytes) {
+    const auto hole = holes_.emplace(memory, bytes).first, next = std::next(hole);
+    if (next != holes_.end() && memory + bytes == next->first) hole->second += next->second, holes_.erase(next);
+    if (hole == holes_.begin()) return;
+    const auto before = std::prev(hole);
+    if (before->first + before->second == memory) before->second += hole->second, holes_.erase(hole);
 }
 
 bool Arena::holds(const void* memory) const {
@@ -55,7 +68,8 @@ size_t Arena::bytes() const {
 }
 
 void Arena::spoil() {
-    for (const Block& b : blocks_) std::memset(b.memory, b.floats ? 0xff : 0, b.bytes);
+    for (const Slab& slab : slabs_) std::memset(slab.memory, 0xff, slab.used);
+    for (const auto& [memory, bytes] : others_) std::memset(memory, 0, bytes);
 }
 
 int64_t Plan::run_on(int64_t most, double seconds, const int32_t* ids, int64_t count, int32_t* found, const int32_t* ends,

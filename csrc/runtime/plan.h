@@ -5,16 +5,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <type_traits>
 #include <typeinfo>
+#include <utility>
 #include <vector>
 
 namespace fastlm {
 
-// Memory of what a recorded step computes between its inputs and its outputs. A block that is given back is used again by what is
-// recorded later, as it will be in every run: the plan's order is the recording's.
+// Memory of what a recorded step computes between its inputs and its outputs. What is given back is used again by what is recorded
+// later, as it will be in every run: the plan's order is the recording's. The smallest hole that fits is cut, neighbours are
+// joined.
 class Arena {
   public:
     Arena() = default;
@@ -28,16 +31,13 @@ class Arena {
     void spoil();  // nan into what held floats only, zeros elsewhere: what no kernel writes anew will show
 
   private:
-    struct Block {
-        char* memory;
-        size_t bytes;
-        bool free, floats;
-    };
     struct Slab {
         char* memory;
-        size_t bytes, used;
+        size_t asked, bytes, used;  // used: all blocks that began here ended before it
     };
-    std::vector<Block> blocks_;
+    void give(char* memory, size_t bytes);
+    std::map<char*, size_t> holes_, blocks_;
+    std::vector<std::pair<char*, size_t>> others_;  // blocks that held something other than floats
     std::vector<Slab> slabs_;
 };
 

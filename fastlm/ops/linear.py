@@ -66,6 +66,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     shape_x = xd.shape
 
     def backward(dy: Array, spare: Spare) -> Sequence[Array | None]:
+        nonlocal z
         dy = contiguous(dy)
         dz = dy
         if kind:
@@ -74,6 +75,7 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
         if kind or bias_target is not None:
             partial = backend.empty((-(-M // _C.linear_rows), N), like=dy) if bias_target is not None else None
             kernels(dy).linear_backward(dz if kind else None, bias_target, partial, dy.reshape(M, N), z, kind)
+            z = None  # the products below need its memory: whoever read the output has had it
         dx = dw = None
         if want_weight:
             owner = leaf(weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastlm import models, tensor
+from fastlm import backend, models, ops, tensor
 
 SIZES = {"vocab_size": 90, "d_model": 48, "n_layer": 2, "n_head": 4}
 CONFIGS = {
@@ -39,3 +39,20 @@ def test_bits(name, monkeypatch):
     for least in (0, 1 << 40):
         monkeypatch.setattr(tensor, "_REMADE", least)
         assert gradients(model, name) == found
+
+
+def test_what_an_activation_kept_is_freed_before_the_products():
+    """8 MB of its inputs: else they would lie beside the gradients of 4 MB, 8 MB and 2 MB, and what the products work in."""
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        array = backend.empty(shape)
+        array[...] = rng.standard_normal(shape)
+        return tensor.Tensor(array, requires_grad=True)
+
+    x, up, down = leaf(1024, 512), leaf(2048, 512), leaf(64, 2048)
+    y = ops.linear(ops.linear(x, up, activation="gelu"), down)
+    before = backend.memory()["live"]
+    backend.reset_peak()
+    y.backward(np.ones((1024, 64), np.float32))
+    assert backend.memory()["peak"] - before < 18 << 20

@@ -81,6 +81,26 @@ def test_larger_arrays(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run() == found
 
 
+def test_memory(seen: Seen) -> None:
+    """A recording takes what the step from Python takes, and no more than a small part beside it."""
+    model = made("gpt", d_model=96, d_ff=1024, context=128)
+    step = recorded.HostStep(model, AdamW(model, (0.9, 0.95), 1e-8, 0.1), 1)
+    rng = np.random.default_rng(1)
+    given = [Causal()(rng.integers(0, 97, (12, 129)), 0, 0, np.arange(12))]
+    step(given)
+    for p in step.parameters:
+        p.grad = None
+    before = backend.memory()["live"]
+    backend.reset_peak()
+    step(given)
+    needed = backend.memory()["peak"] - before
+    for p in step.parameters:
+        p.grad = None
+    step(given)
+    assert step._recording is not None
+    assert step._recording.nbytes < 1.1 * needed
+
+
 def gradients(step: recorded.HostStep, batches: list[Any]) -> list[Any]:
     for p in step.parameters:
         p.grad = None
