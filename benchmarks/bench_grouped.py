@@ -46,9 +46,12 @@ def first(weights):
         return weights[0]
     if id(weights) not in _kept:
         _kept.clear()
-        _kept[id(weights)] = Tensor(weights.data[0].copy(), requires_grad=True)
-    _kept[id(weights)].grad = None
-    return _kept[id(weights)]
+        _kept[id(weights)] = (
+            weights,
+            Tensor(weights.data[0].copy(), requires_grad=True),
+        )  # with them, so that no others have their id
+    _kept[id(weights)][1].grad = None
+    return _kept[id(weights)][1]
 
 
 def runs(counts):

@@ -23,5 +23,5 @@ def torch(x, weight):
         _kept.clear()
         layer = torch.nn.Linear(x.shape[1], weight.shape[0], bias=False)
         layer.weight.data = torch.from_numpy(weight.dequantize())
-        _kept[id(weight)] = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear})
-    return _kept[id(weight)](x)
+        _kept[id(weight)] = weight, torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear})
+    return _kept[id(weight)][1](x)
