@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t kAloneKeys = 12000;  // numbers of keys and values below which waking a thread costs more than it gives
 constexpr int64_t kNear = 1 << 13;     // numbers that the first cache holds
-constexpr int64_t kLead = 1 << 14;     // bytes that are on their way while others are read
+constexpr int64_t kLead = 1 << 15;     // bytes that are on their way while others are read
 
 int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
 
