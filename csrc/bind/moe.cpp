@@ -81,27 +81,11 @@ void grouped_linear(const GroupedLinear& p) {
             float *y = p.y + row * p.N, *z = p.z ? p.z + row * p.N : nullptr;
             const float* x = p.x + row * p.K;
             if (expert.how == Multiplies::plain) {
+                Matmul product{y, z, nullptr, x,    expert.weight,        nullptr, nullptr,     1, M, p.N, p.K,
+                               0, 0, false,   true, Storage(expert.type), false,   p.activation};
                 const bool alike = e + 1 < p.E && (&expert)[1].how == expert.how && (&expert)[1].type == expert.type;
-                multiply(matmul_kernels(), Matmul{y,
-                                                  z,
-                                                  nullptr,
-                                                  x,
-                                                  expert.weight,
-                                                  nullptr,
-                                                  nullptr,
-                                                  1,
-                                                  M,
-                                                  p.N,
-                                                  p.K,
-                                                  0,
-                                                  0,
-                                                  false,
-                                                  true,
-                                                  Storage(expert.type),
-                                                  false,
-                                                  p.activation,
-                                                  0,
-                                                  alike ? (&expert)[1].weight : nullptr});
+                if (alike) product.b_next = (&expert)[1].weight;
+                multiply(matmul_kernels(), product);
                 continue;
             }
             const QuantizedMatmul product{y,

@@ -177,7 +177,7 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
         if dx is not None:
             plain = [each[e].dequantize() if isinstance(each[e], QuantizedArray) else each[e] for e in used]
             _products([dx[spans[e]] for e in used], [dz[spans[e]] for e in used], plain)
-        into, adds, returned = _stacked_targets(weights) if stacked else _targets(weights)
+        into, adds, returned = _targets(weights)
         for e in np.flatnonzero(counts == 0).tolist():
             if not adds[e]:
                 into[e][...] = 0
@@ -230,7 +230,10 @@ def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str
         if needs_grad(x):
             dx = backend.empty_like(xd)
             kernels(xd).grouped_linear_dx(dx, dz, counts, [_plain_there(w, dz) for w in each])
-        into, returned = _stacked_buffer(weights) if stacked else _buffers(weights)
+        into, adds, returned = _targets(weights)
+        for array, add in zip(into, adds, strict=True):
+            if not add:
+                array.device.fill(array.pointer, 0, array.nbytes)
         if all(b is not None for b in into):
             kernels(xd).grouped_linear_dweights(into, dz, xd, counts)
         return dx, *returned
@@ -261,51 +264,23 @@ def _plain_there(w: Any, like: Array) -> Array:
     return plain
 
 
-def _stacked_buffer(weights: Any) -> tuple[list[Array | None], list[Array | None]]:
-    """As `_buffers`, of one array (E, N, K)."""
-    if not needs_grad(weights):
-        return [None], [None]
-    target = leaf(weights)
-    total = target.grad_buffer() if target is not None else backend.zeros(weights.shape, like=weights.data)
-    return [total[e] for e in range(weights.shape[0])], [None if target is not None else total]
-
-
-def _stacked_targets(weights: Any) -> tuple[list[Any], list[bool], list[Array | None]]:
-    """As `_targets`, of one array (E, N, K)."""
-    E = weights.shape[0]
-    if not needs_grad(weights):
-        return [None] * E, [True] * E, [None]
-    target = leaf(weights)
-    total, add = target.grad_target() if target is not None else (backend.empty(weights.shape), False)
-    return list(total), [add] * E, [None if target is not None else total]
-
-
-def _targets(weights: Sequence[Any]) -> tuple[list[Any], list[bool], list[Array | None]]:
-    """Where each matrix's gradient goes, whether it is added to what is there, and what is returned for it."""
+def _targets(weights: Any) -> tuple[list[Any], list[bool], list[Array | None]]:
+    """Where each matrix's gradient goes, None for a frozen one; whether it is added to what is there; what is returned for each input.
+    weights: one array (E, N, K) or a list of matrices."""
     into: list[Any] = []
     adds: list[bool] = []
     returned: list[Array | None] = []
-    for w in weights:
-        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray) and w.dtype == np.float32
-        target = leaf(w) if trained else None
-        total, add = target.grad_target() if target is not None else (backend.empty(w.shape) if trained else None, not trained)
-        into.append(total)
-        adds.append(add)
-        returned.append(None if target is not None else total)
+    stacked = not isinstance(weights, (list, tuple))
+    for w in [weights] if stacked else weights:
+        array, add, target = None, True, None
+        if needs_grad(w) and not isinstance(w.data, QuantizedArray) and (w.dtype == np.float32 or on_device(w.data)):
+            target = leaf(w)
+            array, add = target.grad_target() if target is not None else (backend.empty(w.shape, like=w.data), False)
+        E = w.shape[0] if stacked else 1
+        into += [None] * E if array is None else [array[e] for e in range(E)] if stacked else [array]
+        adds += [add] * E
+        returned.append(None if target is not None else array)
     return into, adds, returned
-
-
-def _buffers(weights: Sequence[Any]) -> tuple[list[Array | None], list[Array | None]]:
-    """Where each matrix's gradient is added, and what is returned for it."""
-    into: list[Array | None] = []
-    returned: list[Array | None] = []
-    for w in weights:
-        trained = needs_grad(w) and not isinstance(w.data, QuantizedArray)
-        target = leaf(w) if trained else None
-        buffer = target.grad_buffer() if target is not None else backend.zeros(w.shape, like=w.data) if trained else None
-        into.append(buffer)
-        returned.append(None if target is not None else buffer)
-    return into, returned
 
 
 def _multiplied(w: Any) -> tuple[Array, int, int]:

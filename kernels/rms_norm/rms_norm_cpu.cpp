@@ -44,8 +44,9 @@ template <bool Far> void forward_row(const RmsNormForward& p, int64_t r) {
 }
 
 void forward(const RmsNormForward& p) {
+    const auto row = p.R * p.C >= kPast ? forward_row<true> : forward_row<false>;
     parallel_for(p.R, kRmsNormRows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) p.R* p.C >= kPast ? forward_row<true>(p, r) : forward_row<false>(p, r);
+        for (int64_t r = begin; r < end; ++r) row(p, r);
     });
 }
 
