@@ -78,7 +78,6 @@ FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return _mm256_unpacklo_epi8(a, b); }
 FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return _mm256_unpackhi_epi8(a, b); }
 FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return _mm256_unpacklo_epi16(a, b); }
 FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return _mm256_unpackhi_epi16(a, b); }
-FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return _mm256_or_si256(_mm256_and_si256(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
     const vi low = _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                                            0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));

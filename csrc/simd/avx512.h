@@ -78,8 +78,6 @@ FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return _mm512_unpacklo_epi8(a, b); }
 FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return _mm512_unpackhi_epi8(a, b); }
 FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return _mm512_unpacklo_epi16(a, b); }
 FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return _mm512_unpackhi_epi16(a, b); }
-// (a & mask) | b
-FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xEA); }
 // Low half of each lane, W values.
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
 

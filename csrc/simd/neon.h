@@ -88,7 +88,6 @@ FASTLM_INLINE vi zip_low_u8(vi a, vi b) { return of_u8(vzip1q_u8(to_u8(a), to_u8
 FASTLM_INLINE vi zip_high_u8(vi a, vi b) { return of_u8(vzip2q_u8(to_u8(a), to_u8(b))); }
 FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return of_u16(vzip1q_u16(to_u16(a), to_u16(b))); }
 FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return of_u16(vzip2q_u16(to_u16(a), to_u16(b))); }
-FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return ori(andi(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))); }
 
 FASTLM_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }

@@ -130,7 +130,6 @@ FASTLM_INLINE vi zip_high_u8(vi a, vi b) {
 }
 FASTLM_INLINE vi zip_low_u16(vi a, vi b) { return vi(__builtin_shuffle(vu16(a), vu16(b), vu16{0, 8, 1, 9, 2, 10, 3, 11})); }
 FASTLM_INLINE vi zip_high_u16(vi a, vi b) { return vi(__builtin_shuffle(vu16(a), vu16(b), vu16{4, 12, 5, 13, 6, 14, 7, 15})); }
-FASTLM_INLINE vi merge(vi mask, vi a, vi b) { return ori(andi(mask, a), b); }
 FASTLM_INLINE void store_u16(uint16_t* p, vi v) {
     for (int i = 0; i < W; ++i) p[i] = uint16_t(v[i]);
 }

@@ -1,5 +1,6 @@
-"""float32 and bfloat16 matrices that keep every bit in 7/8 and 3/4 of the bytes: of the exponent's 8 bits 4 are stored, as the number
-of one of the 16 exponents that are most frequent in the matrix; the few weights that have another are listed beside them. The layout is in
+"""float32 and bfloat16 matrices that keep every bit in 7/8 and 3/4 of the bytes: of the first byte, the sign and the exponent's upper
+seven bits, 4 bits are stored, as the number of one of the 16 that are most frequent in the matrix; the few weights that have another are
+listed beside them. The layout is in
 kernels/lossless_matmul/lossless_matmul.h. The idea of storing exponents alone in fewer bits: Zhang et al. 2025, arXiv:2504.11651."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _MOST = 1 / 64  # of the weights may be exceptions: they cost 12 bytes each
 
 
 def compress(w: NDArray[Any]) -> NDArray[np.uint8] | None:
-    """w (N, K) float32 or bfloat16 -> its packed bytes, or None where too many exponents are in use."""
+    """w (N, K) float32 or bfloat16 -> its packed bytes, or None where too many first bytes are in use."""
     N, K = w.shape
     size = w.dtype.itemsize
     groups = -(-N // _PANEL) * _PANEL // _GROUP
@@ -35,7 +36,7 @@ def compress(w: NDArray[Any]) -> NDArray[np.uint8] | None:
     packed: NDArray[np.uint8] = _C.empty((total,), np.dtype(np.uint8))
     packed[:32].view(np.int64)[:] = size, N, K, count
     packed[32:64] = 0
-    packed[64:80], packed[80:96], packed[96:128] = chosen >> 1, (chosen & 1) << 7, 0
+    packed[64:80], packed[80:128] = chosen, 0
     packed[first:] = 0
     packed[first : first + 4 * (groups + 1)].view(np.int32)[:] = np.concatenate([[0], np.cumsum(lengths)])
     _C.lossless_pack(packed, w)

@@ -1,18 +1,15 @@
-// C = A W^T with W in float32 or bfloat16 of which the 8 bits of the exponent take 4, and what a linear layer adds: every bit as if
-// W lay there as it was and were multiplied by matmul.
+// C = A W^T with W in float32 or bfloat16 of which the first byte, the sign and seven bits of the exponent, takes 4 bits, and what
+// a linear layer adds: every bit as if W lay there as it was and were multiplied by matmul.
 //
 // Packed: a header, panels, the exceptions.
 //
-//     header      int64: bytes of a value (4 or 2), N, K, entries; from byte 64 on the table: of 16 exponents their upper seven
-//     bits in a
-//                 byte each, then their lowest bit, as the highest of a byte
+//     header      int64: bytes of a value (4 or 2), N, K, entries; from byte 64 on the table of 16 first bytes
 //     panel       32 rows, two groups of 16: for each unit of 8 k a line of 64 bytes of codes of each group, four bits each, the
-//     lower
-//                 those of the first four k; then for the first four k and for the last four, for each group a line of signs and 7
-//                 bits of mantissas, and of float32 two lines of their low halves. Four rows have 16 bytes of each line; how they
-//                 lie in them is what interleaving puts in order. All is read from the first byte to the last.
+//                 lower those of the first four k; then for the first four k and for the last four, for each group a line of
+//                 second bytes, and of float32 two lines of their low halves. Four rows have 16 bytes of each line; how they lie
+//                 in them is what interleaving puts in order. All is read from the first byte to the last.
 //     exceptions  int32 for each group of 16 rows: where its entries begin, and one more; then the entries, in the order of k: the
-//                 weights whose exponent is not in the table. The last of each group has k = kLosslessEnd.
+//                 weights whose first byte is not in the table. The last of each group has k = kLosslessEnd.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +19,7 @@
 namespace fastlm {
 
 constexpr int64_t kLosslessPanel = 32, kLosslessGroup = 16, kLosslessUnit = 8;
-constexpr int64_t kLosslessHeader = 128;
+constexpr int64_t kLosslessHeader = 128, kLosslessTable = 64;
 constexpr int32_t kLosslessEnd = INT32_MAX;
 
 struct LosslessEntry {
@@ -62,7 +59,7 @@ struct LosslessMatmuls {
     float* workspace;  // that of any of them
 };
 
-// How often each exponent occurs in each group of rows.
+// How often each first byte occurs in each group of rows.
 struct LosslessSurvey {
     int32_t* counts;  // (groups, 256)
     const void* w;    // (N, K) float32 or bfloat16

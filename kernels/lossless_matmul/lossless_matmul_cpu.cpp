@@ -28,10 +28,6 @@ template <int kSize> FASTLM_INLINE int64_t place(int64_t k, int64_t row) {
 }
 // And the float32's low half, in bytes from the end of that line.
 FASTLM_INLINE int64_t place_low(int64_t k, int64_t row) { return k / 2 % 2 * 64 + row / 4 * 16 + k % 2 * 8 + row % 4 * 2; }
-// The exponent of a code, where a float32 has it.
-FASTLM_INLINE uint32_t exponent_of(const uint8_t* packed, uint32_t code) {
-    return uint32_t(packed[64 + code]) << 24 | uint32_t(packed[80 + code]) << 16;
-}
 FASTLM_INLINE LosslessLayout layout(const uint8_t* packed) {
     int64_t h[4];
     std::memcpy(h, packed, sizeof h);
@@ -41,14 +37,11 @@ FASTLM_INLINE const LosslessEntry* entries_of(const uint8_t* packed, const Lossl
     return reinterpret_cast<const LosslessEntry*>(packed + at.entries) + reinterpret_cast<const int32_t*>(packed + at.first)[g];
 }
 
-// The exponents' upper seven bits, beside a sign, and their lowest, beside a mantissa.
-struct Exponents {
-    vi high, low;
-    FASTLM_MEMBER explicit Exponents(const uint8_t* packed) : high(repeat16(packed + 64)), low(repeat16(packed + 80)) {}
-};
+// The table of first bytes, for 64 look-ups at once.
+FASTLM_INLINE vi table_of(const uint8_t* packed) { return repeat16(packed + kLosslessTable); }
 
-// A unit of S vectors of rows, which lie in one panel, so that all distances are constants. A sign and seven bits of a mantissa,
-// and a looked-up exponent, become the two bytes of a bfloat16; what is interleaved with what puts the values in order.
+// A unit of S vectors of rows, which lie in one panel, so that all distances are constants. A first byte, looked up, and a second
+// one become a bfloat16; what is interleaved with what puts the values in order.
 template <int kSize, int S> struct Unit {
     using L = Layout<kSize>;
     const uint8_t *codes, *values;
@@ -62,8 +55,8 @@ template <int kSize, int S> struct Unit {
     static FASTLM_MEMBER vi words(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 
     // f(k, s, v) for 8 values of k, exceptions apart.
-    template <class F> FASTLM_MEMBER void decode(const Exponents& exponents, const F& f) const {
-        const vi nibbles = seti(0x0F0F0F0F), sign = seti(int32_t(0x80808080)), mantissa = seti(0x7F7F7F7F);
+    template <class F> FASTLM_MEMBER void decode(vi table, const F& f) const {
+        const vi nibbles = seti(0x0F0F0F0F);
         vi code[S];
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s) code[s] = words(codes + s * W / kGroup * 64 + s * W % kGroup * 4);
@@ -72,9 +65,7 @@ template <int kSize, int S> struct Unit {
 #pragma GCC unroll 8
             for (int s = 0; s < S; ++s) {
                 const uint8_t* at = values + L::values(h, s * W / kGroup) - L::kCodes + s * W % kGroup * 4;
-                const vi nibble = andi(h ? shr<4>(code[s]) : code[s], nibbles), v = words(at);
-                const vi high = merge(sign, v, lookup_u8(exponents.high, nibble));
-                const vi low = merge(mantissa, v, lookup_u8(exponents.low, nibble));
+                const vi high = lookup_u8(table, andi(h ? shr<4>(code[s]) : code[s], nibbles)), low = words(at);
                 const vi first = zip_low_u8(low, high), second = zip_high_u8(low, high);
                 if constexpr (kSize == 4) {
                     const vi a = words(at + 64), b = words(at + 128);
@@ -96,7 +87,7 @@ template <int kSize, int S> struct Unit {
 // w (8, S, W) = a unit with its exceptions, whose entries come next; returns k of the exception after them. Not inlined: rare.
 template <int kSize, int S> __attribute__((noinline)) int64_t patched(float* w, Unit<kSize, S> unit, const uint8_t* packed,
                                                                       int64_t lane, int64_t begin, const LosslessEntry** next) {
-    unit.decode(Exponents(packed), [&](int k, int s, vf v) FASTLM_LAMBDA { store(w + (k * S + s) * W, v); });
+    unit.decode(table_of(packed), [&](int k, int s, vf v) FASTLM_LAMBDA { store(w + (k * S + s) * W, v); });
     int64_t soonest = kLosslessEnd;
     for (int s = 0; s < S; ++s) {
         for (; next[s]->k < begin + kUnit; ++next[s]) {
@@ -112,14 +103,14 @@ template <int kSize, int S> __attribute__((noinline)) int64_t patched(float* w, 
 template <int kSize, int S> struct Decoder {
     static_assert(kLosslessPanel % (S * W) == 0, "vectors that walk together lie in one panel");
     const uint8_t* packed;
-    Exponents exponents;
+    vi table;
     Unit<kSize, S> unit;
     int64_t lane, soonest = kLosslessEnd;  // soonest: k of the first exception of all
     const LosslessEntry* next[S];
 
     Decoder(const uint8_t* packed, const LosslessLayout& where, int64_t K, int64_t row, int64_t k0 = 0)
         : packed(packed),
-          exponents(packed),
+          table(table_of(packed)),
           unit(Layout<kSize>::panel(packed, row, K) + k0 / kUnit * Layout<kSize>::kBytes, row),
           lane(row % kGroup) {
         for (int s = 0; s < S; ++s) {
@@ -134,7 +125,7 @@ template <int kSize, int S> struct Decoder {
         for (int64_t k = begin; k < end; k += kUnit, unit.advance()) {
             // Without a call in it, so that sums stay in registers.
             for (const int64_t plain = least(soonest, end) - kUnit; k <= plain; k += kUnit, unit.advance())
-                unit.decode(exponents, [&](int u, int s, vf v) FASTLM_LAMBDA { f(k + u, s, v); });
+                unit.decode(table, [&](int u, int s, vf v) FASTLM_LAMBDA { f(k + u, s, v); });
             if (k >= end) return;
             float w[kUnit * S * W];
             soonest = patched(w, unit, packed, lane, k, next);
@@ -224,11 +215,11 @@ void survey(const LosslessSurvey& p) {
     parallel_for(ceil_div(p.N, kGroup), 4, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
             int32_t* counts = p.counts + g * 256;
-            int32_t other[3][256] = {};  // so that equal exponents, one after the other, do not wait for their sum
+            int32_t other[3][256] = {};  // so that equal bytes, one after the other, do not wait for their sum
             std::memset(counts, 0, 256 * sizeof(int32_t));
             int32_t* const sums[4] = {counts, other[0], other[1], other[2]};
             const int64_t last = least(p.N, (g + 1) * kGroup) * p.K;
-            for (int64_t i = g * kGroup * p.K; i < last; ++i) ++sums[i & 3][bits_at(p.w, i, p.size) >> 23 & 255];
+            for (int64_t i = g * kGroup * p.K; i < last; ++i) ++sums[i & 3][bits_at(p.w, i, p.size) >> 24];
             for (int e = 0; e < 256; ++e) counts[e] += other[0][e] + other[1][e] + other[2][e];
         }
     });
@@ -239,7 +230,7 @@ template <int kSize> void pack_of(const LosslessPack& p) {
     const LosslessLayout where = layout(p.packed);
     uint8_t code[256];
     std::memset(code, 255, sizeof code);
-    for (int i = 15; i >= 0; --i) code[exponent_of(p.packed, uint32_t(i)) >> 23] = uint8_t(i);
+    for (int i = 15; i >= 0; --i) code[p.packed[kLosslessTable + i]] = uint8_t(i);
     parallel_for(ceil_div(p.N, kLosslessPanel) * kPanelGroups, 4, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
             auto* unit = const_cast<uint8_t*>(L::panel(p.packed, g * kGroup, p.K));
@@ -251,11 +242,11 @@ template <int kSize> void pack_of(const LosslessPack& p) {
                 for (int h = 0; h < 2; ++h) std::memset(values + h * half, 0, size_t(L::kLines * 64));
                 for (int64_t k = 0; k < least(kUnit, p.K - k0); ++k)
                     for (int64_t r = 0; r < least(kGroup, p.N - g * kGroup); ++r) {
-                        const uint32_t w = bits_at(p.w, (g * kGroup + r) * p.K + k0 + k, kSize), c = code[w >> 23 & 255];
+                        const uint32_t w = bits_at(p.w, (g * kGroup + r) * p.K + k0 + k, kSize), c = code[w >> 24];
                         const int64_t at = place<kSize>(k, r);
                         if (c == 255) *entry++ = {int32_t(k0 + k), int32_t(r), w};
                         else codes[at] |= uint8_t(c << k / 4 * 4);
-                        values[k / 4 * half + at] = uint8_t((w >> 24 & 128) | (w >> 16 & 127));
+                        values[k / 4 * half + at] = uint8_t(w >> 16);
                         if (kSize == 4) {
                             const auto low = uint16_t(w);
                             std::memcpy(values + k / 4 * half + 64 + place_low(k, r), &low, sizeof low);
@@ -284,10 +275,10 @@ template <int kSize> void unpack_of(const LosslessUnpack& p) {
                     const int64_t at = place<kSize>(k, r);
                     const int64_t g = row % kLosslessPanel / kGroup;
                     const uint8_t* values = unit + L::values(k / 4, g);
-                    const uint32_t top = values[at], code = unit[g * 64 + at] >> k / 4 * 4 & 15;
+                    const uint32_t code = unit[g * 64 + at] >> k / 4 * 4 & 15, first = p.packed[kLosslessTable + code];
                     uint16_t low = 0;
                     if (kSize == 4) std::memcpy(&low, values + 64 + place_low(k, r), sizeof low);
-                    put(i * p.K + k0 + k, (top & 128) << 24 | (top & 127) << 16 | exponent_of(p.packed, code) | low);
+                    put(i * p.K + k0 + k, first << 24 | uint32_t(values[at]) << 16 | low);
                 }
             for (const LosslessEntry* e = entries_of(p.packed, where, row / kGroup); e->k != kLosslessEnd; ++e)
                 if (e->row == r) put(i * p.K + e->k, e->value);
