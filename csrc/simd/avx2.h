@@ -48,6 +48,8 @@ FASTLM_INLINE vi as_int(vf a) { return _mm256_castps_si256(a); }
 FASTLM_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
 FASTLM_INLINE vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 FASTLM_INLINE vi subi(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+FASTLM_INLINE vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+FASTLM_INLINE vi mini(vi a, vi b) { return _mm256_min_epi32(a, b); }
 FASTLM_INLINE vi andi(vi a, vi b) { return _mm256_and_si256(a, b); }
 FASTLM_INLINE vi ori(vi a, vi b) { return _mm256_or_si256(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return _mm256_xor_si256(a, b); }

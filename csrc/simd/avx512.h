@@ -49,6 +49,8 @@ FASTLM_INLINE vi as_int(vf a) { return _mm512_castps_si512(a); }
 FASTLM_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 FASTLM_INLINE vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 FASTLM_INLINE vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+FASTLM_INLINE vi maxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
+FASTLM_INLINE vi mini(vi a, vi b) { return _mm512_min_epi32(a, b); }
 FASTLM_INLINE vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
 FASTLM_INLINE vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return _mm512_xor_si512(a, b); }

@@ -60,6 +60,8 @@ FASTLM_INLINE vi as_int(vf a) { return vreinterpretq_s32_f32(a); }
 FASTLM_INLINE vf as_float(vi a) { return vreinterpretq_f32_s32(a); }
 FASTLM_INLINE vi addi(vi a, vi b) { return vaddq_s32(a, b); }
 FASTLM_INLINE vi subi(vi a, vi b) { return vsubq_s32(a, b); }
+FASTLM_INLINE vi maxi(vi a, vi b) { return vmaxq_s32(a, b); }
+FASTLM_INLINE vi mini(vi a, vi b) { return vminq_s32(a, b); }
 FASTLM_INLINE vi andi(vi a, vi b) { return vandq_s32(a, b); }
 FASTLM_INLINE vi ori(vi a, vi b) { return vorrq_s32(a, b); }
 FASTLM_INLINE vi xori(vi a, vi b) { return veorq_s32(a, b); }

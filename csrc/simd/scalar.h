@@ -69,6 +69,8 @@ FASTLM_INLINE vf round(vf a) {
 FASTLM_INLINE vi to_int(vf a) { return __builtin_convertvector(round(a), vi); }
 FASTLM_INLINE vi addi(vi a, vi b) { return a + b; }
 FASTLM_INLINE vi subi(vi a, vi b) { return a - b; }
+FASTLM_INLINE vi maxi(vi a, vi b) { return a > b ? a : b; }
+FASTLM_INLINE vi mini(vi a, vi b) { return a < b ? a : b; }
 FASTLM_INLINE vi andi(vi a, vi b) { return a & b; }
 FASTLM_INLINE vi ori(vi a, vi b) { return a | b; }
 FASTLM_INLINE vi xori(vi a, vi b) { return a ^ b; }

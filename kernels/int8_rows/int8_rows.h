@@ -32,8 +32,8 @@ struct Int8Rows {
     Activation activation;
 };
 
-// Packed: for each 16 rows their scales, -128 times the sums of their codes, then for each 8 of K two words of 16 lanes: byte b of
-// lane n is q of row n, k = 4 word + b.
+// Packed: for each 16 rows their scales, -128 times the sums of their codes, then for each 16 of K four words of 16 lanes: byte b
+// of lane n is q of row n, k = 4 word + b.
 struct Int8RowsPack {
     uint8_t* packed;        // Int8RowsKernels::packed_bytes
     const uint8_t* blocks;  // (N, 4 + K): of each row the float32 scale and the codes, any alignment

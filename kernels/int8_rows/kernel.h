@@ -22,11 +22,11 @@ constexpr int kTall = 4, kWide = 2;
 constexpr int kTall = 4, kWide = 1;
 #endif
 constexpr int64_t kSide = 16;                // rows of W side by side
-constexpr int64_t kGroup = 8;                // of K that lie together: two words
+constexpr int64_t kGroup = 16;               // of K that lie together
+constexpr int64_t kWords = kGroup / 4;       // four of K each
 constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
-constexpr int64_t kRowsBlock = 384 << 10;    // bytes of quantised A that stay in L2 while the columns of a piece go by
+constexpr int64_t kRowsBlock = 144 << 10;    // bytes of rounded A that stay in L2, beside the x of the next ones, while W goes by
 constexpr int64_t kHead = 2 * kWord;         // of a panel: the scales of its rows, and where their sums start
-constexpr int64_t kSpan = 8;                 // vectors of x whose largest magnitudes are kept together
 constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneRounding = 1 << 15;  // numbers
 constexpr uint32_t kLanes = (1u << W) - 1;
@@ -38,7 +38,7 @@ constexpr int kUnfetchedRows = (kTall - 1) / 2;
 constexpr int rows_vectors(int rows) { return rows <= kUnfetchedRows && kWide == 2 ? int(kSide / W) : kWide; }
 
 FASTLM_INLINE int64_t groups_of(int64_t K) { return ceil_div(K, kGroup); }
-FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kHead + groups_of(K) * 2 * kWord; }
+FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kHead + groups_of(K) * kWords * kWord; }
 // A row of A: its codes, group by group among the rows of its panel; then, row by row, its ends.
 struct Ends {
     float scale;
@@ -47,96 +47,86 @@ struct Ends {
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// Row i of a panel of R rows. largest: room for a vector of floats for every kSpan vectors of a. Codes are raised by 128.
-//
-// Passes over a, which stays in L1: the largest magnitudes of each span and lane; those of the row, one after the other, each
-// found in its span; the codes.
-void round_row(const float* a, const float* columns, int64_t K, float* largest, uint8_t* out, int64_t R, int64_t i) {
+// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity.
+struct Largest {
+    vi first = seti(0), second = seti(0), third = seti(0);
+    FASTLM_MEMBER void see(vf v) {
+        const vi size = as_int(abs(v)), below = mini(first, size), last = mini(second, below);
+        first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
+    }
+    FASTLM_MEMBER bool finite() const { return bits(lt(as_float(first), set(__builtin_inff()))) == kLanes; }
+    // The largest of all, taken out.
+    FASTLM_MEMBER float take() {
+        const float most = reduce_max(as_float(first));
+        const vm one = eq(to_float(iota()), set(float(__builtin_ctz(bits(eq(as_float(first), set(most))) & kLanes))));
+        first = as_int(select(one, as_float(second), as_float(first)));
+        second = as_int(select(one, as_float(third), as_float(second)));
+        return most;
+    }
+};
+
+// Row i of a panel of R rows. Codes are raised by 128. Two passes over a, which stays in L1: the largest magnitudes; the codes, and
+// where what is exact lies.
+void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, int64_t R, int64_t i) {
     Ends ends = {};
-    const int64_t whole = K / W * W, spans = ceil_div(K, kSpan * W);
+    const int64_t whole = K / W * W;
     const auto at = [&](int64_t k) FASTLM_LAMBDA {
         if (k < whole) return columns ? load(a + k) * load(columns + k) : load(a + k);
         return columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k);
     };
-    int64_t taken[kInt8Exact];
-    int count = 0;
-    // The span's largest magnitudes, but for what was taken.
-    const auto seen = [&](int64_t span) FASTLM_LAMBDA {
-        vf most = zero();
-        for (int64_t k = span * kSpan * W; k < least(K, (span + 1) * kSpan * W); k += W) {
-            vf size = abs(at(k));
-            for (int e = 0; e < count; ++e) size = select(eq(to_float(iota()), set(float(taken[e] - k))), zero(), size);
-            most = max(most, size);
-        }
-        return most;
-    };
-    vf all = zero(), poison = zero();
-    for (int64_t span = 0, k = 0; span < spans; ++span) {
-        vf most = zero();
-        if (k + kSpan * W <= whole) {
-#pragma GCC unroll 8
-            for (int j = 0; j < kSpan; ++j, k += W) {
-                const vf v = columns ? load(a + k) * load(columns + k) : load(a + k);
-                poison = fma(v, zero(), poison);
-                most = max(most, abs(v));
-            }
-        } else {
-            for (; k < K; k += W) poison = fma(at(k), zero(), poison), most = max(most, abs(at(k)));
-        }
-        store(largest + span * W, most);
-        all = max(all, most);
-    }
+    Largest largest;
+    for (int64_t k = 0; k < whole; k += W) largest.see(columns ? load(a + k) * load(columns + k) : load(a + k));
+    if (whole < K) largest.see(at(whole));
     uint8_t* to = out + i * kGroup;
-    if (K == 0 || any(is_nan(poison))) {
+    if (K == 0 || !largest.finite()) {
         ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
         for (int32_t& place : ends.place) place = int32_t(kWord + 3);  // any four bytes of the panel
         for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
         std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
         return;
     }
-    for (; count < kInt8Exact;) {
-        const vf found = set(reduce_max(all));
-        int64_t span = 0;
-        while (!(bits(eq(load(largest + span * W), found)) & kLanes)) ++span;
-        for (int64_t k = span * kSpan * W;; k += W) {
-            uint32_t here = bits(eq(abs(at(k)), found)) & kLanes;
-            for (int e = 0; e < count; ++e)
-                if (taken[e] >= k && taken[e] < k + W) here &= ~(1u << (taken[e] - k));
-            if (!here) continue;
-            const int64_t place = k + __builtin_ctz(here);
-            taken[count] = place;
-            ends.exact[count] = place < K ? (columns ? a[place] * columns[place] : a[place]) : 0.0f;
-            ends.place[count++] = int32_t(kHead + place / 4 * kWord + place % 4);
-            break;
-        }
-        store(largest + span * W, seen(span));
-        all = zero();
-        for (int64_t s = 0; s < spans; ++s) all = max(all, load(largest + s * W));
-    }
-    const float most = reduce_max(all);
+    const float exact[kInt8Exact] = {largest.take(), largest.take()}, most = reduce_max(as_float(largest.first));
     float inverse = 0.0f;
     if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
-    const vi raised = seti(128);
+    const vf least_exact = set(exact[kInt8Exact - 1]);
+    const vf raise = set(0x1.8p23f + 128.0f);  // after which a lane's low byte is the code, rounded to even
+    int64_t taken[kInt8Exact] = {-1, -1};
+    const auto code = [&](int64_t k, vf v) FASTLM_LAMBDA {
+        uint32_t here = bits(le(least_exact, abs(v))) & kLanes;
+        for (; __builtin_expect(here != 0, 0); here &= here - 1) {  // the lowest k where equal
+            float lanes[W];
+            store(lanes, v);
+            const int lane = __builtin_ctz(here);
+            const float size = __builtin_fabsf(lanes[lane]);
+            for (int e = 0; e < kInt8Exact; ++e) {
+                if (taken[e] >= 0 || size != exact[e]) continue;
+                taken[e] = k + lane, ends.exact[e] = lanes[lane];
+                break;
+            }
+        }
+        return as_int(v * set(inverse) + raise);
+    };
+    const auto place = [&](int64_t k) FASTLM_LAMBDA { return to + k / kGroup * kGroup * R + k % kGroup; };
     int64_t k = 0;
-    const auto code = [&](vf v) FASTLM_LAMBDA { return addi(to_int(v * set(inverse)), raised); };  // to even
-    if constexpr (W < kGroup) {
-        for (; k < K; k += W) store_i8(to + k / kGroup * kGroup * R + k % kGroup, code(at(k)));
-        if (k < groups_of(K) * kGroup) store_i8(to + k / kGroup * kGroup * R + k % kGroup, raised);
-    } else {
-        for (; k < whole; k += W) store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, code(at(k)));
-        if (k < K) store_i8(to + k * R, to + (k + kGroup < K ? k + kGroup : k) * R, code(at(k)));
+    for (; k < whole; k += W) store_i8(place(k), code(k, columns ? load(a + k) * load(columns + k) : load(a + k)));
+    if (k < K) store_i8(place(k), code(k, at(k))), k += W;
+    for (; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
+    for (int e = 0; e < kInt8Exact; ++e) {
+        *place(taken[e]) = 128;
+        ends.place[e] = int32_t(kHead + taken[e] / 4 * kWord + taken[e] % 4);
     }
-    for (int64_t place : taken) to[place / kGroup * kGroup * R + place % kGroup] = 128;
     std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
 }
 
 FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 
 // What a block fetches for each word of W: `at` and the line after it, then `step` bytes on; null: each of its vectors kRowsAhead
-// on.
+// on. And of x, if not null, a line, `x_step` bytes from one to the next.
 struct RowsFetch {
     const uint8_t* at = nullptr;
     int64_t step = 0;
+    const uint8_t* x = nullptr;
+    int64_t x_step = 0;
 };
 
 // sum (M, columns) = A panel times S vectors of rows of the weight.
@@ -156,14 +146,16 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
         ahead[s] = fetch.at ? fetch.at + s * 64 : at[s] + kRowsAhead;
     }
     const int64_t step = fetch.at ? fetch.step : kWord;
+    const uint8_t* x = fetch.x ? fetch.x : ahead[0];
     const Ends* ends = reinterpret_cast<const Ends*>(a + M * groups * kGroup);
     vi dots[M][S];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) dots[i][s] = start[s];
-    for (int64_t t = 0; t < 2 * groups; ++t) {  // a word at a time: two would not fit the registers
-        const uint8_t* from = a + t / 2 * M * kGroup + t % 2 * (kGroup / 2);
+    for (int64_t t = 0; t < kWords * groups; ++t) {  // a word at a time: two would not fit the registers
+        if (M > kUnfetchedRows) __builtin_prefetch(x + t * fetch.x_step, 0, 2);
+        const uint8_t* from = a + t / kWords * M * kGroup + t % kWords * 4;
         vi q[S];
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
@@ -209,55 +201,92 @@ template <int M = kTall> RowsChoice rows_choice(int64_t rows) {
     return {rows_block<M, S>, S * W};
 }
 
+// The product, its rows cut into panels as equal as they can be.
+struct RowsProduct {
+    const Int8Rows& p;
+    const Target target;
+    const int64_t count, size, longer, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K), words = kWords * groups_of(p.K);
+    const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
+    const int64_t step = choice.columns, steps = ceil_div(p.N, step), step_bytes = ceil_div(step, kSide) * panel;
+
+    explicit RowsProduct(const Int8Rows& p)
+        : p(p),
+          target(make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation)),
+          count(ceil_div(p.M, kTall)),
+          size(p.M / count),
+          longer(p.M % count) {}
+
+    FASTLM_MEMBER int64_t row_of(int64_t i) const { return i * size + least(i, longer); }
+
+    // Panels of A to `out`, which begins with the first of them.
+    FASTLM_MEMBER void round(int64_t begin, int64_t end, uint8_t* out) const {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = row_of(i), rows = row_of(i + 1) - first;
+            for (int64_t r = 0; r < rows; ++r, out += r == rows ? rows * row_bytes : 0)
+                round_row(p.a + (first + r) * p.K, p.columns, p.K, out, rows, r);
+        }
+    }
+
+    // A tile of a panel and up to `step` columns from n on.
+    FASTLM_MEMBER void multiply(int64_t i, const uint8_t* codes, int64_t n, int64_t columns, RowsFetch fetch) const {
+        const int64_t row = row_of(i), rows = row_of(i + 1) - row;
+        float* sum = target.sum + row * p.N + n;
+        target.fetch(row, n, rows, columns);
+        fetch_tile(sum, p.N, rows);
+        (rows > size ? choice : shorter).block(p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr, fetch);
+        target.finish(row, n, rows, columns);
+    }
+
+    // The panels [first, last), whose codes are there, times the columns of a step; the next ones are fetched meanwhile, and of x
+    // what `ahead` says.
+    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, const uint8_t* x, int64_t x_step) const {
+        RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words), x, x_step};
+        for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step, fetch.x += words * x_step)
+            multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, n, least(step, p.N - n), fetch);
+    }
+};
+
 void int8_rows(const Int8Rows& p) {
     if (p.M == 0 || p.N == 0) return;
-    const bool threads = num_threads() > 1;
-    const Target target = make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation);
-    // Panels as equal as they can be.
-    const int64_t count = ceil_div(p.M, kTall), size = p.M / count, longer = p.M % count, row_bytes = rounded_bytes(p.K);
-    auto begin_of = [&](int64_t i) { return i * size + least(i, longer); };
-    for_pieces(threads && p.M * p.K >= kAloneRounding, count, ceil_div(1 << 13, (size + 1) * (p.K + 1)),
-               [&](int64_t begin, int64_t end) {
-                   float* largest = static_cast<float*>(scratch(size_t(ceil_div(p.K, kSpan * W) + 1) * W * sizeof(float)));
-                   for (int64_t i = begin; i < end; ++i) {
-                       const int64_t first = begin_of(i), rows = begin_of(i + 1) - first;
-                       for (int64_t r = 0; r < rows; ++r)
-                           round_row(p.a + (first + r) * p.K, p.columns, p.K, largest, p.workspace + first * row_bytes, rows, r);
-                   }
-               });
-    auto multiply = [&](const RowsChoice& choice, int64_t row, int64_t rows, int64_t n, int64_t columns, RowsFetch fetch) {
-        target.fetch(row, n, rows, columns);
-        fetch_tile(target.sum + row * p.N + n, p.N, rows);
-        choice.block(p.packed, p.K, n, columns, p.workspace + row * row_bytes, target.sum + row * p.N + n, p.N,
-                     p.bias ? p.bias + n : nullptr, fetch);
-        target.finish(row, n, rows, columns);
-    };
-    const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
-    const int64_t step = choice.columns;
-    const bool parallel = threads && p.M * p.N * p.K >= kAloneRows;
-    if (count == 1) {
-        for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; n += step) multiply(choice, 0, p.M, n, least(step, end - n), {});
+    const RowsProduct product(p);
+    const int64_t count = product.count, step = product.step, steps = product.steps;
+    const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
+    // Blocks of panels that a thread rounds, multiplies with all columns and leaves for the next ones, whose x is fetched
+    // meanwhile.
+    int64_t blocks = least(count, ceil_div(p.M * p.K, kRowsBlock));
+    if (parallel) blocks = ceil_div(blocks, num_threads()) * num_threads();
+    if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
+        for_pieces(parallel, blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin; block < end; ++block) {
+                const int64_t first = block * count / blocks, last = (block + 1) * count / blocks,
+                              next = (block + 2) * count / blocks;
+                auto* codes =
+                    static_cast<uint8_t*>(scratch(size_t((product.row_of(last) - product.row_of(first)) * product.row_bytes)));
+                product.round(first, last, codes);
+                const int64_t bytes = (product.row_of(least(next, count)) - product.row_of(last)) * p.K * 4;
+                const int64_t x_step = ceil_div(bytes, (last - first) * product.words * steps);
+                const auto* x = reinterpret_cast<const uint8_t*>(p.a + product.row_of(last) * p.K);
+                for (int64_t n = 0; n < p.N; n += step, x += (last - first) * product.words * x_step)
+                    product.block(first, last, codes, n, x, x_step);
+            }
         });
         return;
     }
-    // A piece is one step of columns for a block of panels.
-    const int64_t steps = ceil_div(p.N, step);
-    int64_t blocks = ceil_div(p.M * row_bytes, kRowsBlock);
-    if (parallel && steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
-    if (parallel && blocks > 1) blocks = ceil_div(blocks, num_threads()) * num_threads();
-    blocks = least(blocks < 1 ? 1 : blocks, count);
-    const int64_t panel = panel_bytes(p.K), step_bytes = ceil_div(step, kSide) * panel, words = 2 * groups_of(p.K);
+    // Fewer rows: all of them first, then the columns are dealt.
+    for_pieces(
+        threads && p.M * p.K >= kAloneRounding, count, ceil_div(1 << 13, (product.size + 1) * (p.K + 1)),
+        [&](int64_t begin, int64_t end) { product.round(begin, end, p.workspace + product.row_of(begin) * product.row_bytes); });
+    if (count == 1) {
+        for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; n += step) product.multiply(0, p.workspace, n, least(step, end - n), {});
+        });
+        return;
+    }
+    blocks = least(count, steps < 6 * num_threads() ? ceil_div(6 * num_threads(), steps) : 1);
     for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
-            const int64_t block = piece / steps, n = piece % steps * step;
-            const int64_t first = block * count / blocks, last = (block + 1) * count / blocks;
-            // The columns that come next, over all rows of the block.
-            RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words)};
-            for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step) {
-                const int64_t row = begin_of(i), rows = begin_of(i + 1) - row;
-                multiply(rows > size ? choice : shorter, row, rows, n, least(step, p.N - n), fetch);
-            }
+            const int64_t block = piece / steps, first = block * count / blocks, last = (block + 1) * count / blocks;
+            product.block(first, last, p.workspace + product.row_of(first) * product.row_bytes, piece % steps * step, nullptr, 0);
         }
     });
 }
