@@ -64,8 +64,10 @@ template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) { r
 FASTLM_INLINE vi in_register(vi x) {
 #if defined(FASTLM_ISA_AVX512)
     asm("" : "+v"(x));
-#elif defined(FASTLM_ISA_AVX2)
+#elif defined(__x86_64__)
     asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
 #endif
     return x;
 }
@@ -79,18 +81,6 @@ FASTLM_INLINE void store_i8(uint8_t* p, vi v) {
     _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 #else
     for (int i = 0; i < W; ++i) p[i] = uint8_t(v[i]);
-#endif
-}
-
-// The same, eight to p and, where there are sixteen, the others to q; where these are the same place the first eight stay.
-FASTLM_INLINE void store_i8(uint8_t* p, uint8_t* q, vi v) {
-#if defined(FASTLM_ISA_AVX512)
-    const __m128i all = _mm512_cvtepi32_epi8(v);
-    _mm_storeh_pd((double*)q, _mm_castsi128_pd(all));
-    _mm_storel_epi64((__m128i*)p, all);
-#else
-    (void)q;
-    store_i8(p, v);
 #endif
 }
 

@@ -313,12 +313,16 @@ void int8_peak(const Int8Peak& p) {
             vf acc[kPeakChains];
             vi dots[kPeakChains];
             for (int c = 0; c < kPeakChains; ++c) acc[c] = zero(), dots[c] = seti(c);
-            const vi u = seti(0x01010101 * int32_t(piece % 3)), s = seti(0x01FF01FF);
+            vi u = seti(0x01010101 * int32_t(piece % 3));
+            const vi s = seti(0x01FF01FF);
             const vf d = set(0.999f), scale = set(0.5f + float(piece));
             for (int64_t r = 0; r < p.rounds; ++r) {
                 for (int t = 0; t < 4; ++t)
 #pragma GCC unroll 16
-                    for (int c = 0; c < kPeakChains; ++c) dots[c] = dot<4>(dots[c], u, s, u, s);
+                    for (int c = 0; c < kPeakChains; ++c) {
+                        u = in_register(u);  // else products of constant bytes leave the loop
+                        dots[c] = dot<4>(dots[c], u, s, u, s);
+                    }
                 if (p.scaled)
 #pragma GCC unroll 16
                     for (int c = 0; c < kPeakChains; ++c) {

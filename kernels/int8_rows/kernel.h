@@ -25,7 +25,8 @@ constexpr int64_t kSide = 16;                // rows of W side by side
 constexpr int64_t kGroup = 16;               // of K that lie together
 constexpr int64_t kWords = kGroup / 4;       // four of K each
 constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
-constexpr int64_t kRowsBlock = 144 << 10;    // bytes of rounded A that stay in L2, beside the x of the next ones, while W goes by
+constexpr int64_t kRowsBlock = 384 << 10;    // bytes of rounded A that stay in L2 while columns of W go by
+constexpr int64_t kRowsOwn = 144 << 10;      // of those that one thread rounds, beside the x of the next ones
 constexpr int64_t kHead = 2 * kWord;         // of a panel: the scales of its rows, and where their sums start
 constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneRounding = 1 << 15;  // numbers
@@ -75,7 +76,7 @@ void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, in
         return columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k);
     };
     Largest largest;
-    for (int64_t k = 0; k < whole; k += W) largest.see(columns ? load(a + k) * load(columns + k) : load(a + k));
+    for (int64_t k = 0; k < whole; k += W) largest.see(at(k));
     if (whole < K) largest.see(at(whole));
     uint8_t* to = out + i * kGroup;
     if (K == 0 || !largest.finite()) {
@@ -108,7 +109,7 @@ void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, in
     };
     const auto place = [&](int64_t k) FASTLM_LAMBDA { return to + k / kGroup * kGroup * R + k % kGroup; };
     int64_t k = 0;
-    for (; k < whole; k += W) store_i8(place(k), code(k, columns ? load(a + k) * load(columns + k) : load(a + k)));
+    for (; k < whole; k += W) store_i8(place(k), code(k, at(k)));
     if (k < K) store_i8(place(k), code(k, at(k))), k += W;
     for (; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
     for (int e = 0; e < kInt8Exact; ++e) {
@@ -222,8 +223,8 @@ struct RowsProduct {
     FASTLM_MEMBER void round(int64_t begin, int64_t end, uint8_t* out) const {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = row_of(i), rows = row_of(i + 1) - first;
-            for (int64_t r = 0; r < rows; ++r, out += r == rows ? rows * row_bytes : 0)
-                round_row(p.a + (first + r) * p.K, p.columns, p.K, out, rows, r);
+            for (int64_t r = 0; r < rows; ++r) round_row(p.a + (first + r) * p.K, p.columns, p.K, out, rows, r);
+            out += rows * row_bytes;
         }
     }
 
@@ -253,7 +254,7 @@ void int8_rows(const Int8Rows& p) {
     const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
     // Blocks of panels that a thread rounds, multiplies with all columns and leaves for the next ones, whose x is fetched
     // meanwhile.
-    int64_t blocks = least(count, ceil_div(p.M * p.K, kRowsBlock));
+    int64_t blocks = least(count, ceil_div(p.M * p.K, kRowsOwn));
     if (parallel) blocks = ceil_div(blocks, num_threads()) * num_threads();
     if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
         for_pieces(parallel, blocks, 1, [&](int64_t begin, int64_t end) {
@@ -282,8 +283,11 @@ void int8_rows(const Int8Rows& p) {
         });
         return;
     }
-    blocks = least(count, steps < 6 * num_threads() ? ceil_div(6 * num_threads(), steps) : 1);
-    for_pieces(parallel, blocks * steps, 1, [&](int64_t begin, int64_t end) {
+    blocks = ceil_div(p.M * p.K, kRowsBlock);
+    if (steps * blocks < 6 * num_threads()) blocks = ceil_div(6 * num_threads(), steps);
+    if (blocks > 1) blocks = ceil_div(blocks, num_threads()) * num_threads();
+    blocks = least(blocks, count);
+    parallel_for(blocks * steps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t block = piece / steps, first = block * count / blocks, last = (block + 1) * count / blocks;
             product.block(first, last, p.workspace + product.row_of(first) * product.row_bytes, piece % steps * step, nullptr, 0);
