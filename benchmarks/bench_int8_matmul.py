@@ -4,7 +4,6 @@ torch: its dynamically quantised linear layer, which has one scale for all activ
 """
 
 CEILING = "int8_scaled_gops"
-_kept = {}
 
 
 def work(both, x, weight):
@@ -12,9 +11,8 @@ def work(both, x, weight):
 
 
 def ours(x, weight):
+    import engine
+
     from fastlm import ops
 
-    if id(weight) not in _kept:
-        _kept.clear()
-        _kept[id(weight)] = weight, weight.with_activations("int8")  # with the weight itself, so that no other one has its id
-    return ops.linear(x, _kept[id(weight)][1])
+    return ops.linear(x, engine.made_from(weight, lambda w: w.with_activations("int8")))
