@@ -23,21 +23,23 @@ CASES = [
     *({"model": "bert-base-uncased", "task": "encode", "kind": kind, "batch": 8, "tokens": 128} for kind in ("f32", "int8")),
     *({"model": "t5-small", "task": "translate", "kind": kind, "batch": batch} for kind in ("f32", "int8") for batch in (1, 8)),
 ]
-SIZES = {  # weights that multiply in a token (embedding tables count once: the tied head), layers, width
-    "gpt-char": (4 * 12 * 128**2 + 65 * 128, 4, 128),
-    "gpt-char-6x384": (6 * 12 * 384**2 + 65 * 384, 6, 384),
-    "gpt2": (12 * 12 * 768**2 + 50257 * 768, 12, 768),
-    "smollm2": (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49152 * 576, 30, 576),
-    "stories260k": (5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172) + 512 * 64, 5, 64),
-    "all-minilm-l6-v2": (6 * 12 * 384**2, 6, 384),
-    "bert-base-uncased": (12 * 12 * 768**2, 12, 768),
-    "t5-small": (6 * (6 * 512**2 + 2 * 512 * 2048) + 32128 * 512, 6, 512),  # of the decoder, without K and V of the source
+SIZES = {  # weights of a layer that make keys and values, its others, weights of the head, layers, width of attention
+    "gpt-char": (2 * 128**2, 10 * 128**2, 65 * 128, 4, 128),
+    "gpt-char-6x384": (2 * 384**2, 10 * 384**2, 65 * 384, 6, 384),
+    "gpt2": (2 * 768**2, 10 * 768**2, 50257 * 768, 12, 768),
+    "smollm2": (2 * 576 * 192, 2 * 576 * 576 + 3 * 576 * 1536, 49152 * 576, 30, 576),
+    "stories260k": (2 * 64 * 32, 2 * 64 * 64 + 3 * 64 * 172, 512 * 64, 5, 64),
+    "all-minilm-l6-v2": (2 * 384**2, 10 * 384**2, 0, 6, 384),
+    "bert-base-uncased": (2 * 768**2, 10 * 768**2, 0, 12, 768),
+    "t5-small": (2 * 512**2, 4 * 512**2 + 2 * 512 * 2048, 32128 * 512, 6, 512),  # of the decoder, without K and V of the source
 }
 BITS = {"f32": 32, "bf16": 16, "int8": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # a weight, its share of the scales included
+HEAD_BITS = 8.5  # of a quantised model, at least
 
 
 def CEILING(case):
-    return "gflops" if case.get("kind", "f32") in ("f32", "bf16") else "int8_scaled_gops"
+    kind = case.get("kind", "f32")
+    return "gflops" if kind in ("f32", "bf16") else "int8_gops" if kind == "int8" else "int8_scaled_gops"
 
 
 def name(case):
@@ -63,20 +65,31 @@ def lengths(case):
 
 
 def work(both, case):
-    """Operations, and the bytes of the weights as often as they must be read."""
-    weights, layers, width = SIZES[case["model"]]
+    """Operations that are needed, products and attention; and the bytes of the weights as often as they must be read: where every bit
+    is kept in 28 or 12, those."""
+    keys, others, head, layers, width = SIZES[case["model"]]
+    body = layers * (keys + others)
     if case["task"] == "train":
-        return tokens(case) * (6 * weights + 6 * layers * width * case["context"]), 4 * weights * 3
-    size = weights * BITS[case["kind"]] / 8
+        return tokens(case) * (6 * (body + head) + 6 * layers * width * case["context"]), 12 * (body + head)
+    bits = BITS[case["kind"]]
+    if case["task"] == "decode" and case["model"] == "gpt2" and case["kind"] in ("f32", "bf16"):
+        bits -= 4
+    size = (body * bits + head * (bits if case["kind"] in ("f32", "bf16") else max(bits, HEAD_BITS))) / 8
+
+    def read(n):  # a prompt: of its last layer and of the head the last position alone is wanted
+        products = body * n - others * (n - 1) + head
+        return 2 * products + 2 * (layers - 1) * width * n * n + 4 * width * n
+
     if case["task"] == "decode":
-        return 2 * weights * case["batch"] * (PROMPT + NEW), size * NEW
+        attended = sum(range(PROMPT + 1, PROMPT + NEW))
+        return case["batch"] * (read(PROMPT) + 2 * (body + head) * (NEW - 1) + 4 * layers * width * attended), size * NEW
     if case["task"] == "encode":
         rows = lengths(case)
-        return 2 * weights * sum(rows) + 4 * layers * width * sum(n * n for n in rows), size
-    if case["task"] == "translate":
+        return 2 * body * sum(rows) + 4 * layers * width * sum(n * n for n in rows), size
+    if case["task"] == "translate":  # attention itself, which is little, is left out
         encoder = 6 * (4 * 512 * 512 + 2 * 512 * 2048) + 12 * 512 * 512
-        return 2 * case["batch"] * (weights * TRANSLATED + encoder * SOURCE), size * TRANSLATED
-    return 2 * weights * tokens(case), size
+        return 2 * case["batch"] * ((body + head) * TRANSLATED + encoder * SOURCE), size * TRANSLATED
+    return read(case["tokens"]), size
 
 
 # --- training: ours and torch's ---

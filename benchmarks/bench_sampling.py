@@ -1,10 +1,10 @@
-"""One token from a row of logits: bound by one read of the row where top-k goes first, by exponentials where top-p is alone."""
+"""One token from a row of logits: the roof is one pass over the row, with a comparison for each of them."""
 
 RANDOM = ("transformers", "llama_cpp")  # they draw with their own numbers
 
 
 def work(both, logits, **_):
-    return 20 * logits.size, logits.nbytes
+    return logits.size, logits.nbytes
 
 
 def ours(**inputs):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import statistics
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,27 @@ def test_rows_that_are_there_are_not_measured_again(measured):
     assert harness.missing(rows, lines, ["ours", "numpy"]) == []
     assert harness.missing(rows, lines, ["ours", "numpy", "torch"]) == rows, "a peer came: its ratio needs a run with it"
     assert len(harness.missing(harness.items(["rms_norm"], (2, 1), quick=True), lines, ["ours", "numpy"])) == 4
+
+
+def test_work_of_a_model_is_what_is_needed():
+    """Of GPT-2's prompt: the last layer but for keys and values, and the head, for one position."""
+    bench = worker.bench("model")
+    named = {bench.name(case): case for case in bench.CASES}
+    flops, size = bench.work(False, named["gpt2-prompt-f32-512"])
+    layer, C = 12 * 768 * 768, 768
+    assert flops == 2 * (11 * layer + 2 * C * C) * 512 + 2 * 10 * C * C + 2 * 50257 * C + 4 * C * (11 * 512 * 512 / 2 + 512)
+    assert size == 4 * (12 * layer + 50257 * C)
+    assert bench.work(False, named["gpt2-decode-bf16-1"])[1] == 32 * 12 / 8 * (12 * layer + 50257 * C)
+    assert bench.CEILING(named["bert-base-uncased-encode-int8-8-128"]) == "int8_gops"
+
+
+def test_no_measured_row_is_above_its_roof():
+    """Of the published results: a row that is has its work, or its ceiling, wrong."""
+    files = sorted((Path(harness.__file__).parent / "results").glob("*.jsonl"))
+    for path in files[-1:]:
+        shares = {key: group.share() for key, group in results.groups(results.read(path)).items()}
+        assert any(shares.values())
+        assert not {key: share for key, share in shares.items() if share is not None and share > 1.05}
 
 
 def test_no_row_is_begun_after_its_time(monkeypatch):

@@ -1,7 +1,7 @@
 """float32 and bfloat16 matrices that keep every bit in 7/8 and 3/4 of the bytes: of the first byte, the sign and the exponent's upper
 seven bits, 4 bits are stored, as the number of one of the 16 that are most frequent in the matrix; the few weights that have another are
-listed beside them. The layout is in
-kernels/lossless_matmul/lossless_matmul.h. The idea of storing exponents alone in fewer bits: Zhang et al. 2025, arXiv:2504.11651."""
+listed beside them. The layout is in kernels/lossless_matmul/lossless_matmul.h. The idea of storing exponents alone in fewer bits: Zhang et
+al. 2025, arXiv:2504.11651."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from fastlm import _C, backend
 
@@ -31,3 +32,17 @@ def test_roof_is_measured_once(threads):
     assert set(roof) == {"gflops", "read_gbs", "copy_gbs", "int8_gops", "int8_scaled_gops"}
     assert all(v > 0 for v in roof.values())
     assert backend.roof() == roof
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_dot_products_are_done(isa, threads, vnni):
+    """A ceiling that no unit has would be one whose work the compiler left out: a dot product of four bytes is at best as fast as a
+    multiply-add, four times the operations."""
+    backend.set_num_threads(1)
+    _C.set_vnni(vnni)
+    try:
+        roof = backend.measure_roof(1 << 20)
+    finally:
+        _C.set_vnni(True)
+    assert 0 < roof["int8_scaled_gops"] < 1.2 * roof["int8_gops"]
+    assert roof["int8_gops"] < 6 * roof["gflops"]
