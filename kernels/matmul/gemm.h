@@ -1,7 +1,8 @@
-// The float32 product behind matmul and quantized_matmul: microkernel, packing of A, and the split into pieces.
+// The float32 product behind matmul and quantized_matmul: microkernel, where A is read from, and the split into pieces.
 //
-// After Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication", with one difference: a piece of work owns
-// a group of columns for all rows, so that a panel of B is packed once, by the thread that uses it, into its own cache.
+// After Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication", with two differences: a piece of work owns
+// a group of columns for all rows, so that a panel of B is packed once, by the thread that uses it, into its own cache; and rows of
+// A are read where they lie.
 #pragma once
 
 #include "csrc/runtime/parallel.h"
@@ -65,19 +66,16 @@ template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_
     return {reinterpret_cast<const char*>(from), lines, stride * int64_t(sizeof(T)) - lines * 64, runs, lines};
 }
 
-// What a product of two panels fetches: first `lines` lines from `a`, of the next panel of A, then lines of `b`, and during the
-// last steps the tile of C at `c`, row by row.
+// What products of two panels fetch, one after the other, and during the last steps the tile of C at `c`, row by row.
 struct Fetch {
-    const char* a = nullptr;
-    int64_t lines = 0;
-    Ahead b;
+    Ahead queue[3];
     const float* c = nullptr;
 };
 
-// sum (M, columns) = or += A panel (kc, M) times the first V vectors of B panel (kc, NR). The loop over k is the chain: nothing may
-// reorder it.
-template <int M, int V> void micro(const float* a, const float* b, int64_t kc, float* sum, int64_t ld, int64_t columns,
-                                   bool from_zero, const float* bias, Fetch& fetch) {
+// sum (M, columns) = or += A panel times the first V vectors of B panel (kc, NR). The panel of A is (kc, M), or where kByRow is set
+// M rows, `lda` from one to the next. The loop over k is the chain: nothing may reorder it.
+template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, const float* b, int64_t kc, float* sum, int64_t ld,
+                                                int64_t columns, bool from_zero, const float* bias, Fetch& fetch) {
     vf acc[M][V];
     const bool whole = columns >= V * W;
     if (from_zero) {
@@ -96,30 +94,35 @@ template <int M, int V> void micro(const float* a, const float* b, int64_t kc, f
 #pragma GCC unroll 4
             for (int j = 0; j < V; ++j) acc[i][j] = j * W < columns ? load_n(sum + i * ld + j * W, columns - j * W) : zero();
     }
+    constexpr int kPointers = kByRow ? (M + 2) / 3 : 1;  // of which each reaches three rows: as many as x86 addresses
+    const float* from[kPointers];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; ++i) from[i] = a + 3 * i * lda;
     const auto step = [&]() FASTLM_LAMBDA {
         vf v[V];
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) v[j] = load(b + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            const vf x = set(a[i]);
+            const vf x = set(kByRow ? from[i / 3][i % 3 * lda] : from[0][i]);
 #pragma GCC unroll 4
             for (int j = 0; j < V; ++j) acc[i][j] = fma(x, v[j], acc[i][j]);
         }
-        a += M;
+#pragma GCC unroll 8
+        for (int i = 0; i < kPointers; ++i) from[i] += kByRow ? 1 : M;
         b += NR;
     };
-    const int64_t last = kc > kTileSteps ? kc - kTileSteps : 0, lines = least(fetch.lines, last);
-    for (int64_t k = 0; k < lines; ++k) {
-        __builtin_prefetch(fetch.a + k * 64, 0, 2);
-        step();
+    const int64_t last = kc > kTileSteps ? kc - kTileSteps : 0;
+    int64_t begin = 0;
+    for (Ahead& waiting : fetch.queue) {
+        Ahead ahead = waiting;
+        for (; begin < last && ahead.at; ++begin) {
+            ahead.next();
+            step();
+        }
+        waiting = ahead;
     }
-    Ahead ahead = fetch.b;
-    for (int64_t k = lines; k < last; ++k) {
-        if (ahead.at) ahead.next();
-        step();
-    }
-    fetch.b = ahead;
+    for (; begin < last; ++begin) step();
     const float* c = fetch.c;
     for (int64_t k = last, row = 0; k < kc; ++k, ++row) {
         if (row < M) {
@@ -151,17 +154,28 @@ template <int M, int V> void micro(const float* a, const float* b, int64_t kc, f
     }
 }
 
-using Micro = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Fetch&);
-template <int V> const Micro micros[MR + 1] = {
-    nullptr,     micro<1, V>,  micro<2, V>,  micro<3, V>,  micro<4, V>,
+using Micro = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*, Fetch&);
+template <int V, bool kByRow> const Micro micros[MR + 1] = {
+    nullptr,
+    micro<1, V, kByRow>,
+    micro<2, V, kByRow>,
+    micro<3, V, kByRow>,
+    micro<4, V, kByRow>,
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_AVX2) || defined(FASTLM_ISA_NEON)
-    micro<5, V>, micro<6, V>,
+    micro<5, V, kByRow>,
+    micro<6, V, kByRow>,
 #endif
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
-    micro<7, V>, micro<8, V>,
+    micro<7, V, kByRow>,
+    micro<8, V, kByRow>,
 #endif
 #if defined(FASTLM_ISA_AVX512)
-    micro<9, V>, micro<10, V>, micro<11, V>, micro<12, V>, micro<13, V>, micro<14, V>,
+    micro<9, V, kByRow>,
+    micro<10, V, kByRow>,
+    micro<11, V, kByRow>,
+    micro<12, V, kByRow>,
+    micro<13, V, kByRow>,
+    micro<14, V, kByRow>,
 #endif
 };
 
@@ -187,6 +201,23 @@ struct Product {
     Ahead next = {};    // what the thread that ends this product reads after it
     int64_t row_step() const { return a_row ? a_row : K; }
 };
+
+// Whether a panel of A can be read row by row where it lies. Rows that are pages apart, but for a few bytes, share one place in L1,
+// which has room for fewer lines: they are copied, kPad apart. A transposed A is packed.
+constexpr int64_t kPad = 16;  // floats, a line
+FASTLM_INLINE bool reads_rows(bool a_transposed, int64_t step) {
+    const int64_t over = step * int64_t(sizeof(float)) % 4096;
+    return !a_transposed && over >= 16 && over <= 4096 - 16;
+}
+
+FASTLM_INLINE void copy_rows(float* out, int64_t to, const float* a, int64_t from, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < columns; k += W) {
+            const float* x = a + i * from + k;
+            if (columns - k >= W) store(out + i * to + k, load(x));
+            else store_n(out + i * to + k, load_n(x, columns - k), columns - k);
+        }
+}
 
 // One panel of A as (kc, rows). `out` ends where the next panel begins, which another thread may be writing.
 inline void pack_a_panel(float* out, const Product& p, int64_t row, int64_t rows, int64_t k0, int64_t kc) {
@@ -230,15 +261,16 @@ template <class F> FASTLM_INLINE void for_pieces(bool parallel, int64_t n, int64
     else if (n > 0) f(0, n);
 }
 
-// Floats of workspace for A (M, K).
+// Floats of workspace for A (M, K); up to kFused rows are packed as (K, M).
 FASTLM_INLINE int64_t rows_at_once(int64_t M) { return M <= kRows ? M : ceil_div(M, ceil_div(M, kRows)); }
 FASTLM_INLINE int64_t depth_at_once(int64_t m, int64_t K) {
     const int64_t most = kPackedA / (m < 1 ? 1 : m) / kDepth * kDepth;
     return K <= most || most < kDepth ? K : most;
 }
-FASTLM_INLINE int64_t packed_a_size(int64_t M, int64_t K) {
+FASTLM_INLINE int64_t packed_a_size(int64_t M, int64_t K, bool a_transposed = false, int64_t a_row = 0) {
     const int64_t m = rows_at_once(M);
-    return m == 1 ? 0 : m * depth_at_once(m, K) + W;
+    if (m == 1 || (m > kFused && reads_rows(a_transposed, a_row ? a_row : K))) return 0;
+    return m * (depth_at_once(m, K) + kPad) + W;
 }
 constexpr int64_t kPackedB = kPanels * NR * kDepth;
 
@@ -296,18 +328,34 @@ template <class B, int M> void gemm_few(const Product* p, const B* b, int64_t co
 template <class B> struct Block {
     const Product& p;
     const B& b;
-    float* a;  // packed panels, (kb, rows) each
+    const float* a;  // rows, `step` from one to the next, or where that is 0 packed panels, (kb, rows) each
+    int64_t step;
+    float* packed_a;  // what is copied or packed for the above
     int64_t row0, k0, kb, depth;
     RowPanels panels;
 
-    // What a panel of A is packed from. Of a transposed A the line of each k where the panel ends: panels share the others.
-    FASTLM_MEMBER Ahead raw(int64_t row, int64_t rows, int64_t k, int64_t kc) const {
-        if (p.a_transposed) return ahead_of(p.a + k * p.M + row + rows - 1, 1, p.M, kc);
-        return ahead_of(p.a + row * p.row_step() + k, kc, p.row_step(), rows);
+    FASTLM_MEMBER int64_t place(int64_t panel, int64_t k) const {
+        return step ? panels.begin(panel) * step + k : panels.begin(panel) * kb + k * panels.rows(panel);
+    }
+    FASTLM_MEMBER Ahead ahead(int64_t panel, int64_t k, int64_t kc) const {
+        const int64_t rows = panels.rows(panel);
+        return step ? ahead_of(a + place(panel, k), kc, step, rows) : ahead_of(a + place(panel, k), rows * kc, 0, 1);
+    }
+    // What a panel of A is made from. Of a transposed A the line of each k where the panel ends: panels share the others.
+    FASTLM_MEMBER Ahead raw(int64_t panel, int64_t k, int64_t kc) const {
+        const int64_t row = row0 + panels.begin(panel), rows = panels.rows(panel);
+        if (p.a_transposed) return ahead_of(p.a + (k0 + k) * p.M + row + rows - 1, 1, p.M, kc);
+        return ahead_of(p.a + row * p.row_step() + k0 + k, kc, p.row_step(), rows);
+    }
+    FASTLM_MEMBER void make(int64_t panel, int64_t k, int64_t kc) const {
+        const int64_t row = row0 + panels.begin(panel), rows = panels.rows(panel);
+        float* out = packed_a + place(panel, k);
+        if (step) copy_rows(out, step, p.a + row * p.row_step() + k0 + k, p.row_step(), rows, kc);
+        else pack_a_panel(out, p, row, rows, k0 + k, kc);
     }
 
-    // Columns n0 .. n1 of the panels first .. last. kPackA: packs each panel just before it is used.
-    template <bool kPackA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
+    // Columns n0 .. n1 of the panels first .. last. kMakeA: makes each panel just before it is used.
+    template <bool kMakeA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
         const int64_t width = n1 - n0;
         int64_t k = 0;
         do {
@@ -315,35 +363,31 @@ template <class B> struct Block {
             const bool from_zero = k0 + k == 0 && !p.accumulate, end_of_chain = k0 + end == p.K;
             b.pack(packed, k0 + k, kc, n0, width);
             // For B the next block of k, or what this thread is likely to take next.
-            const int64_t then = end < kb ? n0 : n1, k_then = end < kb ? end : 0;
-            Ahead b_then = p.next, a_raw;
-            if (then < p.N) b_then = b.ahead(k0 + k_then, least(depth, kb - k_then), then, least(width, p.N - then));
+            const int64_t then = end < kb ? n0 : n1, k_then = end < kb ? end : 0, kc_then = least(depth, kb - k_then);
             Fetch fetch;
+            Ahead &panel = fetch.queue[0], &source = fetch.queue[1], &columns = fetch.queue[2];
+            columns = then < p.N ? b.ahead(k0 + k_then, kc_then, then, least(width, p.N - then)) : p.next;
             for (int64_t i = first; i < last; ++i) {
-                const int64_t row = panels.begin(i), rows = panels.rows(i), below = i + 1 < last ? i + 1 : first;
-                float* a_panel = a + row * kb + k * rows;
-                const char* a_then = reinterpret_cast<const char*>(a + panels.begin(below) * kb + k * panels.rows(below));
-                // Where A is packed here, the memory that it is packed to; for a single tile that and the rows would be too much.
-                const bool fetches = last - first > 1 && !(kPackA && width <= NR);
-                const int64_t lines = fetches ? panels.rows(below) * kc * int64_t(sizeof(float)) / 64 : 0;
-                if (kPackA) {
-                    pack_a_panel(a_panel, p, row0 + row, rows, k0 + k, kc);
-                    if (i + 1 < last) a_raw = raw(row0 + row + rows, panels.rows(below), k0 + k, kc);
+                const int64_t row = panels.begin(i), rows = panels.rows(i);
+                const bool more = i + 1 < last;
+                if (kMakeA) {
+                    make(i, k, kc);
+                    if (more) source = raw(i + 1, k, kc);
                 }
+                // Where A is made here, the memory that it is written to; for a single tile that and the source would be too much.
+                if (last - first > 1 && !(kMakeA && width <= NR))
+                    panel = more ? ahead(i + 1, k, kc) : ahead(first, k_then, kc_then);
                 for (int64_t n = n0; n < n1; n += NR) {
-                    const int64_t c = least(NR, n1 - n), from = lines * (n - n0) / width;
-                    fetch.a = a_then + from * 64;
-                    fetch.lines = lines * (n + c - n0) / width - from;
+                    const int64_t c = least(NR, n1 - n);
                     if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
                     fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
-                    Ahead& more = a_raw.at ? a_raw : b_then;
-                    fetch.b = more;
-                    const Micro multiply = c > W ? micros<NV>[rows] : micros<1>[rows];
-                    multiply(a_panel, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
+                    const bool wide = c > W;
+                    const Micro multiply = step ? (wide ? micros<NV, true> : micros<1, true>)[rows]
+                                                : (wide ? micros<NV, false> : micros<1, false>)[rows];
+                    multiply(a + place(i, k), step, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
-                    more = fetch.b;
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                 }
             }
@@ -359,11 +403,12 @@ FASTLM_INLINE int64_t rows_dealt_to(int64_t m, int64_t N, bool parallel) {
     return m >= kRowsEach * threads && N <= kWideness * m ? threads : 1;
 }
 
-template <class B> void gemm_block(const Product& p, const B& b, float* a, float* packed_b, int64_t row0, int64_t m, int64_t k0,
-                                   int64_t kb, bool pack_a, bool parallel) {
+// make_a: A's panels are not in packed_a yet, and not read where they lie.
+template <class B> void gemm_block(const Product& p, const B& b, const float* a, int64_t step, float* packed_a, float* packed_b,
+                                   int64_t row0, int64_t m, int64_t k0, int64_t kb, bool make_a, bool parallel) {
     const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
     const int64_t dealt_to = rows_dealt_to(m, p.N, parallel);
-    const Block<B> block{p, b, a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
+    const Block<B> block{p, b, a, step, packed_a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
     const int64_t panels = block.panels.count, threads = num_threads();
     const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
     // Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
@@ -376,9 +421,9 @@ template <class B> void gemm_block(const Product& p, const B& b, float* a, float
     };
     // Where panels of B are dealt one by one, the first group is so wide that each thread has as many of the others.
     const int64_t odd = group == 1 && cuts == 1 && parallel ? least(kPanels - 1, (columns - 1) % threads) : 0;
-    const int64_t done = pack_a ? least(columns, group + odd) : 0, left = columns - done;
+    const int64_t done = make_a ? least(columns, group + odd) : 0, left = columns - done;
     const int64_t dealt = cuts == 1 && parallel ? threads : 1, rest = least(left, ceil_div(ceil_div(left, group), dealt) * dealt);
-    if (pack_a) {
+    if (make_a) {
         const int64_t parts = parallel ? least(panels, 2 * threads) : 1;
         for_pieces(parallel, parts, 1, [&](int64_t begin, int64_t end) {
             for (int64_t part = begin; part < end; ++part)
@@ -397,38 +442,39 @@ template <class B> void gemm_block(const Product& p, const B& b, float* a, float
 
 FASTLM_INLINE bool enough(const Product& p) { return num_threads() > 1 && p.M * p.N * p.K >= kAlone; }
 
-// packed_a: packed_a_size(M, K) floats. packed_b: kPackedB floats, or null for the scratch of each thread. is_packed: packed_a
-// holds the panels already.
-template <class B>
-void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel, bool is_packed = false) {
+// packed_a: packed_a_size(M, K, ..) floats. packed_b: kPackedB floats, or null for the scratch of each thread. is_made: packed_a
+// holds A's panels already.
+template <class B> void gemm(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel, bool is_made = false) {
     if (p.M == 0 || p.N == 0) return;
     const bool threads = parallel && num_threads() > 1;
     parallel = parallel && enough(p);
     const int64_t most = rows_at_once(p.M);
+    const bool lies = most == 1 || reads_rows(p.a_transposed, p.row_step());
     for (int64_t row = 0; row < p.M; row += most) {
         const int64_t m = least(most, p.M - row), at_once = depth_at_once(most, p.K);
         int64_t k0 = 0;
         do {
             const int64_t kb = least(at_once, p.K - k0);
-            const float* a = p.a + k0;
             const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
-            // Many panels of A are each packed just before their first use, by the thread that uses them.
-            const bool late = most > 1 && !few && !is_packed && m >= 4 * MR * (parallel ? num_threads() : 1);
-            if (most > 1) a = packed_a;
-            if (most > 1 && !late && !is_packed) {
-                const RowPanels panels(m, few ? m : MR, few ? 1 : rows_dealt_to(m, p.N, parallel));
+            if constexpr (B::kFusedRows > 0)
+                if (few) {
+                    if (most > 1 && !is_made)
+                        for (int64_t k = 0; k < kb; k += 128) pack_a_panel(packed_a + k * m, p, 0, m, k, least(128, kb - k));
+                    return gemm_few<B, 1>(&p, &b, 1, most > 1 ? packed_a : p.a, threads);
+                }
+            const int64_t step = lies ? p.row_step() : p.a_transposed ? 0 : kb + kPad;
+            const float* a = lies ? p.a + row * p.row_step() + k0 : packed_a;
+            // Many panels of A are each made just before their first use, by the thread that uses them.
+            const bool late = !lies && !is_made && m >= 4 * MR * (parallel ? num_threads() : 1);
+            if (!lies && !is_made && !late) {
+                const Block<B> block{p, b, a, step, packed_a, row, k0, kb, kb, RowPanels(m, MR, rows_dealt_to(m, p.N, parallel))};
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
-                for_pieces(parallel, panels.count, grain, [&](int64_t begin, int64_t end) {
+                for_pieces(parallel, block.panels.count, grain, [&](int64_t begin, int64_t end) {
                     for (int64_t k = 0; k < kb; k += 128)  // so that a transposed A is read in lines that stay in L1
-                        for (int64_t i = begin; i < end; ++i) {
-                            const int64_t r = panels.begin(i), rows = panels.rows(i);
-                            pack_a_panel(packed_a + r * kb + k * rows, p, row + r, rows, k0 + k, least(128, kb - k));
-                        }
+                        for (int64_t i = begin; i < end; ++i) block.make(i, k, least(128, kb - k));
                 });
             }
-            if constexpr (B::kFusedRows > 0)
-                if (few) gemm_few<B, 1>(&p, &b, 1, a, threads);
-            if (!few) gemm_block(p, b, const_cast<float*>(a), packed_b, row, m, k0, kb, late, parallel);
+            gemm_block(p, b, a, step, packed_a, packed_b, row, m, k0, kb, late, parallel);
             k0 += kb;
         } while (k0 < p.K);
     }
@@ -444,8 +490,8 @@ template <class B> void gemm_together(const Product* p, const B* b, int64_t coun
         const bool whole = M > B::kFusedRows && rows_at_once(M) == M && depth_at_once(M, K) == K;
         const auto dealt_to = [&](int64_t i) { return rows_dealt_to(M, p[i].N, enough(p[i])); };
         for (int64_t i = 0; i < count; ++i) {
-            const bool is_packed = i > 0 && whole && p[i - 1].N > 0 && dealt_to(i) == dealt_to(i - 1);
-            gemm(p[i], b[i], packed_a, nullptr, true, is_packed);
+            const bool is_made = i > 0 && whole && p[i - 1].N > 0 && dealt_to(i) == dealt_to(i - 1);
+            gemm(p[i], b[i], packed_a, nullptr, true, is_made);
         }
         return;
     }

@@ -245,7 +245,7 @@ template <class T> struct Columns {
     }
 };
 
-int64_t floats_each(const Matmul& p) { return (packed_a_size(p.M, p.K) + 15) / 16 * 16; }
+int64_t floats_each(const Matmul& p) { return (packed_a_size(p.M, p.K, p.a_transposed, p.a_row) + 15) / 16 * 16; }
 // Whole products are dealt to the threads where there are enough of them; each then packs into its thread's scratch.
 bool by_batch(const Matmul& p) { return p.batch >= 2 && (p.batch >= 2 * num_threads() || p.M * p.N * p.K < kAlone); }
 int64_t workspace(const Matmul& p) { return by_batch(p) ? 0 : floats_each(p) * int64_t(sizeof(float)); }

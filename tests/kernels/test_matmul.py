@@ -81,7 +81,7 @@ def test_is_one_chain(isa, shape):
     np.testing.assert_array_equal(ops.matmul(a, b), chain(a, b))
 
 
-@pytest.mark.parametrize("K", [1, 33, 768, 1030])
+@pytest.mark.parametrize("K", [1, 33, 768, 1023, 1024, 1030])  # rows that are about a page apart are copied
 def test_row_alone_and_in_batch(isa, threads, K):
     """The same row, the same bits: for any number of rows, any number of threads, the weight as it lies or transposed."""
     g = np.random.default_rng(2)
@@ -94,6 +94,19 @@ def test_row_alone_and_in_batch(isa, threads, K):
             np.testing.assert_array_equal(ops.matmul(a[:M], b), whole[:M])
             np.testing.assert_array_equal(ops.linear(a[:M], bt), whole[:M])
     np.testing.assert_array_equal(ops.matmul(a[100:110], b[:, 7:40]), whole[100:110, 7:40])
+
+
+@pytest.mark.parametrize("K", [3000, 3072])
+def test_many_long_rows(isa, threads, K):
+    """More of A than is packed at once, rows that are read where they lie and rows that are copied."""
+    g = np.random.default_rng(12)
+    a, b = g.standard_normal((710, K), np.float32), g.standard_normal((K, 70), np.float32)
+    picked = [0, 13, 14, 399, 709]
+    expected = ops.matmul(a[picked], b)
+    for n in (1, 2):
+        _C.set_num_threads(n)
+        np.testing.assert_array_equal(ops.matmul(a, b)[picked], expected)
+        np.testing.assert_array_equal(ops.matmul(a[:, 8:], b[8:])[picked], ops.matmul(a[picked, 8:], b[8:]))
 
 
 @pytest.mark.parametrize("shape", [(16, 64, 16), (5, 17, 33), (1, 64, 64), (9, 33, 100), (30, 128, 31), (64, 64, 64), (64, 64, 65)])
