@@ -1,8 +1,8 @@
 // transpose: W x W in registers, lane i of r[j] becomes lane j of r[i].
 // transpose_quads: the same for the W / 4 groups of four lanes of W / 4 vectors.
 // transpose_in_quads: 4 x 4 within every group of four lanes.
-// load_transposed: W rows in memory, `bytes` from one to the next. Halves of rows are put together as they are loaded, which takes
-// a stage of shuffles less than `transpose`: the shuffles are what bounds it.
+// load_transposed: W rows in memory, row(i) is where each begins. Halves of rows are put together as they are loaded, which takes a
+// stage of shuffles less than `transpose`: the shuffles are what bounds it.
 #pragma once
 
 #include "simd.h"
@@ -60,11 +60,11 @@ FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
 // The four numbers at p in every group of four lanes.
 FASTLM_INLINE vf load_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
-FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
-    const char* at = static_cast<const char*>(rows);
+template <class Row> FASTLM_INLINE void load_transposed(vf (&r)[W], const Row& row) {
+    const auto at = [&](int i) FASTLM_LAMBDA { return static_cast<const float*>(static_cast<const void*>(row(i))); };
     const auto two = [&](int low, int high, int half) FASTLM_LAMBDA {
-        const __m256 a = _mm256_loadu_ps((const float*)(at + low * bytes) + 8 * half);
-        return _mm512_insertf32x8(_mm512_castps256_ps512(a), _mm256_loadu_ps((const float*)(at + high * bytes) + 8 * half), 1);
+        const __m256 a = _mm256_loadu_ps(at(low) + 8 * half);
+        return _mm512_insertf32x8(_mm512_castps256_ps512(a), _mm256_loadu_ps(at(high) + 8 * half), 1);
     };
     vf t[2][2][4];
 #pragma GCC unroll 2
@@ -103,11 +103,11 @@ FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) {
 
 FASTLM_INLINE vf load_quad(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
 
-FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
-    const char* at = static_cast<const char*>(rows);
-    const auto two = [&](int row, int half) FASTLM_LAMBDA {
-        const __m128 a = _mm_loadu_ps((const float*)(at + row * bytes) + 4 * half);
-        return _mm256_insertf128_ps(_mm256_castps128_ps256(a), _mm_loadu_ps((const float*)(at + (row + 4) * bytes) + 4 * half), 1);
+template <class Row> FASTLM_INLINE void load_transposed(vf (&r)[W], const Row& row) {
+    const auto at = [&](int i) FASTLM_LAMBDA { return static_cast<const float*>(static_cast<const void*>(row(i))); };
+    const auto two = [&](int i, int half) FASTLM_LAMBDA {
+        const __m128 a = _mm_loadu_ps(at(i) + 4 * half);
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(a), _mm_loadu_ps(at(i + 4) + 4 * half), 1);
     };
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -163,10 +163,10 @@ FASTLM_INLINE void transpose(vf (&r)[W]) {
 FASTLM_INLINE void transpose_quads(vf (&)[1]) {}
 FASTLM_INLINE void transpose_in_quads(vf (&r)[4]) { transpose(r); }
 FASTLM_INLINE vf load_quad(const float* p) { return load(p); }
-FASTLM_INLINE void load_transposed(vf (&r)[W], const void* rows, int64_t bytes) {
+template <class Row> FASTLM_INLINE void load_transposed(vf (&r)[W], const Row& row) {
     for (int i = 0; i < W; ++i) {
         float t[W];
-        __builtin_memcpy(t, static_cast<const char*>(rows) + i * bytes, sizeof t);
+        __builtin_memcpy(t, row(i), sizeof t);
         r[i] = load(t);
     }
     transpose(r);

@@ -71,10 +71,11 @@ void weigh(float* weights, float* dscores, const State& state, const Span& s, vf
     }
 }
 
-// One tile of keys from j0 on, n of which the rows of a tile may see. k: (n, D), values: (n, E), widths rounded up to vectors.
+// One tile of keys from j0 on, n of which the rows of a tile may see. k: (n, D), its width rounded up to vectors, values: n rows
+// of E, v_time from one to the next.
 // opens: dk and dv hold nothing yet.
-void add_tile(const Workspace& w, State& state, const AttentionBackward& p, const float* k, const float* values, int64_t j0,
-              int64_t n, bool opens) {
+void add_tile(const Workspace& w, State& state, const AttentionBackward& p, const float* k, const float* values, int64_t v_time,
+              int64_t j0, int64_t n, bool opens) {
     const AttentionInputs& in = p.in;
     const Tile& t = state.t;
     const vf unit = set(units(in).unit), lowest = set(units(in).low);
@@ -86,7 +87,7 @@ void add_tile(const Workspace& w, State& state, const AttentionBackward& p, cons
         const int64_t j = s.j - j0, lane = s.v0 * W;
         float *weights = w.weights + j * kRows, *dscores = w.dscores + j * kRows;
         score(w.weights, t, in, s, j0, state.qt, k, D);
-        dot(dscores + lane, kRows, values + j * E, E, state.dyt + lane, kRows, s.n, s.v1 - s.v0, in.E);
+        dot(dscores + lane, kRows, values + j * v_time, v_time, state.dyt + lane, kRows, s.n, s.v1 - s.v0, in.E);
         weigh(weights, dscores, state, s, unit, lowest);
         if (p.dbias) add_dbias(p, t, s, dscores);
     }
@@ -134,7 +135,6 @@ void open_state(State& s, const AttentionBackward& p) {
         for (int64_t i = 0; i < W; ++i) rows[i] = p.y + row_at(in, t, least(v * W + i, t.rows - 1)) * in.E;
         vf sum = zero(), part[kQuad] = {};
         each_columns(rows, in.E, [&](int64_t e, vf(&a)[W], auto lanes) FASTLM_LAMBDA {
-            transpose(a);
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i)
                 if (i < count(lanes)) part[i % kQuad] = fma(a[i], load(s.dyt + (e + i) * kRows + v * W), part[i % kQuad]);
@@ -177,7 +177,8 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
         if (low <= j && j < high) {
             const int64_t m = least(n, high - j);
             const float* k = pack_rows<Float32>(w.k, key<Float32>(in, b, j, g), in.k_time, m, in.D, D);
-            const float* v = pack_rows<Float32>(w.v, value<Float32>(in, b, j, g), in.v_time, m, in.E, E);
+            int64_t v_time = in.v_time;
+            const float* v = broadcast_rows<Float32>(w.v, value<Float32>(in, b, j, g), v_time, m, in.E);
             for (int64_t i = 0; i < tiles; ++i) {
                 const Tile& t = w.states[i].t;
                 if (j >= t.high_max || j + m <= t.low_min) continue;
@@ -186,7 +187,7 @@ void backward_rows(const AttentionBackward& p, const Workspace& w, float* dq, in
                     zero_rows(w.dk + seen * D, D, own - seen, D);
                     zero_rows(w.dv + seen * E, E, own - seen, E);
                 }
-                add_tile(w, w.states[i], p, k, v, j, own, seen == 0);
+                add_tile(w, w.states[i], p, k, v, v_time, j, own, seen == 0);
                 seen = most(seen, own);
             }
         }

@@ -94,9 +94,10 @@ void weigh(State& state, float* scores, const Span* list, int64_t count, int64_t
     store(state.sum + v * W, load(state.sum + v * W) * factor + part[0]);
 }
 
-// One key tile, k: (n, D), values: (n, E in vectors): the online softmax of FlashAttention. scores: (kKeys, kRows).
-void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, const float* values, int64_t j0, int64_t n,
-              Ahead& ahead) {
+// One key tile, k: n rows of D, k_time from one to the next, values: (n, E in vectors): the online softmax of FlashAttention.
+// scores: (kKeys, kRows).
+void add_tile(State& state, const AttentionInputs& p, float* scores, const float* k, int64_t k_time, const float* values,
+              int64_t j0, int64_t n, Ahead& ahead) {
     const Tile& t = state.t;
     const vf unit = set(units(p).unit), lowest = set(units(p).low);
     const int64_t E = round_up(p.E);
@@ -104,7 +105,7 @@ void add_tile(State& state, const AttentionInputs& p, float* scores, const float
     Range seen[kRows / kMixRows];
     alignas(64) float shrink[kRows];
     const int64_t count = spans(t, j0, n, list);
-    for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, p.D, &ahead);
+    for (int64_t i = 0; i < count; ++i) score(scores, t, p, list[i], j0, state.qt, k, k_time, &ahead);
     for (int64_t v = 0; v < t.vectors; ++v) weigh(state, scores, list, count, j0, v, unit, lowest, shrink);
     seen_keys(t, j0, n, seen);
     mix<true, kChain>(state.o, E, scores, kRows, values, E, t.vectors * W, E / W, seen, !state.opened, shrink, &ahead);
@@ -192,9 +193,10 @@ void forward_piece(const AttentionForward& p, const Piece& piece, const Piece& t
     for (int64_t j = low / kKeys * kKeys; j < high; j += kKeys) {
         const int64_t n = least(kKeys, high - j);
         const float *k = nullptr, *v = nullptr;
+        int64_t k_time = in.k_time;
         each_store(in, [&](auto kind) {
             using S = decltype(kind);
-            k = pack_rows<S>(k_copy, key<S>(in, b, j, g), in.k_time, n, in.D, in.D);
+            k = broadcast_rows<S>(k_copy, key<S>(in, b, j, g), k_time, n, in.D);
             v = pack_rows<S>(v_copy, value<S>(in, b, j, g), in.v_time, n, in.E, E);
         });
         // During the products the next keys and values, at last where y goes and what the next piece begins with.
@@ -209,7 +211,7 @@ void forward_piece(const AttentionForward& p, const Piece& piece, const Piece& t
         for (int64_t i = 0; i < tiles; ++i) {
             State& s = states[i];
             if (j >= s.t.high_max || j + n <= s.t.low_min) continue;
-            add_tile(s, in, scores, k, v, j, least(n, s.t.high_max - j), ahead);
+            add_tile(s, in, scores, k, k_time, v, j, least(n, s.t.high_max - j), ahead);
             if ((j + kKeys) % kChunk == 0 || j + kKeys >= s.t.high_max) close_chunk(s, in);
         }
     }

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "csrc/runtime/parallel.h"
+#include "csrc/simd/l1.h"
 #include "csrc/simd/simd.h"
 #include "csrc/simd/transpose.h"
 
@@ -438,8 +439,13 @@ FASTLM_INLINE int64_t count(Part p) { return p.n; }
 template <class F> FASTLM_INLINE void each_columns(const float* const (&rows)[W], int64_t n, const F& f) {
     each_vector(n, [&](int64_t c, auto lanes) FASTLM_LAMBDA {
         vf a[W];
+        if (count(lanes) == W) {
+            load_transposed(a, [&](int i) FASTLM_LAMBDA { return rows[i] + c; });
+        } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) a[i] = lanes.load(rows[i] + c);
+            for (int i = 0; i < W; ++i) a[i] = lanes.load(rows[i] + c);
+            transpose(a);
+        }
         f(c, a, lanes);
     });
 }
@@ -453,10 +459,10 @@ static void pack_transposed(float* out, const Tile& t, int64_t n, float scale, f
     for (int64_t v = 0; v < t.vectors; ++v) {
         const float* rows[W];
         for (int64_t i = 0; i < W; ++i) rows[i] = row_at(least(v * W + i, t.rows - 1));
+        for (int64_t i = 0; i < (kCopy ? W : 0); ++i)
+            each_vector(
+                n, [&](int64_t c, auto lanes) FASTLM_LAMBDA { store(copy + (v * W + i) * width + c, lanes.load(rows[i] + c)); });
         each_columns(rows, n, [&](int64_t c, vf(&a)[W], auto lanes) FASTLM_LAMBDA {
-#pragma GCC unroll 16
-            for (int i = 0; i < (kCopy ? W : 0); ++i) store(copy + (v * W + i) * width + c, a[i]);
-            transpose(a);
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i)
                 if (i < count(lanes)) store(out + (c + i) * kRows + v * W, a[i] * factor);
@@ -477,6 +483,16 @@ static const float* pack_rows(float* out, const typename S::T* x, int64_t stride
         if (c < width) store_n(out + i * padded + c, row.part(c, width - c), padded - c);
     }
     return out;
+}
+
+// `n` rows of `width` floats that a product reads number by number: where they lie, or copied, `stride` from one to the next then.
+template <class S>
+static const float* broadcast_rows(float* out, const typename S::T* x, int64_t& stride, int64_t n, int64_t width) {
+    if constexpr (S::kFloat)
+        if (!share_l1(stride * int64_t(sizeof(float)))) return x;
+    const float* rows = pack_rows<S>(out, x, stride, n, width, width);
+    stride = width;
+    return rows;
 }
 
 // How many tiles of rows one piece takes through the keys together: K and V come from memory once for all of them.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "csrc/runtime/parallel.h"
+#include "csrc/simd/l1.h"
 #include "csrc/simd/simd.h"
 #include "csrc/simd/transpose.h"
 
@@ -202,13 +203,10 @@ struct Product {
     int64_t row_step() const { return a_row ? a_row : K; }
 };
 
-// Whether a panel of A can be read row by row where it lies. Rows that are pages apart, but for a few bytes, share one place in L1,
-// which has room for fewer lines: they are copied, kPad apart. A transposed A is packed.
+// Whether a panel of A can be read row by row where it lies. Rows that share one place in L1 are copied, kPad further apart. A
+// transposed A is packed.
 constexpr int64_t kPad = 16;  // floats, a line
-FASTLM_INLINE bool reads_rows(bool a_transposed, int64_t step) {
-    const int64_t over = step * int64_t(sizeof(float)) % 4096;
-    return !a_transposed && over >= 16 && over <= 4096 - 16;
-}
+FASTLM_INLINE bool reads_rows(bool a_transposed, int64_t step) { return !a_transposed && !share_l1(step * int64_t(sizeof(float))); }
 
 FASTLM_INLINE void copy_rows(float* out, int64_t to, const float* a, int64_t from, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; ++i)

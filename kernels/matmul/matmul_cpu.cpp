@@ -162,7 +162,7 @@ template <class T> struct Columns {
             for (int j = 0; j < W; ++j) r[j] = load_as_float(from + j * K);
             transpose(r);
         } else {
-            load_transposed(r, from, K * kBytes);
+            load_transposed(r, [&](int j) FASTLM_LAMBDA { return from + j * K; });
         }
 #pragma GCC unroll 16
         for (int t = 0; t < W; ++t) {
@@ -369,7 +369,7 @@ void turn(const Turn& p) {
             float* to = p.y + k * p.stride + n;
             vf r[W];
             if (rows == W && columns == W) {
-                load_transposed(r, from, p.K * int64_t(sizeof(float)));
+                load_transposed(r, [&](int j) FASTLM_LAMBDA { return from + j * p.K; });
 #pragma GCC unroll 16
                 for (int j = 0; j < W; ++j) store(to + j * p.stride, r[j]);
                 continue;
