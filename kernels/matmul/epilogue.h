@@ -5,6 +5,7 @@
 
 #include "csrc/simd/gelu_table.h"
 #include "csrc/simd/simd.h"
+#include "csrc/simd/transpose.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -54,6 +55,12 @@ using FinishTile = void (*)(float*, const float*, const float*, int64_t, int64_t
 const FinishTile finish_tiles[] = {finish_tile<Activation::none>, finish_tile<Activation::gelu>, finish_tile<Activation::gelu_tanh>,
                                    finish_tile<Activation::silu>, finish_tile<Activation::relu>};
 
+// A tile whose rows are columns of C: its first, how many, and C's rows from `row` on.
+struct Turned {
+    int64_t column, columns, row, rows;
+    bool over;  // whether what lies right of the tile may be written to, as it will be written again
+};
+
 // Where the tiles of a product go: the sums, and after the last k what becomes of them.
 struct Target {
     float* sum;  // (M, N): z where it is kept, else c
@@ -61,7 +68,8 @@ struct Target {
     const float *bias, *residual;
     int64_t N;
     Activation activation;
-    bool pass;  // whether a pass over the finished tile is needed
+    bool pass;            // whether a pass over the finished tile is needed
+    bool turned = false;  // the product is C's transpose
 
     // What finish() will read besides, touched before the product.
     FASTLM_MEMBER void fetch(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
@@ -69,6 +77,17 @@ struct Target {
         const float* r = residual + row * N + column;
         for (int64_t i = 0; i < rows; ++i, r += N)
             for (int64_t n = 0; n < columns; n += 16) __builtin_prefetch(r + n, 0, 3);
+    }
+
+    FASTLM_MEMBER void fetch_turned(const Turned& t) const {
+        for (int64_t i = 0; i < t.rows; ++i) {
+            const int64_t at = (t.row + i) * N + t.column;
+            __builtin_prefetch(y + at, 1, 2);
+            __builtin_prefetch(y + at + t.columns - 1, 1, 2);
+            if (!residual) continue;
+            __builtin_prefetch(residual + at, 0, 2);
+            __builtin_prefetch(residual + at + t.columns - 1, 0, 2);
+        }
     }
 
     FASTLM_MEMBER void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
@@ -81,6 +100,43 @@ struct Target {
 FASTLM_INLINE Target make_target(float* c, float* z, const float* bias, const float* residual, int64_t N, Activation activation) {
     return {z ? z : c, c, bias, residual, N, activation, z || residual || activation != Activation::none};
 }
+
+// C's rows from a tile of sums that lies as C's transpose, `ld` from row to row, of which whole groups of W are there to be read:
+// with bias, activation and residual.
+template <Activation A> void finish_turned(const Target& to, const Turned& t, const float* tile, int64_t ld) {
+    for (int64_t c = 0; c < t.columns; c += W) {
+        const int64_t left = t.columns - c, at = t.column + c;
+        const bool whole = left >= W || (t.over && at + W <= to.N);
+        const vf bias = to.bias ? load_n(to.bias + at, left) : zero();
+        for (int64_t v = 0; v < t.rows; v += W) {
+            vf r[W];
+            load_transposed(r, [&](int i) FASTLM_LAMBDA { return tile + (c + i) * ld + v; });
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) {
+                if (v + i >= t.rows) break;
+                const int64_t place = (t.row + v + i) * to.N + at;
+                const vf z = r[i] + bias;
+                vf y = z;
+                if (to.pass) {
+                    y = activated<A>(z);
+                    if (to.residual) y = y + (whole ? load(to.residual + place) : load_n(to.residual + place, left));
+                }
+                if (whole) {
+                    if (to.sum != to.y) store(to.sum + place, z);
+                    store(to.y + place, y);
+                } else {
+                    if (to.sum != to.y) store_n(to.sum + place, z, left);
+                    store_n(to.y + place, y, left);
+                }
+            }
+        }
+    }
+}
+
+using FinishTurned = void (*)(const Target&, const Turned&, const float*, int64_t);
+const FinishTurned finish_turns[] = {finish_turned<Activation::none>, finish_turned<Activation::gelu>,
+                                     finish_turned<Activation::gelu_tanh>, finish_turned<Activation::silu>,
+                                     finish_turned<Activation::relu>};
 
 }  // namespace
 }  // namespace FASTLM_ISA

@@ -355,6 +355,7 @@ template <class B> struct Block {
     // Columns n0 .. n1 of the panels first .. last. kMakeA: makes each panel just before it is used.
     template <bool kMakeA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
         const int64_t width = n1 - n0;
+        alignas(64) float tile[(MR + W - 1) / W * W * NR] = {};
         int64_t k = 0;
         do {
             const int64_t kc = least(depth, kb - k), end = k + kc;
@@ -374,16 +375,24 @@ template <class B> struct Block {
                 }
                 // Where A is made here, the memory that it is written to; for a single tile that and the source would be too much.
                 if (last - first > 1 && !(kMakeA && width <= NR))
-                    panel = more ? ahead(i + 1, k, kc) : ahead(first, k_then, kc_then);
+                    panel = more ? ahead(i + 1, k, kc) : then < p.N ? ahead(first, k_then, kc_then) : Ahead{};
                 for (int64_t n = n0; n < n1; n += NR) {
                     const int64_t c = least(NR, n1 - n);
+                    const bool wide = c > W;
+                    const Micro multiply = step ? (wide ? micros<NV, true> : micros<1, true>)[rows]
+                                                : (wide ? micros<NV, false> : micros<1, false>)[rows];
+                    if (p.target.turned) {  // all of the chain at once, by gemm_block
+                        const Turned turned{row0 + row, rows, n, c, more && p.target.residual != p.target.y};
+                        p.target.fetch_turned(turned);
+                        fetch.c = tile;
+                        multiply(a + place(i, k), step, packed + (n - n0) * kc, kc, tile, NR, NR, true, nullptr, fetch);
+                        finish_turns[int(p.target.activation)](p.target, turned, tile, NR);
+                        continue;
+                    }
                     if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
                     fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
-                    const bool wide = c > W;
-                    const Micro multiply = step ? (wide ? micros<NV, true> : micros<1, true>)[rows]
-                                                : (wide ? micros<NV, false> : micros<1, false>)[rows];
                     multiply(a + place(i, k), step, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
@@ -393,6 +402,15 @@ template <class B> struct Block {
         } while (k < kb);
     }
 };
+
+// The transpose of C = A W^T is W A^T, whose rows of W are read where they lie: then it is A that is packed, and no weight, which
+// for rows so few takes a part of the time. Turning the tiles costs more than that where rows are many. The sums of a tile are
+// whole chains.
+constexpr int64_t kTurns = 8;  // numbers of K for a row
+FASTLM_INLINE int64_t turned_panels(int64_t K) { return kPackedB / NR / greatest(1, K); }
+FASTLM_INLINE bool turns(int64_t M, int64_t N, int64_t K) {
+    return M > kFused && N > kFused && kTurns * M <= K && turned_panels(K) > 0 && reads_rows(false, K);
+}
 
 // Threads that rows are dealt to. Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has
 // these rows in the operations before and after.
@@ -404,13 +422,17 @@ FASTLM_INLINE int64_t rows_dealt_to(int64_t m, int64_t N, bool parallel) {
 // make_a: A's panels are not in packed_a yet, and not read where they lie.
 template <class B> void gemm_block(const Product& p, const B& b, const float* a, int64_t step, float* packed_a, float* packed_b,
                                    int64_t row0, int64_t m, int64_t k0, int64_t kb, bool make_a, bool parallel) {
-    const int64_t blocks = kb ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
-    const int64_t dealt_to = rows_dealt_to(m, p.N, parallel);
+    const bool turned = p.target.turned;
+    const int64_t blocks = kb && !turned ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
+    const int64_t dealt_to = turned ? 1 : rows_dealt_to(m, p.N, parallel);
     const Block<B> block{p, b, a, step, packed_a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
     const int64_t panels = block.panels.count, threads = num_threads();
-    const int64_t columns = ceil_div(p.N, NR), group = group_size(columns, parallel), groups = ceil_div(columns, group);
+    const int64_t columns = ceil_div(p.N, NR);
+    const int64_t group = turned ? least(columns, turned_panels(kb)) : group_size(columns, parallel),
+                  groups = ceil_div(columns, group);
     // Few columns: the rows are cut until there are enough pieces. A panel of B is packed once for each cut.
     const int64_t cuts = !parallel              ? 1
+                         : turned               ? greatest(1, least(panels / 8, ceil_div(2 * threads, groups)))
                          : dealt_to > 1         ? dealt_to
                          : groups < 3 * threads ? least(panels, ceil_div(4 * threads, groups))
                                                 : 1;
@@ -449,11 +471,11 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
     const int64_t most = rows_at_once(p.M);
     const bool lies = most == 1 || reads_rows(p.a_transposed, p.row_step());
     for (int64_t row = 0; row < p.M; row += most) {
-        const int64_t m = least(most, p.M - row), at_once = depth_at_once(most, p.K);
+        const int64_t m = least(most, p.M - row), at_once = p.target.turned ? p.K : depth_at_once(most, p.K);
         int64_t k0 = 0;
         do {
             const int64_t kb = least(at_once, p.K - k0);
-            const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K;
+            const bool few = p.M <= B::kFusedRows && !p.accumulate && kb == p.K && !p.target.turned;
             if constexpr (B::kFusedRows > 0)
                 if (few) {
                     if (most > 1 && !is_made)

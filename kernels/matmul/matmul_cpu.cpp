@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "gemm.h"
 
@@ -245,6 +246,17 @@ template <class T> struct Columns {
     }
 };
 
+// x W^T, or where that is less work its transpose.
+template <class T> void multiply_rows(const Product& p, const Columns<T>& b, float* packed_a, float* packed_b, bool parallel) {
+    if constexpr (std::is_same_v<T, float>)
+        if (!p.a_transposed && !p.accumulate && !p.a_row && turns(p.M, p.N, p.K)) {
+            Product turned{b.b, p.N, p.M, p.K, false, false, p.target};
+            turned.target.turned = true, turned.next = p.next;
+            return gemm(turned, Columns<float>{p.a, p.M, p.K}, packed_a, packed_b, parallel);
+        }
+    gemm(p, b, packed_a, packed_b, parallel);
+}
+
 int64_t floats_each(const Matmul& p) { return (packed_a_size(p.M, p.K, p.a_transposed, p.a_row) + 15) / 16 * 16; }
 // Whole products are dealt to the threads where there are enough of them; each then packs into its thread's scratch.
 bool by_batch(const Matmul& p) { return p.batch >= 2 && (p.batch >= 2 * num_threads() || p.M * p.N * p.K < kAlone); }
@@ -273,7 +285,8 @@ template <class T> void of_type(const Matmul& p, int64_t i, Product product, flo
     const T* b = static_cast<const T*>(p.b) + i * p.b_step;
     const auto multiply = [&](auto all, auto next) {
         if (next.b) product.next = next.ahead(0, least(p.K, kDepth), 0, least(p.N, kPanels * NR));
-        gemm(product, all, packed_a, packed_b, parallel);
+        if constexpr (std::is_same_v<decltype(all), Columns<T>>) multiply_rows(product, all, packed_a, packed_b, parallel);
+        else gemm(product, all, packed_a, packed_b, parallel);
     };
     const bool small = !p.a_transposed && !p.accumulate && !p.a_row && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
     const T* next = static_cast<const T*>(p.b_next);
@@ -312,6 +325,11 @@ template <class T> void together_of(const Matmuls& p) {
         products[i] = {m.a, m.M, m.N, m.K, false, false, make_target(m.c, nullptr, m.bias, nullptr, m.N, Activation::none)};
         weights[i] = {static_cast<const T*>(m.b), m.N, m.K};
     }
+    if constexpr (std::is_same_v<T, float>)
+        if (turns(products->M, products->N, products->K)) {
+            for (int64_t i = 0; i < p.count; ++i) multiply_rows(products[i], weights[i], p.workspace, nullptr, true);
+            return;
+        }
     gemm_together(products, weights, p.count, p.workspace);
 }
 

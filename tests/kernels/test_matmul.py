@@ -123,6 +123,27 @@ def test_small_products_of_a_batch(isa, threads, shape):
         np.testing.assert_array_equal(ops.matmul(a[:1], b[:1]), expected[:1])
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_transpose_of_a_product(isa, threads, activation):
+    """Few rows times a weight are made as the transpose: at edges of tiles and panels, with bias and residual, the bits of rows of many."""
+    g = np.random.default_rng(13)
+    for N in (13, 15, 29, 96, 451):
+        K = 777
+        x, w = g.standard_normal((120, K), np.float32), g.standard_normal((N, K), np.float32)
+        bias, residual = g.standard_normal(N, np.float32), g.standard_normal((120, N), np.float32)
+        whole = ops.linear(x, w, bias, activation=activation, residual=residual)
+        for M in (13, 16, 31, 33, 64, 97):
+            for n in (1, 3):
+                _C.set_num_threads(n)
+                got = ops.linear(x[:M], w, bias, activation=activation, residual=residual[:M])
+                np.testing.assert_array_equal(got, whole[:M])
+                np.testing.assert_array_equal(ops.linear(x[:M], w), ops.linear(x, w)[:M])
+        few, many = (Tensor(x[:M], requires_grad=True) for M in (50, 120))
+        for t in (few, many):
+            ops.linear(t, w, bias, activation=activation, residual=residual[: t.shape[0]]).backward(residual[: t.shape[0]])
+        np.testing.assert_array_equal(taken(few.grad), taken(many.grad)[:50])
+
+
 def test_few_rows_are_rows_of_many(isa):
     """B as it lies, with widths around what is multiplied at once."""
     g = np.random.default_rng(9)
