@@ -34,6 +34,7 @@ constexpr int64_t kRows = 2048;        // of A packed at once
 constexpr int64_t kPackedA = 2 << 20;  // floats of A packed at once: its place is L3, beside what else is there
 constexpr int64_t kRowsEach = 384;     // rows a thread from which they are cut: a panel of B is packed by each
 constexpr int64_t kWideness = 4;       // columns a row beyond which they are not: C is then the larger part
+constexpr int64_t kStepsAhead = 16;    // from what is multiplied to what is fetched of a panel of A that lies as columns
 constexpr int64_t kTileSteps = 48;     // before the end of a chain, where its tile is fetched
 constexpr int64_t kAloneFused = 1 << 18;
 constexpr int64_t kAlone = 1 << 20;  // multiplications below which waking a thread costs more than it gives
@@ -73,8 +74,8 @@ struct Fetch {
     const float* c = nullptr;
 };
 
-// sum (M, columns) = or += A panel times the first V vectors of B panel (kc, NR). The panel of A is (kc, M), or where kByRow is set
-// M rows, `lda` from one to the next. The loop over k is the chain: nothing may reorder it.
+// sum (M, columns) = or += A panel times the first V vectors of B panel (kc, NR). The panel of A is (kc, M), `lda` from one k to
+// the next, or where kByRow is set M rows, `lda` from one to the next. The loop over k is the chain: nothing may reorder it.
 template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, const float* b, int64_t kc, float* sum, int64_t ld,
                                                 int64_t columns, bool from_zero, const float* bias, Fetch& fetch) {
     vf acc[M][V];
@@ -103,6 +104,10 @@ template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, con
         vf v[V];
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) v[j] = load(b + j * W);
+        if constexpr (!kByRow) {  // where k are far apart, the hardware does not guess
+            __builtin_prefetch(from[0] + kStepsAhead * lda, 0, 3);
+            __builtin_prefetch(from[0] + kStepsAhead * lda + M - 1, 0, 3);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const vf x = set(kByRow ? from[i / 3][i % 3 * lda] : from[0][i]);
@@ -110,7 +115,7 @@ template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, con
             for (int j = 0; j < V; ++j) acc[i][j] = fma(x, v[j], acc[i][j]);
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < kPointers; ++i) from[i] += kByRow ? 1 : M;
+        for (int i = 0; i < kPointers; ++i) from[i] += kByRow ? 1 : lda;
         b += NR;
     };
     const int64_t last = kc > kTileSteps ? kc - kTileSteps : 0;
@@ -326,17 +331,20 @@ template <class B, int M> void gemm_few(const Product* p, const B* b, int64_t co
 template <class B> struct Block {
     const Product& p;
     const B& b;
-    const float* a;  // rows, `step` from one to the next, or where that is 0 packed panels, (kb, rows) each
-    int64_t step;
+    const float*
+        a;  // rows, `step` from one to the next; where that is 0 columns, `k_step` from k to k; or packed panels, (kb, rows) each
+    int64_t step, k_step;
     float* packed_a;  // what is copied or packed for the above
     int64_t row0, k0, kb, depth;
     RowPanels panels;
 
     FASTLM_MEMBER int64_t place(int64_t panel, int64_t k) const {
-        return step ? panels.begin(panel) * step + k : panels.begin(panel) * kb + k * panels.rows(panel);
+        const int64_t begin = panels.begin(panel);
+        return step ? begin * step + k : k_step ? begin + k * k_step : begin * kb + k * panels.rows(panel);
     }
     FASTLM_MEMBER Ahead ahead(int64_t panel, int64_t k, int64_t kc) const {
         const int64_t rows = panels.rows(panel);
+        if (k_step) return {};
         return step ? ahead_of(a + place(panel, k), kc, step, rows) : ahead_of(a + place(panel, k), rows * kc, 0, 1);
     }
     // What a panel of A is made from. Of a transposed A the line of each k where the panel ends: panels share the others.
@@ -368,6 +376,7 @@ template <class B> struct Block {
             columns = then < p.N ? b.ahead(k0 + k_then, kc_then, then, least(width, p.N - then)) : p.next;
             for (int64_t i = first; i < last; ++i) {
                 const int64_t row = panels.begin(i), rows = panels.rows(i);
+                const int64_t lda = step ? step : k_step ? k_step : rows;
                 const bool more = i + 1 < last;
                 if (kMakeA) {
                     make(i, k, kc);
@@ -385,7 +394,7 @@ template <class B> struct Block {
                         const Turned turned{row0 + row, rows, n, c, more && p.target.residual != p.target.y};
                         p.target.fetch_turned(turned);
                         fetch.c = tile;
-                        multiply(a + place(i, k), step, packed + (n - n0) * kc, kc, tile, NR, NR, true, nullptr, fetch);
+                        multiply(a + place(i, k), lda, packed + (n - n0) * kc, kc, tile, NR, NR, true, nullptr, fetch);
                         finish_turns[int(p.target.activation)](p.target, turned, tile, NR);
                         continue;
                     }
@@ -393,7 +402,7 @@ template <class B> struct Block {
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
                     fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
-                    multiply(a + place(i, k), step, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
+                    multiply(a + place(i, k), lda, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
                 }
@@ -403,13 +412,16 @@ template <class B> struct Block {
     }
 };
 
-// The transpose of C = A W^T is W A^T, whose rows of W are read where they lie: then it is A that is packed, and no weight, which
-// for rows so few takes a part of the time. Turning the tiles costs more than that where rows are many. The sums of a tile are
-// whole chains.
-constexpr int64_t kTurns = 8;  // numbers of K for a row
+// The transpose of C = A B is B^T A^T, where B is read where it lies: then it is A that is packed, and no weight, which for rows so
+// few takes a part of the time. Turning the tiles costs more than that where rows are many. A B (K, N) is read MR numbers of a row
+// at a time: where these are most of a line, and all of B is near. The sums of a tile are whole chains.
+constexpr int64_t kTurns = 8;                                 // numbers of K for a row
+constexpr int64_t kTurnedFloats = 1 << 19, kTurnedRows = 32;  // of such a B at most, of A at least
 FASTLM_INLINE int64_t turned_panels(int64_t K) { return kPackedB / NR / greatest(1, K); }
-FASTLM_INLINE bool turns(int64_t M, int64_t N, int64_t K) {
-    return M > kFused && N > kFused && kTurns * M <= K && turned_panels(K) > 0 && reads_rows(false, K);
+FASTLM_INLINE bool turns(const Product& p, bool b_transposed) {
+    if (p.M <= kFused || p.N <= kFused || kTurns * p.M > p.K || turned_panels(p.K) == 0) return false;
+    if (p.a_transposed || p.accumulate || p.a_row) return false;
+    return b_transposed ? reads_rows(false, p.K) : MR >= 12 && p.M >= kTurnedRows && p.K * p.N <= kTurnedFloats;
 }
 
 // Threads that rows are dealt to. Many rows are cut, one part a thread, so that A and C stay in the caches of the thread that has
@@ -420,12 +432,12 @@ FASTLM_INLINE int64_t rows_dealt_to(int64_t m, int64_t N, bool parallel) {
 }
 
 // make_a: A's panels are not in packed_a yet, and not read where they lie.
-template <class B> void gemm_block(const Product& p, const B& b, const float* a, int64_t step, float* packed_a, float* packed_b,
-                                   int64_t row0, int64_t m, int64_t k0, int64_t kb, bool make_a, bool parallel) {
+template <class B> void gemm_block(const Product& p, const B& b, const float* a, int64_t step, int64_t k_step, float* packed_a,
+                                   float* packed_b, int64_t row0, int64_t m, int64_t k0, int64_t kb, bool make_a, bool parallel) {
     const bool turned = p.target.turned;
     const int64_t blocks = kb && !turned ? ceil_div(kb, kDepth) : 1, depth = ceil_div(ceil_div(kb, blocks), 32) * 32;
     const int64_t dealt_to = turned ? 1 : rows_dealt_to(m, p.N, parallel);
-    const Block<B> block{p, b, a, step, packed_a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
+    const Block<B> block{p, b, a, step, k_step, packed_a, row0, k0, kb, depth, RowPanels(m, MR, dealt_to)};
     const int64_t panels = block.panels.count, threads = num_threads();
     const int64_t columns = ceil_div(p.N, NR);
     const int64_t group = turned ? least(columns, turned_panels(kb)) : group_size(columns, parallel),
@@ -469,7 +481,7 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
     const bool threads = parallel && num_threads() > 1;
     parallel = parallel && enough(p);
     const int64_t most = rows_at_once(p.M);
-    const bool lies = most == 1 || reads_rows(p.a_transposed, p.row_step());
+    const bool lies = most == 1 || p.target.turned || reads_rows(p.a_transposed, p.row_step());
     for (int64_t row = 0; row < p.M; row += most) {
         const int64_t m = least(most, p.M - row), at_once = p.target.turned ? p.K : depth_at_once(most, p.K);
         int64_t k0 = 0;
@@ -482,19 +494,21 @@ template <class B> void gemm(const Product& p, const B& b, float* packed_a, floa
                         for (int64_t k = 0; k < kb; k += 128) pack_a_panel(packed_a + k * m, p, 0, m, k, least(128, kb - k));
                     return gemm_few<B, 1>(&p, &b, 1, most > 1 ? packed_a : p.a, threads);
                 }
-            const int64_t step = lies ? p.row_step() : p.a_transposed ? 0 : kb + kPad;
-            const float* a = lies ? p.a + row * p.row_step() + k0 : packed_a;
+            const bool columns = p.a_transposed && most > 1;
+            const int64_t step = columns ? 0 : lies ? p.row_step() : kb + kPad, k_step = columns && lies ? p.M : 0;
+            const float* a = !lies ? packed_a : columns ? p.a + row : p.a + row * p.row_step() + k0;
             // Many panels of A are each made just before their first use, by the thread that uses them.
             const bool late = !lies && !is_made && m >= 4 * MR * (parallel ? num_threads() : 1);
             if (!lies && !is_made && !late) {
-                const Block<B> block{p, b, a, step, packed_a, row, k0, kb, kb, RowPanels(m, MR, rows_dealt_to(m, p.N, parallel))};
+                const Block<B> block{
+                    p, b, a, step, k_step, packed_a, row, k0, kb, kb, RowPanels(m, MR, rows_dealt_to(m, p.N, parallel))};
                 const int64_t grain = ceil_div(1 << 16, MR * (kb ? kb : 1));
                 for_pieces(parallel, block.panels.count, grain, [&](int64_t begin, int64_t end) {
                     for (int64_t k = 0; k < kb; k += 128)  // so that a transposed A is read in lines that stay in L1
                         for (int64_t i = begin; i < end; ++i) block.make(i, k, least(128, kb - k));
                 });
             }
-            gemm_block(p, b, a, step, packed_a, packed_b, row, m, k0, kb, late, parallel);
+            gemm_block(p, b, a, step, k_step, packed_a, packed_b, row, m, k0, kb, late, parallel);
             k0 += kb;
         } while (k0 < p.K);
     }

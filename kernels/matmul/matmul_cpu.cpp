@@ -246,11 +246,12 @@ template <class T> struct Columns {
     }
 };
 
-// x W^T, or where that is less work its transpose.
-template <class T> void multiply_rows(const Product& p, const Columns<T>& b, float* packed_a, float* packed_b, bool parallel) {
-    if constexpr (std::is_same_v<T, float>)
-        if (!p.a_transposed && !p.accumulate && !p.a_row && turns(p.M, p.N, p.K)) {
-            Product turned{b.b, p.N, p.M, p.K, false, false, p.target};
+// A B, or where that is less work its transpose.
+template <class B> void multiply(const Product& p, const B& b, float* packed_a, float* packed_b, bool parallel) {
+    constexpr bool kColumns = std::is_same_v<B, Columns<float>>;
+    if constexpr (kColumns || std::is_same_v<B, Rows<float>>)
+        if (turns(p, kColumns)) {
+            Product turned{b.b, p.N, p.M, p.K, !kColumns, false, p.target};
             turned.target.turned = true, turned.next = p.next;
             return gemm(turned, Columns<float>{p.a, p.M, p.K}, packed_a, packed_b, parallel);
         }
@@ -283,16 +284,15 @@ template <class T> void tiny(const Product& p, const Rows<T>& b) {
 
 template <class T> void of_type(const Matmul& p, int64_t i, Product product, float* packed_a, float* packed_b, bool parallel) {
     const T* b = static_cast<const T*>(p.b) + i * p.b_step;
-    const auto multiply = [&](auto all, auto next) {
+    const auto go = [&](auto all, auto next) {
         if (next.b) product.next = next.ahead(0, least(p.K, kDepth), 0, least(p.N, kPanels * NR));
-        if constexpr (std::is_same_v<decltype(all), Columns<T>>) multiply_rows(product, all, packed_a, packed_b, parallel);
-        else gemm(product, all, packed_a, packed_b, parallel);
+        multiply(product, all, packed_a, packed_b, parallel);
     };
     const bool small = !p.a_transposed && !p.accumulate && !p.a_row && p.M * p.K <= kTiny && p.K * p.N <= kTiny;
     const T* next = static_cast<const T*>(p.b_next);
     if (!p.b_transposed && small) tiny(product, Rows<T>{b, p.N, p.K});
-    else if (p.b_transposed) multiply(Columns<T>{b, p.N, p.K}, Columns<T>{next, p.N, p.K});
-    else multiply(Rows<T>{b, p.N, p.K}, Rows<T>{next, p.N, p.K});
+    else if (p.b_transposed) go(Columns<T>{b, p.N, p.K}, Columns<T>{next, p.N, p.K});
+    else go(Rows<T>{b, p.N, p.K}, Rows<T>{next, p.N, p.K});
 }
 
 void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool parallel) {
@@ -326,8 +326,8 @@ template <class T> void together_of(const Matmuls& p) {
         weights[i] = {static_cast<const T*>(m.b), m.N, m.K};
     }
     if constexpr (std::is_same_v<T, float>)
-        if (turns(products->M, products->N, products->K)) {
-            for (int64_t i = 0; i < p.count; ++i) multiply_rows(products[i], weights[i], p.workspace, nullptr, true);
+        if (turns(*products, true)) {
+            for (int64_t i = 0; i < p.count; ++i) multiply(products[i], weights[i], p.workspace, nullptr, true);
             return;
         }
     gemm_together(products, weights, p.count, p.workspace);

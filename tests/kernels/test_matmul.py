@@ -138,6 +138,7 @@ def test_transpose_of_a_product(isa, threads, activation):
                 got = ops.linear(x[:M], w, bias, activation=activation, residual=residual[:M])
                 np.testing.assert_array_equal(got, whole[:M])
                 np.testing.assert_array_equal(ops.linear(x[:M], w), ops.linear(x, w)[:M])
+                np.testing.assert_array_equal(ops.matmul(x[:M], w.T.copy()), ops.linear(x, w)[:M])
         few, many = (Tensor(x[:M], requires_grad=True) for M in (50, 120))
         for t in (few, many):
             ops.linear(t, w, bias, activation=activation, residual=residual[: t.shape[0]]).backward(residual[: t.shape[0]])
