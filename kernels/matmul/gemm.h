@@ -331,8 +331,9 @@ template <class B, int M> void gemm_few(const Product* p, const B* b, int64_t co
 template <class B> struct Block {
     const Product& p;
     const B& b;
-    const float*
-        a;  // rows, `step` from one to the next; where that is 0 columns, `k_step` from k to k; or packed panels, (kb, rows) each
+    // A as rows, `step` from one to the next; where that is 0 as columns, `k_step` from k to k; where both are, as packed panels,
+    // (kb, rows) each.
+    const float* a;
     int64_t step, k_step;
     float* packed_a;  // what is copied or packed for the above
     int64_t row0, k0, kb, depth;
