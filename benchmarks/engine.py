@@ -217,7 +217,7 @@ NAMES = {  # a part's name in a Hugging Face file -> in a GGUF file
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "lm_head": "output",
 }  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def gguf_file(case: dict[str, Any]) -> Path | None:
             block = f"blk.{parts[1]}." if parts[0] in ("h", "layers") else ""
             inner = ".".join(parts[2:-1] if block else parts[:-1])
             if inner not in NAMES:
-                continue
+                raise ValueError(f"{path.name}: no name in GGUF is known for {name}")
             matrix = x.ndim == 2 and inner != "wpe"
             if block and matrix and not llama:
                 x = x.T  # stored (in, out)

@@ -7,7 +7,8 @@ def stories260k():
     """The shape of the smallest of llama2.c's models."""
     from fastlm import models
 
-    return models.LlamaConfig(vocab_size=512, context=512, d_model=64, n_layer=5, n_head=8, n_kv_head=4, head_dim=8, d_ff=172)
+    sizes = {"d_model": 64, "n_layer": 5, "n_head": 8, "n_kv_head": 4, "head_dim": 8, "d_ff": 172}
+    return models.LlamaConfig(vocab_size=512, context=512, **sizes, tied=True)
 
 
 SHAPES = {"stories260k": stories260k}  # what is no preset
