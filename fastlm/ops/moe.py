@@ -182,11 +182,11 @@ def grouped_linear(x: Any, weights: Any, counts: Any, activation: str | None = N
             if not adds[e]:
                 into[e][...] = 0
         for add in (False, True):
-            trained = [e for e in used if into[e] is not None and adds[e] == add]
-            _products(
-                [into[e] for e in trained], [dz[spans[e]] for e in trained], [xd[spans[e]] for e in trained],
-                a_transposed=True, accumulate=add,
-            )  # fmt: skip
+            for trained in _apart([e for e in used if into[e] is not None and adds[e] == add], into):
+                _products(
+                    [into[e] for e in trained], [dz[spans[e]] for e in trained], [xd[spans[e]] for e in trained],
+                    a_transposed=True, accumulate=add,
+                )  # fmt: skip
         return dx, *returned
 
     return record(y, parents, backward)
@@ -281,6 +281,18 @@ def _targets(weights: Any) -> tuple[list[Any], list[bool], list[Array | None]]:
         adds += [add] * E
         returned.append(None if target is not None else array)
     return into, adds, returned
+
+
+def _apart(experts: list[int], into: Sequence[Any]) -> list[list[int]]:
+    """The experts cut into lists of which no two have one gradient: threads would add to it at once."""
+    lists: list[list[int]] = []
+    taken: dict[int, int] = {}
+    for e in experts:
+        turn = taken[id(into[e])] = taken.get(id(into[e]), -1) + 1
+        if turn == len(lists):
+            lists.append([])
+        lists[turn].append(e)
+    return lists
 
 
 def _multiplied(w: Any) -> tuple[Array, int, int]:
