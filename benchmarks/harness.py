@@ -386,6 +386,7 @@ class Ring:
     def close(self) -> None:
         for contestant in self.contestants.values():
             contestant.close()
+        self.contestants.clear()
 
 
 def contestants_of(item: Item, pythons: dict[str, str]) -> list[str]:
@@ -425,6 +426,9 @@ def run(
             case = worker.cases(item.op)[item.index]
             row = Row(item.op, label(item.op, item.index), item.backward, item.threads, roof=ring.roof, cold="cold" in case)
             row.ceiling = worker.ceiling(item.op, item.index) or row.ceiling
+            target = targets.BY_KEY.get((item.op, row.case, item.backward))
+            if target and any(bar.memory for bar in target.bars):
+                ring.close()  # what an earlier row has left in a process would not count as this one's
             taking = {who: ring.get(who) for who in contestants_of(item, pythons)}
             yield run_case(row, item.index, taking, rounds or (2 if quick else 5), 0.05 if quick else 0.2)
         if ring is not None:

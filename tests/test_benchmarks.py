@@ -252,3 +252,19 @@ def test_engines_are_checked_against_ours(tmp_path):
     row = Row("model", "case", False, 1)
     harness.check_engines(row, tmp_path, ["ours", "openvino", "onnxruntime"])
     assert set(row.problems) == {"onnxruntime"}
+
+
+def test_memory_is_measured_in_new_processes(monkeypatch):
+    """What a row leaves in a process is taken again by the next one, which would then seem to need nothing."""
+    rows = [harness.Item("rope", i, False, 1) for i in range(3)]
+    last = ("rope", harness.label("rope", 2), False)
+    monkeypatch.setitem(targets.BY_KEY, last, targets.Target(*last, (targets.Bar(0.75, memory=True),)))
+    seen = []
+
+    def run_case(row, index, contestants, rounds, seconds):
+        seen.append(contestants["ours"].process.pid)
+        return row
+
+    monkeypatch.setattr(harness, "run_case", run_case)
+    assert len(list(harness.run(rows, {}, quick=True))) == 3
+    assert seen[0] == seen[1] != seen[2]
