@@ -408,7 +408,10 @@ template <class B> struct Block {
                     if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
-                    fetch.c = past && from_zero && end_of_chain ? nullptr : from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
+                    fetch.c = past && from_zero && end_of_chain ? nullptr
+                              : from_zero                       ? sum
+                              : n + NR < n1                     ? sum + NR
+                                                                : sum + rows * p.N - (n - n0);
                     multiply(a + place(i, k), lda, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);

@@ -99,7 +99,7 @@ template <class T> struct Rows {
 
     template <int M, int S, bool kPacked>
     void walk(const float* a, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
-        constexpr int64_t kLines = S * W * int64_t(sizeof(T)) / 64, kAhead = kLines ? 64 / kLines : 64;  // 4 KB, in rows of B
+        constexpr int64_t kLines = S * W * int64_t(sizeof(T)) / 64, kAhead = kLines ? 128 / kLines : 128;  // 8 KB, in rows of B
         vf acc[M][S];
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
