@@ -235,7 +235,11 @@ def _grouped_there(x: Any, xd: Array, weights: Any, counts: Any, activation: str
             if not add:
                 array.device.fill(array.pointer, 0, array.nbytes)
         if all(b is not None for b in into):
-            kernels(xd).grouped_linear_dweights(into, dz, xd, counts)
+            again = [e for part in _apart(list(range(len(into))), into)[1:] for e in part]
+            own = {e: backend.zeros(into[e].shape, into[e].dtype, like=into[e]) for e in again}
+            kernels(xd).grouped_linear_dweights([own.get(e, array) for e, array in enumerate(into)], dz, xd, counts)
+            for e, array in own.items():
+                kernels(xd).scale_add(into[e], array, 1.0, True)
         return dx, *returned
 
     return record(y, parents, backward)

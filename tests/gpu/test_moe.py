@@ -98,6 +98,26 @@ def test_z_of_bfloat16(on):
     np.testing.assert_allclose(np.asarray(there.grad.numpy(), np.float32), here.grad, rtol=1e-2, atol=1e-4)
 
 
+def test_experts_that_are_one_matrix(on, monkeypatch):
+    """The CPU's gradient, and no two experts write to one place: blocks would at once."""
+    counts, places = np.array([3, 0, 4, 2]), []
+    x, dy, w = (RNG.standard_normal(s, np.float32) for s in ((9, 8), (9, 12), (12, 8)))
+    here, there = Tensor(w, requires_grad=True), Tensor(on.put(w), requires_grad=True)
+    ops.grouped_linear(x, [here] * 4, counts).backward(dy)
+    kernel = on.table.grouped_linear_dweights
+
+    def noted(into, *rest):
+        places.extend(a.pointer for a in into)
+        kernel(into, *rest)
+
+    monkeypatch.setattr(on.table, "grouped_linear_dweights", noted, raising=False)
+    for times in (1, 2):
+        ops.grouped_linear(on.put(x), [there] * 4, on.put(counts)).backward(on.put(dy))
+        np.testing.assert_allclose(there.grad.numpy(), times * here.grad, rtol=1e-5, atol=1e-5)
+        assert len(set(places)) == len(places) == 4
+        places.clear()
+
+
 def experts_of(kind, E, N, K, activations, rng):
     return [float_ref.random_weight(kind, (N, K), rng).with_activations(activations) for _ in range(E)]
 
