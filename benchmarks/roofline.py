@@ -16,7 +16,7 @@ MARKS = {  # of each contestant
 
 def draw(groups: dict[Key, Group], path: str) -> bool:
     """Writes the roofline plot of a file's rows at their highest number of threads to a PNG or SVG file: operations over the bytes that
-    must be read, under the ceilings of float32. 8-bit products may stand above them. False where there is nothing to draw."""
+    must be read, under the ceilings of float32 and of 8-bit products. False where there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,7 +51,15 @@ def draw(groups: dict[Key, Group], path: str) -> bool:
     memory = f"memory {roof['read_gbs']:.0f} GB/s"
     axes.plot(intensity, np.minimum(roof["gflops"], roof["read_gbs"] * intensity), "k-", label=memory)
     axes.plot(intensity, np.minimum(roof["gflops"], cache * intensity), "k:", label=f"cache {cache:.0f} GB/s")
-    axes.text(high, roof["gflops"] * 1.08, f"{roof['gflops']:.0f} GFLOP/s float32 ", ha="right")
+    for key, what in (
+        ("gflops", "GFLOP/s float32"),
+        ("int8_scaled_gops", "Gop/s 8 bits, a scale for 32"),
+        ("int8_gops", "Gop/s 8 bits"),
+    ):
+        if key in roof:
+            axes.text(high, roof[key] * 1.05, f"{roof[key]:.0f} {what} ", ha="right", fontsize="small")
+        if key in roof and key != "gflops":
+            axes.plot(intensity, np.minimum(roof[key], roof["read_gbs"] * intensity), "k--", linewidth=0.8, zorder=1)
     for (op, who), found in points.items():
         if found:
             color = plt.cm.tab20(ops.index(op) % 20)
@@ -65,17 +73,16 @@ def draw(groups: dict[Key, Group], path: str) -> bool:
         Line2D([], [], marker=MARKS[w], color="0.3", linestyle="none", fillstyle="full" if w == "ours" else "none") for w in seen
     ]
     names = ["fastlm" if w == "ours" else "fastlm, AVX2" if w == "ours_avx2" else w for w in seen]
-    axes.add_artist(axes.legend(marks, names, fontsize="small", loc="upper left"))
+    axes.add_artist(axes.legend(marks, names, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1)))
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="operations per byte",
-        ylabel="GFLOP/s",
+        ylabel="10^9 operations a second",
         title=f"{rows[0].lines['ours']['cpu']}, {threads} threads",
     )
-    axes.legend(fontsize="small", ncols=2, loc="lower right")
+    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(1.01, 0))
     axes.set_ylim(bottom=min(y for _, y in every) / 2, top=max(roof["gflops"], max(y for _, y in every)) * 2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return True
