@@ -212,7 +212,7 @@ def test_experts_that_are_one_matrix(threads):
 
 
 @pytest.mark.parametrize("width", [1024, 1000])
-def test_gradients_larger_than_the_caches(width, threads):
+def test_gradients_larger_than_the_caches(width, threads, isa):
     """Written past the caches where rows are whole lines: the bits of each product alone, at one thread and at three."""
     rng = np.random.default_rng(7)
     counts = np.array([5, 0, 14, 33, 1, 2, 3, 40, 5, 17])
