@@ -19,7 +19,6 @@ namespace {
 
 // Products below this are dealt to the threads whole; larger ones are cut between the threads, one after the other.
 constexpr int64_t kWhole = 1 << 26;
-constexpr int64_t kPast = 8 << 20;  // floats of all results together that the caches do not hold
 
 template <class Kernels, class Product> void multiply(const Kernels& kernels, Product p) {
     const Workspace workspace(kernels.workspace(p));
@@ -165,15 +164,14 @@ void bind_moe(py::module_& m) {
     m.def("grouped_matmul", [](const std::vector<py::array>& c, const std::vector<py::array>& a, const std::vector<py::array>& b,
                                bool a_transposed, const std::vector<int>& types, bool accumulate) {
         std::vector<Matmul> jobs;
-        int64_t work = 0, size = 0;
+        int64_t work = 0;
         for (size_t i = 0; i < c.size(); ++i) {
             const int64_t M = dim(c[i], 0), N = dim(c[i], 1), K = dim(a[i], a_transposed ? 0 : 1);
             if (M == 0 || N == 0) continue;
             jobs.push_back({f32(c[i]), nullptr, nullptr, f32(a[i]), data<void>(b[i]), nullptr, nullptr, 1, M, N, K, 0, 0,
                             a_transposed, false, Storage(types[i]), accumulate, Activation::none});
-            work += M * N * K, size += M * N;
+            work += M * N * K;
         }
-        for (Matmul& job : jobs) job.past = !accumulate && size >= kPast;
         for (size_t i = 0; i + 1 < jobs.size(); ++i) {
             const Matmul& next = jobs[i + 1];
             if (next.N == jobs[i].N && next.K == jobs[i].K && next.b_type == jobs[i].b_type) jobs[i].b_next = next.b;

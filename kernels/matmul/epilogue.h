@@ -70,7 +70,6 @@ struct Target {
     Activation activation;
     bool pass;            // whether a pass over the finished tile is needed
     bool turned = false;  // the product is C's transpose
-    bool past = false;    // C is not read again before the caches have lost it
 
     // What finish() will read besides, touched before the product.
     FASTLM_MEMBER void fetch(int64_t row, int64_t column, int64_t rows, int64_t columns) const {

@@ -71,7 +71,7 @@ template <class T> FASTLM_INLINE Ahead ahead_of(const T* from, int64_t n, int64_
 // What products of two panels fetch, one after the other, and during the last steps the tile of C at `c`, row by row.
 struct Fetch {
     Ahead queue[3];
-    const float* c = nullptr;  // null: the tile is written past the caches
+    const float* c = nullptr;
 };
 
 // sum (M, columns) = or += A panel times the first V vectors of B panel (kc, NR). The panel of A is (kc, M), `lda` from one k to
@@ -131,7 +131,7 @@ template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, con
     for (; begin < last; ++begin) step();
     const float* c = fetch.c;
     for (int64_t k = last, row = 0; k < kc; ++k, ++row) {
-        if (c && row < M) {
+        if (row < M) {
 #pragma GCC unroll 4
             for (int j = 0; j < V * W; j += 16) __builtin_prefetch(c + j, 1, 3);
             c += ld;
@@ -146,12 +146,7 @@ template <int M, int V, bool kByRow> void micro(const float* a, int64_t lda, con
             for (int i = 0; i < M; ++i) acc[i][j] = acc[i][j] + v;
         }
     }
-    if (whole && !fetch.c) {
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < V; ++j) stream(sum + i * ld + j * W, acc[i][j]);
-    } else if (whole) {
+    if (whole) {
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -370,7 +365,6 @@ template <class B> struct Block {
     template <bool kMakeA> void piece(float* packed, int64_t n0, int64_t n1, int64_t first, int64_t last) const {
         const int64_t width = n1 - n0;
         alignas(64) float tile[(MR + W - 1) / W * W * NR] = {};
-        const bool past = p.target.past && !p.target.pass && p.N % NR == 0;
         int64_t k = 0;
         do {
             const int64_t kc = least(depth, kb - k), end = k + kc;
@@ -408,10 +402,7 @@ template <class B> struct Block {
                     if (end_of_chain) p.target.fetch(row0 + row, n, rows, c);
                     float* sum = p.target.sum + (row0 + row) * p.N + n;
                     // What is only written is needed at the end, what is added to at once: then the tile after this one.
-                    fetch.c = past && from_zero && end_of_chain ? nullptr
-                              : from_zero                       ? sum
-                              : n + NR < n1                     ? sum + NR
-                                                                : sum + rows * p.N - (n - n0);
+                    fetch.c = from_zero ? sum : n + NR < n1 ? sum + NR : sum + rows * p.N - (n - n0);
                     multiply(a + place(i, k), lda, packed + (n - n0) * kc, kc, sum, p.N, c, from_zero,
                              end_of_chain && p.target.bias ? p.target.bias + n : nullptr, fetch);
                     if (end_of_chain) p.target.finish(row0 + row, n, rows, c);
@@ -419,7 +410,6 @@ template <class B> struct Block {
             }
             k = end;
         } while (k < kb);
-        if (past) fence();
     }
 };
 

@@ -28,7 +28,6 @@ struct Matmul {
     Activation activation;
     int64_t a_row = 0;  // from one row of A to the next where A is some columns of a wider matrix (not transposed, batch 1); else 0
     const void* b_next = nullptr;  // or the B of a product like this one that follows it on this thread: fetched ahead
-    bool past = false;  // C is not read again before the caches have lost it: written past them, where it begins with a line
 };
 
 // Products of one A (M, K) with several weights (N_i, K) of one storage, each with a bias or none: for a few rows in one go, since

@@ -297,9 +297,8 @@ template <class T> void of_type(const Matmul& p, int64_t i, Product product, flo
 
 void one(const Matmul& p, int64_t i, float* packed_a, float* packed_b, bool parallel) {
     const int64_t at = i * p.M * p.N;
-    Target target =
+    const Target target =
         make_target(p.c + at, p.z ? p.z + at : nullptr, p.bias, p.residual ? p.residual + at : nullptr, p.N, p.activation);
-    target.past = p.past && reinterpret_cast<uintptr_t>(p.c) % 64 == 0 && p.batch == 1;
     const Product product{p.a + i * p.a_step, p.M, p.N, p.K, p.a_transposed, p.accumulate, target, p.a_row};
     if (p.b_type == Storage::float32) of_type<float>(p, i, product, packed_a, packed_b, parallel);
     else if (p.b_type == Storage::bfloat16) of_type<Bfloat16>(p, i, product, packed_a, packed_b, parallel);

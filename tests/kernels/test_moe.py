@@ -209,24 +209,3 @@ def test_experts_that_are_one_matrix(threads):
         shared.grad = None
         ops.grouped_linear(x, [shared] * 16, counts).backward(dy)
         np.testing.assert_array_equal(shared.grad, alone.grad)
-
-
-@pytest.mark.parametrize("width", [1024, 1000])
-def test_gradients_larger_than_the_caches(width, threads, isa):
-    """Written past the caches where rows are whole lines: the bits of each product alone, at one thread and at three."""
-    rng = np.random.default_rng(7)
-    counts = np.array([5, 0, 14, 33, 1, 2, 3, 40, 5, 17])
-    x, dy = rng.standard_normal((counts.sum(), width), np.float32), rng.standard_normal((counts.sum(), 1024), np.float32)
-    w = np.zeros((len(counts), 1024, width), np.float32)
-    for n in (1, 3):
-        _C.set_num_threads(n)
-        whole = Tensor(w, requires_grad=True)
-        ops.grouped_linear(x, whole, counts).backward(dy)
-        for e, end in enumerate(np.cumsum(counts)):
-            rows, one = slice(end - counts[e], end), Tensor(w[e], requires_grad=True)
-            if counts[e]:
-                ops.linear(x[rows], one).backward(dy[rows])
-                np.testing.assert_array_equal(whole.grad[e], one.grad)
-                np.testing.assert_allclose(one.grad, dy[rows].T @ x[rows], rtol=1e-5, atol=1e-4)
-            else:
-                assert not whole.grad[e].any()
