@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlm import ops, train
+    from fastlm.generate import Past
     from fastlm.lm import LM, load
     from fastlm.tensor import Tensor, no_grad
     from fastlm.tokenizers import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["LM", "Tensor", "Tokenizer", "__version__", "load", "no_grad", "ops", "train"]
+__all__ = ["LM", "Past", "Tensor", "Tokenizer", "__version__", "load", "no_grad", "ops", "train"]
 
-_HOME = {"LM": "lm", "load": "lm", "Tensor": "tensor", "no_grad": "tensor", "Tokenizer": "tokenizers"}
+_HOME = {"LM": "lm", "load": "lm", "Past": "generate", "Tensor": "tensor", "no_grad": "tensor", "Tokenizer": "tokenizers"}
 _MODULES = ("backend", "checkpoint", "data", "evaluate", "generate", "hub", "models", "nn", "ops", "tensor", "tokenizers", "train")
 
 

@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None  # strings that end the text and are cut from it
     eos: int | Sequence[int] | None  # ids that end the text; the tokenizer's if not given
     seed: int | Sequence[int]  # 0; of the random choice; a list has one for each prompt
+    past: generate.Past | None  # None; what was read of one sequence before: a prompt that begins as it did is read from there on
 
 
 _SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -104,6 +105,7 @@ class LM:
         The model can then not be trained; `save` writes the quantised weights as float32, which no file of the hub's kind can hold
         otherwise, LOSSLESS ones as they were. `to("float32")` and `to("bfloat16")` undo it.
         """
+        generate.forget(self.model)
         storage.quantize(self.model, kind, activations)
         return self
 
@@ -118,6 +120,7 @@ class LM:
         if device in ("float32", "bfloat16") and dtype is None:
             device, dtype = self.model.device, device
         where = backend.device(device)
+        generate.forget(self.model)
         if where is None and self.model.device is None and dtype is not None:
             storage.convert(self.model, dtype)
         else:
@@ -174,9 +177,9 @@ class LM:
         """The text that follows the prompt; a list of prompts gives a list of texts. The prompt itself is not repeated.
 
         Options (see Options): temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram=0, min_tokens=0,
-        beams=1, length_penalty=1.0, early_stopping=False, stop=None, eos (default the tokenizer's), seed=0. A prompt gives the same
-        text alone and in a list; give a list of seeds to draw several samples of one prompt. Stop strings may begin and end inside
-        tokens.
+        beams=1, length_penalty=1.0, early_stopping=False, stop=None, eos (default the tokenizer's), seed=0, past=None (a
+        fastlm.Past, for talks and prompts with a common beginning). A prompt gives the same text alone and in a list; give a list of
+        seeds to draw several samples of one prompt. Stop strings may begin and end inside tokens.
 
         The text ends at max_tokens, at eos, at a stop string, or at the end of the model's context: prompt and text together are
         at most `model.config.context` tokens. A prompt that fills the context alone is refused.
@@ -190,7 +193,10 @@ class LM:
         yield from self._stream(self._encode(prompt), max_tokens, options)
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], max_tokens: int = 256, **options: Unpack[Options]) -> str:
-        """The model's answer to a chat: `[{"role": "user", "content": "..."}]`, or a str, which is one message of the user."""
+        """The model's answer to a chat: `[{"role": "user", "content": "..."}]`, or a str, which is one message of the user.
+
+        With past=fastlm.Past(), given to every call of a talk, only what is new is read; the answers are the same.
+        """
         return self._complete([self._chat_ids(messages)], max_tokens, options)[0]
 
     def chat_stream(
@@ -339,7 +345,8 @@ class LM:
         beams, seed, rest = _split(options)
         if beams == 1:
             model, starts = self._reading(prompts)
-            return generate.generate(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop)
+            past = rest.pop("past", None)
+            return generate.generate(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop, past)
         settings = generate.BeamSettings(beams=beams, max_tokens=max_tokens, **rest)
         outputs = []
         for prompt in prompts:
@@ -373,7 +380,8 @@ class LM:
             raise ValueError("[stream] beams must be 1: the best of several beams is known only at the end; use generate")
         text = Text(tokenizer, self._before(prompt), stops, given["eos"])
         model, starts = self._reading([prompt])
-        for _, id in generate.steps(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed):
+        past = rest.pop("past", None)
+        for _, id in generate.steps(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, past=past):
             piece = text.put(id)
             if piece:
                 yield piece
@@ -435,6 +443,8 @@ def _split(options: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]]:
     rest["eos"] = generate.ids_of("eos", rest.get("eos"))
     if beams == 1:
         return beams, seed, {k: v for k, v in rest.items() if k not in _BEAMS}
+    if rest.pop("past", None) is not None:
+        raise ValueError("[generate] past must be None with beams: a search reads its prompt anew")
     for name, off in _SAMPLING.items():
         if rest.pop(name, off) != off:
             raise ValueError(f"[generate] {name} must be {off} with beams, got {options[name]}: beam search draws nothing")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastlm.generate import Past
 from fastlm.lm import LM, load
 
 
@@ -43,6 +44,7 @@ def chat(arguments: argparse.Namespace) -> None:
         return
     if lm.tokenizer is None or lm.tokenizer.chat_template is None:
         raise ValueError(f"{arguments.model} has no chat template: use fastlm generate")
+    past = Past()
     print(f"{lm!r}\nAn empty line ends the talk.")
     while True:
         try:
@@ -55,7 +57,7 @@ def chat(arguments: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": message})
         shorten(lm, messages, arguments.max_tokens)
         try:
-            messages.append({"role": "assistant", "content": answer(lm, messages, arguments)})
+            messages.append({"role": "assistant", "content": answer(lm, messages, arguments, past)})
         except KeyboardInterrupt:  # only this answer ends
             messages.pop()
             print()
@@ -70,8 +72,8 @@ def shorten(lm: LM, messages: list[dict[str, str]], max_tokens: int) -> None:
         del messages[first : first + 2]
 
 
-def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
-    return show(lm, lm.chat_stream(messages, max_tokens=arguments.max_tokens, **sampling(arguments)))
+def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace, past: Past | None = None) -> str:
+    return show(lm, lm.chat_stream(messages, max_tokens=arguments.max_tokens, past=past, **sampling(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

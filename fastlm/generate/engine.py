@@ -12,6 +12,7 @@ from fastlm import backend, ops
 from fastlm.backend import Array
 from fastlm.generate.kept import Session, give, take
 from fastlm.generate.ondevice import DeviceDecoder
+from fastlm.generate.past import Past
 from fastlm.generate.processors import active, process
 from fastlm.generate.recorded import Decoder
 from fastlm.generate.settings import Continues, Settings, whole
@@ -41,16 +42,21 @@ def steps(
     seeds: int | Sequence[int] = 0,
     stop: Stop | None = None,
     outputs: list[Output] | None = None,
+    past: Past | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (index of the prompt, new id) until every sequence has ended. Closing the iterator ends it early.
 
     The prompts may have different lengths. One seed is used for each of them, so that a prompt gives the same ids wherever it stands;
     give a list to draw different samples of one prompt. A sequence ends at the model's context: prompt and new ids together are at
-    most `model.config.context`. `outputs`, if given, is filled with one Output for each prompt.
+    most `model.config.context`. `outputs`, if given, is filled with one Output for each prompt. `past`: see Past.
     """
     settings = settings or Settings()
     rows = [_Row(i, check_prompt(model, p), s) for i, (p, s) in enumerate(zip(prompts, _seeds(seeds, len(prompts)), strict=True))]
     check_eos(model, settings.eos)
+    if past is not None and not isinstance(past, Past):
+        raise TypeError(f"[generate] past must be a fastlm.Past or None, got {type(past).__name__}")
+    if past is not None and len(rows) != 1:
+        raise ValueError(f"[generate] past must be None for {len(rows)} prompts: it is of one sequence, call for each of them")
     if outputs is not None:
         outputs.extend(row.output for row in rows)
     room = model.config.context
@@ -59,11 +65,15 @@ def steps(
     rows = [row for row in rows if row.limit > 0]
     if not rows:
         return
-    session = take(model, len(rows), max(len(row.ids) + row.limit for row in rows))
+    capacity = max(len(row.ids) + row.limit for row in rows)
+    session = take(model, len(rows), capacity) if past is None else past.take(model, rows[0].ids, capacity)
     try:
         yield from _advance(model, rows, settings, stop, session)
     finally:
-        give(model, session)
+        if past is None:
+            give(model, session)
+        else:
+            past.give(model)
 
 
 def _advance(
@@ -71,13 +81,16 @@ def _advance(
 ) -> Iterator[tuple[int, int]]:
     """All steps of these rows, on the session's cache. Where a row ends before the others, the session is left."""
     cache = session.cache
-    if session.kept and len(rows) == 1 and len(rows[0].ids) <= PIECES:
-        logits = session.read(model, rows[0].ids)
+    prompts = [row.ids for row in rows]
+    if len(rows) == 1 and isinstance(cache, Cache) and cache.lengths[0]:  # of a Past
+        prompts = [rows[0].ids[int(cache.lengths[0]) :]]
+    if session.small and len(rows) == 1 and len(prompts[0]) <= PIECES:
+        logits = session.read(model, prompts[0])
     else:
         logits = np.concatenate(
             [
-                prefill(model, [row.ids for row in rows[a:b]], cache.row(a) if b - a == 1 else cache.rows(a, b))
-                for a, b in alike(cache, [len(row.ids) for row in rows])
+                prefill(model, prompts[a:b], cache.row(a) if b - a == 1 else cache.rows(a, b))
+                for a, b in alike(cache, [len(ids) for ids in prompts])
             ]
         )
     ids = choose(logits, rows, settings)
@@ -133,10 +146,11 @@ def generate(
     settings: Settings | None = None,
     seeds: int | Sequence[int] = 0,
     stop: Stop | None = None,
+    past: Past | None = None,
 ) -> list[Output]:
     """All new ids of every prompt; see `steps`."""
     outputs: list[Output] = []
-    for _ in steps(model, prompts, settings, seeds, stop, outputs):
+    for _ in steps(model, prompts, settings, seeds, stop, outputs, past):
         pass
     return outputs
 
@@ -182,7 +196,7 @@ def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Set
     key: Any = "greedy" if s.temperature == 0.0 else ("drawn", s.temperature, s.top_k, s.top_p, s.min_p)
     if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
         key = None
-    if session.kept:
+    if session.kept and device is None:
         decoder, arrays = session.decoder(model, key, make)
     else:
         how, arrays = make()

@@ -1,4 +1,4 @@
-"""Caches and recorded steps of small models that outlive a call: the next answer begins where recording has been done.
+"""Caches and recorded steps that outlive a call: the next answer begins where recording has been done.
 
 A model's `Shelf` holds the sessions that nobody uses. A `Session` is a cache, its recorded steps by how the next ids are chosen, and its
 recorded readers of prompts by length. They are used again as long as every attribute of every part of the model, and every parameter's
@@ -23,7 +23,8 @@ from fastlm.tensor import Tensor
 
 # Bytes of weights up to which Python costs as much as kernels, and copies of the weights stay in the processor's caches.
 SMALL = 4 << 20
-LARGEST = 8 << 20  # bytes of a cache that is kept
+LARGEST = 8 << 20  # bytes that sessions keep, beside recorded steps; of a large model SHARE of its own
+SHARE = 8
 MOST = 4  # sessions that are kept
 LONGEST = 64  # ids that a recorded reader takes at once
 
@@ -31,10 +32,10 @@ _lock = threading.Lock()
 
 
 class Session:
-    """A cache; where it is `kept`, with its recorded steps and readers."""
+    """A cache; where it is `kept` for another call, with its recorded steps, and of a `small` model with readers of prompts."""
 
-    def __init__(self, cache: Any, kept: bool) -> None:
-        self.cache, self.kept = cache, kept
+    def __init__(self, cache: Any, kept: bool, small: bool) -> None:
+        self.cache, self.kept, self.small = cache, kept, small
         self._steps: dict[Any, tuple[Decoder, list[Array]]] = {}
         self._ready: set[Any] = set()  # of `_steps`: those that were used in this call
 
@@ -44,7 +45,7 @@ class Session:
 
         def new() -> tuple[Decoder, list[Array]]:
             choose, arrays = make()
-            return Decoder(model, self.cache, choose, [a for a in arrays if a.dtype == np.int64], turned=self.kept), arrays
+            return Decoder(model, self.cache, choose, [a for a in arrays if a.dtype == np.int64], turned=self.small), arrays
 
         return self._of(model, key, new)
 
@@ -83,6 +84,7 @@ class Shelf:
     def __init__(self) -> None:
         self.sessions: list[Session] = []
         self.parts: list[Any] = []
+        self.room = LARGEST
 
     def __reduce__(self) -> Any:
         return Shelf, ()
@@ -90,58 +92,69 @@ class Shelf:
 
 def take(model: Any, batch: int, capacity: int) -> Session:
     """A session with an empty cache of at least this capacity; `give` puts it back."""
-    parts = _parts(model) if enabled() and isinstance(model, CausalLM) and model.device is None else None
-    if parts is None:
-        return Session(model.new_cache(batch, capacity), kept=False)
+    if not enabled() or not isinstance(model, CausalLM) or model.device is not None:
+        return unkept(model, batch, capacity)
+    parts, size = parts_of(model)
     with _lock:
         shelf: Shelf = model.__dict__.setdefault("_shelf", Shelf())
-        if not _alike(parts, shelf.parts):
+        if not unchanged(parts, shelf.parts):
             shelf.sessions.clear()
-        shelf.parts = parts
+        shelf.parts, shelf.room = parts, _room(size)
         for session in shelf.sessions:
             if session.cache.batch == batch and session.cache.capacity >= capacity:
                 shelf.sessions.remove(session)
                 session.cache.lengths[:] = 0
                 return session
     cache = model.new_cache(batch, max(capacity, min(-(-capacity // 64) * 64, model.config.context)))
-    kept = isinstance(cache, Cache) and sum(a.nbytes for a in cache.arrays) <= LARGEST
-    return Session(cache, kept)
+    kept = isinstance(cache, Cache) and cache.nbytes <= _room(size)
+    return Session(cache, kept, small=kept and size <= SMALL)
+
+
+def _room(size: int) -> int:
+    """Bytes of caches that a model of `size` bytes may keep."""
+    return max(LARGEST, size // SHARE)
+
+
+def unkept(model: Any, batch: int, capacity: int) -> Session:
+    """A session for one call."""
+    return Session(model.new_cache(batch, capacity), kept=False, small=False)
 
 
 def give(model: Any, session: Session) -> None:
-    """Back to the shelf, in place of the one that lay there longest where there are too many."""
+    """Back to the shelf, in place of those that lay there longest where there are too many."""
     if session.kept:
         session.rest()
         with _lock:
             shelf = model.__dict__.setdefault("_shelf", Shelf())
             shelf.sessions.append(session)
-            del shelf.sessions[:-MOST]
+            while len(shelf.sessions) > MOST or sum(s.cache.nbytes for s in shelf.sessions) > shelf.room:
+                del shelf.sessions[0]
 
 
-def _parts(model: Module) -> list[Any] | None:
+def parts_of(model: Module) -> tuple[list[Any], int]:
     """What recorded steps took from a model, values in arrays aside: the machine's settings, every attribute of its parts, every
-    parameter's array. None for a model that is not small."""
+    parameter's array. And the bytes of these."""
     found: list[Any] = [backend.isa(), _C.has_vnni(), backend.num_threads()]
     size = 0
     parts = [model]
     while parts:
         for name, value in parts.pop().__dict__.items():
+            if name == "_shelf":
+                continue
             inner = value if value.__class__ is list else (value,)
             found.append(len(inner))
             for item in inner:
                 if item.__class__ is Tensor:
                     size += item.data.nbytes
-                    if size > SMALL:
-                        return None
                     found.append(item.data)
                 elif isinstance(item, Module):
                     parts.append(item)
-                elif name != "_shelf":
+                else:
                     found.append(item)
-    return found
+    return found, size
 
 
-def _alike(a: list[Any], b: list[Any]) -> bool:
+def unchanged(a: list[Any], b: list[Any]) -> bool:
     """Whether these are the same objects, or equal numbers."""
     return len(a) == len(b) and all(
         x is y or (x.__class__ is y.__class__ and x.__class__ in _PLAIN and x == y) for x, y in zip(a, b, strict=True)
@@ -149,3 +162,9 @@ def _alike(a: list[Any], b: list[Any]) -> bool:
 
 
 _PLAIN = (int, float, bool, str)
+
+
+def forget(model: Module) -> None:
+    """What is kept holds arrays of the model: to be called where these are replaced, so that their memory is given back."""
+    with _lock:
+        model.__dict__.pop("_shelf", None)

@@ -81,6 +81,11 @@ class Cache:
         """Keys and values of every layer."""
         return [*self.keys, *self.values]
 
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        return sum(a.nbytes for a in self.arrays)
+
     def row(self, b: int) -> Cache:
         """Sequence b alone, as a cache of batch 1 that shares this one's memory and length."""
         if not 0 <= b < self.batch:

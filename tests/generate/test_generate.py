@@ -41,7 +41,7 @@ class Recorder:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The logits that generation sees: of each prompt, then of each step. Nothing is kept from call to call: test_kept.py has that."""
     found: list[np.ndarray] = []
-    monkeypatch.setattr(kept, "SMALL", 0)
+    monkeypatch.setattr(engine, "take", kept.unkept)
 
     def watched(f: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -131,7 +131,7 @@ def test_seeds() -> None:
 
 
 def test_prefill_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "SMALL", 0)
+    monkeypatch.setattr(engine, "take", kept.unkept)
     m = model("llama")
     prompt = prompts(m, 1)[0] * 3
     generate.generate(m, [prompt], Settings(max_tokens=6))  # after it no step is compared with Python any longer

@@ -13,6 +13,7 @@ import pytest
 
 from fastlm import backend, generate, ops
 from fastlm.generate import Settings, engine, kept, recorded
+from fastlm.lm import LM
 from fastlm.models.quantize import quantize
 from tests.generate.test_recorded import EVERY, PROMPTS, SETTINGS, tiny
 
@@ -199,7 +200,7 @@ def test_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shelf keeps no model alive, is not copied, and takes neither large models nor large caches."""
+    """A shelf keeps no model alive, is not copied, and takes no large caches."""
     model = tiny("llama")
     generate.generate(model, [[1, 2]])
     assert len(model._shelf.sessions) == 1
@@ -211,12 +212,35 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gone() is None
     finally:
         gc.enable()
-    for limit in ("SMALL", "LARGEST"):
-        model = tiny("llama")
-        with monkeypatch.context() as m:
-            m.setattr(kept, limit, 1000)
-            generate.generate(model, [[1, 2]])
-            assert not hasattr(model, "_shelf") or model._shelf.sessions == []
+    model = tiny("llama")
+    with monkeypatch.context() as m:
+        m.setattr(kept, "LARGEST", 40_000)
+        for length, kept_ones in ((1, [1]), (2, [2]), (3, [2])):  # a sequence takes 16,384 bytes
+            generate.generate(model, [[1, 2]] * length)
+            assert [s.cache.batch for s in model._shelf.sessions] == kept_ones
+    lm = LM(model)
+    for change in (lambda: lm.to("bfloat16"), lambda: lm.quantize("Q8_0")):
+        lm.generate_ids([1, 2])
+        old = weakref.ref(model.blocks[0].mlp.up.weight.data)
+        change()
+        assert old() is None, "the shelf holds weights that were replaced"
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("t5", "switch")])
+def test_large_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded of a large model outlives the call as well; its prompts are read as ever, and its weights are not copied."""
+    monkeypatch.setattr(kept, "SMALL", 0)
+    model = tiny(name)
+    calls = [PROMPTS[1:2], PROMPTS[:1], LONG[:1], PROMPTS[:2]]
+    expected = [in_python(model, prompts, SETTINGS["drawn"], monkeypatch, seeds=3) for prompts in calls]
+    made = recordings(monkeypatch)
+    for turn in range(3):
+        made.clear()
+        for prompts, output in zip(calls, expected, strict=True):
+            assert generate.generate(model, prompts, SETTINGS["drawn"], seeds=3) == output
+        assert len(made) <= (9, 9, 2)[turn]  # a batch of which one ends early begins anew
+    assert all(not session.small for session in model._shelf.sessions)
+    assert all(not d.recording._turned for session in model._shelf.sessions for d, _ in session._steps.values())
 
 
 def test_turned_weights() -> None:

@@ -88,7 +88,7 @@ class Watch:
         monkeypatch.setattr(backend.Recording, "__init__", counted_record)
         monkeypatch.setattr(generate.engine.Decoder, "step", watched)
         monkeypatch.setattr(generate.engine.Decoder, "ahead", lambda *given: [])
-        monkeypatch.setattr(generate.kept, "SMALL", 0)
+        monkeypatch.setattr(generate.engine, "take", generate.kept.unkept)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fastlm.cuda import status
 from fastlm.cuda.emulated import Emulated, emulated
 from fastlm.cuda.images import variant
 from fastlm.data.objectives.base import Batch, SourceBatch
-from fastlm.generate import Reading, Settings, generate
+from fastlm.generate import Past, Reading, Settings, generate, steps
 from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.recorded import why_not
 from fastlm.lm import LM
@@ -241,6 +241,23 @@ def test_decoding(name, how, quick, monkeypatch):
     runs.clear()
     assert ids_of(model, **settings) == expected
     assert not any(runs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_talk(name, quick):
+    """A Past on the device: what was said is there, the cache grows, and what was made ahead of an end is not taken for it."""
+    host, model, past = models.create(CONFIGS[name], seed=3), models.create(CONFIGS[name], seed=3, device="cuda"), Past()
+    prompt = [1, 2, 3]
+    for more, count in (([], 4), ([5, 6], 6), ([7], 3), ([2, 2, 2], 2)):
+        prompt = prompt + more
+        expected = generate(host, [prompt], Settings(max_tokens=count))[0].ids
+        for at, (_, id) in enumerate(steps(model, [prompt], Settings(max_tokens=20), past=past)):
+            assert id == expected[at]
+            if at == count - 1:
+                break
+        prompt = prompt + expected
+        assert len(past) >= len(prompt) - 1
+    assert why_not(model) == []
 
 
 def test_quantised(quick):
