@@ -146,7 +146,16 @@ def as_ids(name: str, ids: Any, shape: tuple[int, ...] | None = None) -> Array:
         raise ValueError(f"[model] {name} must be (B, T) with T at least 1, got {array.shape}. One sequence is ids[None].")
     if array.dtype != np.int32 and not isinstance(array, np.ndarray):
         raise TypeError(f"[model] {name} on a device must be int32, got {array.dtype}.")
-    return array if array.dtype == np.int32 else array.astype(np.int32)
+    return array if array.dtype == np.int32 else narrowed(name, array)
+
+
+def narrowed(name: str, array: Any) -> Array:
+    """Integers of the host as int32, or a ValueError: a cast alone would make 2^32 + 5 the id 5."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < -(1 << 31) or high >= 1 << 31:
+        raise ValueError(f"[model] {name} must fit into 32 bits, got {low if low < -(1 << 31) else high}.")
+    narrow: Array = array.astype(np.int32)
+    return narrow
 
 
 def scores_of(x: Any, head: Any) -> Array:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import ops
+from fastlm.models.base import narrowed
 from fastlm.models.encoder import Head
 from fastlm.nn import LayerNorm, Linear, Module, parameter
 from fastlm.tensor import Tensor
@@ -213,7 +214,7 @@ def labels_of(targets: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         raise TypeError(f"[model] targets must be integers, got {array.dtype}.")
     if array.shape != tuple(shape):
         raise ValueError(f"[model] targets must have the shape {tuple(shape)}, got {array.shape}.")
-    return array.astype(np.int32)
+    return narrowed("targets", array)
 
 
 def masked_lm(c: Any) -> MaskedLM:

@@ -317,6 +317,10 @@ def test_refuses():
         model.logits(np.zeros((1, 18), int))
     with pytest.raises(ValueError, match=r"targets must have the shape \(3, 11\), got \(3, 4\)"):
         model.loss(ids, np.zeros((3, 4), int))
+    with pytest.raises(ValueError, match="ids must fit into 32 bits, got 4294967301"):
+        model.logits(np.array([[5 + (1 << 32)]]))
+    with pytest.raises(ValueError, match="targets must fit into 32 bits, got -4294967196"):
+        model.loss(ids, np.where(ids == ids, 100 - (1 << 32), 0))
     with pytest.raises(ValueError, match="segments must be None"):
         load("distilbert.masked_lm").logits(ids, mask, np.zeros((3, 11), int))
     with pytest.raises(ValueError, match="head must be None or one of masked_lm"):
