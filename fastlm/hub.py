@@ -242,7 +242,8 @@ def write_files(model: LanguageModel, tokenizer: Tokenizer | None, folder: Path)
     raw = config_to_hf(module, model.config) | {"torch_dtype": parameter_dtype(model.named_parameters())}
     if tokenizer is not None:
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        raw |= {k: v for k, v in ends.items() if v is not None}
+        # RoBERTa counts its positions from the pad of its own: another tokenizer's would move them all.
+        raw |= {k: v for k, v in ends.items() if v is not None and raw.get(k) is None}
         tokenizer.save(folder)
         if tokenizer.end_ids:
             write_json(

@@ -13,6 +13,7 @@ import pytest
 from fastlm import hub, models
 from fastlm.checkpoint import FormatError, QuantizedArray, read_safetensors, write_safetensors
 from fastlm.models.gguf import scaling_from_gguf
+from fastlm.tokenizers import Tokenizer
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 GOLDEN = np.load(MODELS / "logits.npz")
@@ -84,6 +85,18 @@ def test_bfloat16(tmp_path):
     assert again.head.weight.dtype == ml_dtypes.bfloat16
     with pytest.raises(ValueError, match="dtype must be None, 'float32' or 'bfloat16', got 'int4'"):
         hub.load_folder_or_gguf(MODELS / "llama", dtype="int4")
+
+
+def test_pad_of_the_model_stays(tmp_path):
+    """Positions of RoBERTa begin after its pad id: a tokenizer with another one must not move them."""
+    tokenizer = Tokenizer.train_bpe(["hello there " * 9], 270).with_special({"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]"})
+    sizes = {"context": 300, "d_model": 8, "n_layer": 1, "n_head": 2, "d_ff": 8}
+    model = models.create(models.roberta.RobertaConfig(tokenizer.vocab_size, **sizes, pad=1, head="masked_lm"), 3)
+    assert tokenizer.pad_id not in (None, 1)
+    hub.save(model, tokenizer, tmp_path / "m")
+    again, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    assert again.config == model.config
+    np.testing.assert_array_equal(again.logits(np.arange(9)[None]), model.logits(np.arange(9)[None]))
 
 
 def test_float16_becomes_float32(tmp_path):
