@@ -142,11 +142,12 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json with what it may leave out put in, and `rope_parameters` (transformers 5) in its older form."""
     raw = dict(raw)
     parameters = raw.pop("rope_parameters", None)
-    if parameters is not None:
-        parameters = dict(parameters)
-        if "rope_theta" in parameters:
-            raw["rope_theta"] = parameters.pop("rope_theta")
-        raw["rope_scaling"] = raw.get("rope_scaling") or parameters  # as transformers does where both are there
+    scaling = raw.get("rope_scaling") or parameters  # as transformers does: where both are there, one of them is not read at all
+    if isinstance(scaling, Mapping) and "rope_theta" in scaling:
+        scaling = dict(scaling)
+        raw["rope_theta"] = scaling.pop("rope_theta")
+    if scaling is not None:
+        raw["rope_scaling"] = scaling
     if (
         isinstance(raw.get("rope_scaling"), dict)
         and raw["rope_scaling"].get("rope_type", raw["rope_scaling"].get("type")) == "default"

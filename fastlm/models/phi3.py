@@ -116,12 +116,12 @@ HF_TIED = llama.HF_TIED
 
 
 def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """As LLaMA's, with the share of turned dimensions out of `rope_parameters`, and no head_dim."""
+    """As LLaMA's, with the share of turned dimensions out of its RoPE keys, and no head_dim."""
     raw = dict(raw)
-    parameters = dict(raw.get("rope_parameters") or {})
-    if "partial_rotary_factor" in parameters:
-        raw["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
-        raw["rope_parameters"] = parameters
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    if isinstance(parameters := raw.get(key), Mapping) and "partial_rotary_factor" in parameters:
+        raw[key] = {k: v for k, v in parameters.items() if k != "partial_rotary_factor"}
+        raw["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     raw = llama.hf_defaults(raw)
     raw.pop("head_dim")
     return raw

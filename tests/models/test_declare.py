@@ -71,6 +71,34 @@ def test_config_refuses():
         models.declare(convert.config_from_hf(models.llama, raw("llama") | {"rope_scaling": {"rope_type": "su", "factor": 2}}))
 
 
+@pytest.mark.parametrize(
+    ("keys", "base", "scaling"),
+    [
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 700.0}}, 700.0, None),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}, 7.0, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 70.0}, "rope_theta": 9.0}, 70.0, None),
+        (
+            {"rope_parameters": {"rope_theta": 70.0}, "rope_scaling": {"type": "linear", "factor": 3.0}},
+            10000.0,
+            {"type": "linear", "factor": 3.0},
+        ),
+    ],
+)
+def test_where_the_rope_base_stands(keys, base, scaling):
+    """As transformers 5 reads it: within the parameters before beside them, and of two sets of parameters the older name's alone."""
+    given = {k: v for k, v in raw("llama").items() if not k.startswith("rope_")}
+    config = convert.config_from_hf(models.llama, given | keys)
+    assert (config.rope_base, config.rope_scaling) == (base, scaling)
+    with pytest.raises(ValueError, match=r"\[config\] rope_scaling must be a mapping, got 'linear'"):
+        models.declare(convert.config_from_hf(models.llama, given | {"rope_parameters": "linear"}))
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_where_the_share_of_turned_dimensions_stands(key):
+    given = {"hidden_size": 32, "num_attention_heads": 2, key: {"rope_type": "default", "partial_rotary_factor": 0.5}}
+    assert convert.config_from_hf(models.phi3, given).rotary == 0.5
+
+
 def test_weights_refused_in_one_error():
     config = convert.config_from_hf(models.gpt, raw("gpt2"))
     model = models.declare(config)
