@@ -12,6 +12,7 @@ import pytest
 from fastlm import hub, models, ops
 from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
 from fastlm.models import convert, deferred
+from fastlm.models.albert import group_of
 from fastlm.models.base import names
 from fastlm.nn import count_parameters
 from fastlm.tensor import data, no_grad
@@ -296,6 +297,15 @@ def test_a_head_takes_what_it_needs_of_a_pretrained_file(tmp_path):
     write_json(tmp_path / "m" / "config.json", raw | {"architectures": ["BertLMHeadModel"]})
     with pytest.raises(FormatError, match="'architectures' must be one of BertModel"):
         hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_groups_of_albert():
+    """int(l / (n_layer / n_group)), as the reference rounds; for 18 layers in 14 groups that is not l n_group // n_layer."""
+    assert [group_of(layer, 18, 14) for layer in range(18)] == [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 10, 10, 11, 12, 13]
+    assert [group_of(layer, 12, 3) for layer in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    sizes = {"d_embedding": 4, "d_model": 8, "n_head": 2, "d_ff": 8}
+    model = models.declare(models.preset("albert-base-v2", n_layer=18, n_group=14, **sizes))
+    assert [group.times for group in model.groups] == [2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1]
 
 
 def test_labels_survive(tmp_path):
