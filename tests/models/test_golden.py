@@ -121,3 +121,7 @@ def test_refuses_ids():
         model.logits(np.zeros((1, 49), int))
     with pytest.raises(ValueError, match=r"targets must be \(B, T\) = \(1, 4\), the shape of ids, got \(1, 3\)"):
         model.loss(np.zeros((1, 4), int), np.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="ids must fit into 32 bits, got 4294967299"):
+        model.logits(np.full((1, 2), (1 << 32) + 3))
+    with pytest.raises(ValueError, match="targets must fit into 32 bits, got 4294967296"):
+        model.loss(np.zeros((1, 2), int), np.array([[0, 1 << 32]]))
