@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from fastlm.checkpoint import (
     FormatError,
     read_gguf,
@@ -108,10 +110,10 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
             raw = raw | {"architectures": [guessed]}
         if hasattr(module, "hf_found"):
             raw = module.hf_found(raw, tensors)
-        model = _declare(module, config_from_hf(module, raw), len(tensors))
+        model = _declare(module, config_from_hf(module, raw), tensors)
         load_hf(module, model, tensors, dtype)
-    except (ValueError, TypeError) as error:
-        raise FormatError(config_path, str(error)) from None
+    except _HOSTILE as error:
+        raise FormatError(config_path, _said(error)) from None
     if isinstance(model, Encoder):
         model.pooling = _read_pooling(folder)
     return model, _folder_tokenizer(folder)
@@ -175,17 +177,37 @@ def _write_pooling(pooling: Pooling, width: int, folder: Path) -> None:
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling.max_tokens, "do_lower_case": False})
 
 
-_REPEATED = {"n_layer": "layers", "n_group": "groups", "n_inner": "inner blocks"}  # parts of a model
+_REPEATED = {  # parts of a model
+    "n_layer": "layers",
+    "n_encoder_layer": "encoder layers",
+    "n_group": "groups",
+    "n_inner": "inner blocks",
+    "n_expert": "experts",
+}
 
 
-def _declare(module: ModuleType, config: Any, count: int) -> LanguageModel:
-    """The declared model, unless the config asks for more layers than the file has tensors: a hostile one would take all memory."""
+def _declare(module: ModuleType, config: Any, tensors: Mapping[str, Any]) -> LanguageModel:
+    """The declared model, unless the config asks for more parts, or wider ones, than the file has: a hostile one would take all memory."""
     check_config(config)
+    count = len(tensors)
     for name, what in _REPEATED.items():
-        if getattr(config, name, 0) > count:
-            raise ValueError(f"the configuration has {getattr(config, name)} {what}, the file only {count} tensors")
+        given = getattr(config, name, 0)
+        stacked = max((len(t) for t in tensors.values() if t.ndim == 3), default=0) if name == "n_expert" else 0
+        if given > max(count, stacked):
+            raise ValueError(f"the configuration has {given} {what}, the file only {count} tensors")
+    if config.d_model > (largest := max((t.size for t in tensors.values()), default=0)):
+        raise ValueError(f"the configuration has a d_model of {config.d_model}, the largest tensor only {largest} numbers")
     model: LanguageModel = module.Model(config)
     return model
+
+
+# What values of another kind or size than a reader expects may raise on the way.
+_HOSTILE = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+
+
+def _said(error: Exception) -> str:
+    """What an error of `_HOSTILE` says, by its name where it is not one of ours."""
+    return str(error) if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: {error}"
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer | None:
@@ -203,13 +225,14 @@ def _load_gguf(path: Path, dtype: str | None) -> tuple[LanguageModel, Tokenizer 
     known = [name for name, module in ARCHITECTURES.items() if hasattr(module, "GGUF_NAMES")]
     if not isinstance(arch, str) or arch not in known:
         raise FormatError(path, f"general.architecture must be one of {', '.join(known)}, got {arch!r:.60}")
-    module = ARCHITECTURES["mixtral" if arch == "llama" and metadata.get("llama.expert_count") else arch]
+    experts = arch == "llama" and metadata.get("llama.expert_count", 0)
+    module = ARCHITECTURES["mixtral" if np.any(experts) else arch]
     try:
         config = config_from_gguf(module, arch, metadata, tensors)
-        model = _declare(module, config, len(tensors))
+        model = _declare(module, config, tensors)
         load_gguf(module, model, tensors, dtype)
-    except (ValueError, TypeError) as error:
-        raise FormatError(path, str(error)) from None
+    except _HOSTILE as error:
+        raise FormatError(path, _said(error)) from None
     return model, Tokenizer.from_gguf(metadata) if "tokenizer.ggml.tokens" in metadata else None
 
 

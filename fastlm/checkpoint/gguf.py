@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlm import _C
-from fastlm.checkpoint.errors import FormatError
+from fastlm.checkpoint.errors import FormatError, short
 from fastlm.checkpoint.mapping import BFLOAT16, map_file, view
 from fastlm.checkpoint.quantized import QuantizedArray
 
@@ -47,8 +47,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUF:
         message, offset = error.args
         raise FormatError(path, message, offset) from None
     parts = metadata.get("split.count", 1)
-    if parts != 1:
-        raise FormatError(path, f"the model is split into {parts} files: join them with llama-gguf-split --merge")
+    if isinstance(parts, np.ndarray) or parts != 1:
+        raise FormatError(path, f"the model is split into {short(parts)} files: join them with llama-gguf-split --merge")
     tensors: dict[str, NDArray[Any] | QuantizedArray] = {}
     for name, kind, shape, offset, nbytes in records:
         if kind in _PLAIN:

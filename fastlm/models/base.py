@@ -6,8 +6,8 @@ The other two kinds are in encoder.py and encoder_decoder.py.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from fastlm.tensor import Tensor, data, no_grad
 C = TypeVar("C")
 M = TypeVar("M", bound="LanguageModel")
 Id = int  # a field of a Config that is a token id: 0 is allowed
-_LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000}
+_LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000, "max_distance": 1 << 20}
 _LARGEST = 1 << 31
 
 
@@ -39,7 +39,7 @@ def check_config(config: C) -> C:
             raise ValueError(f"[config] {field.name} must be an integer from 1 to {limit}, got {value!r:.60}.")
         if kind == "Id" and not (type(value) is int and 0 <= value <= limit):
             raise ValueError(f"[config] {field.name} must be an integer from 0 to {limit}, got {value!r:.60}.")
-        if kind == "float" and not (type(value) in (int, float) and math.isfinite(value) and value > 0):
+        if kind == "float" and not (type(value) in (int, float) and 0 < value <= sys.float_info.max):
             raise ValueError(f"[config] {field.name} must be a positive number, got {value!r:.60}.")
         if kind == "bool" and type(value) is not bool:
             raise ValueError(f"[config] {field.name} must be true or false, got {value!r:.60}.")

@@ -156,7 +156,9 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = raw.get("num_attention_heads", 32)
     if raw.get("head_dim") is None:
-        raw["head_dim"] = int(raw.get("hidden_size", 4096)) // max(int(raw.get("num_attention_heads", 32)), 1)
+        width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+        if type(width) is int and type(heads) is int:  # where they are not, the config says so
+            raw["head_dim"] = width // max(heads, 1)
     return raw
 
 
@@ -200,7 +202,7 @@ def gguf_read(tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
         if match is None:
             continue
         heads = config.n_head if match[1] == "q" else config.n_kv_head
-        if heads < 1 or tensor.shape[0] % (2 * heads):
+        if heads < 1 or not tensor.shape or tensor.shape[0] % (2 * heads):
             continue  # misshapen: load_tensors says so
         order = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
         if isinstance(tensor, QuantizedArray):

@@ -123,7 +123,7 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         raw[key] = {k: v for k, v in parameters.items() if k != "partial_rotary_factor"}
         raw["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     raw = llama.hf_defaults(raw)
-    raw.pop("head_dim")
+    raw.pop("head_dim", None)
     return raw
 
 

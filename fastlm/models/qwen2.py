@@ -106,6 +106,8 @@ def hf_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     """As LLaMA's. `layer_types` repeats what the three keys of the window say, and must agree with them."""
     raw = llama.hf_defaults({"num_key_value_heads": 32} | raw)
     types = raw.pop("layer_types", None)
+    if types is not None and not isinstance(types, list):
+        raise ValueError(f"config.json: layer_types must be a list, got {types!r:.60}.")
     first = raw.get("max_window_layers", 28)
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     for layer, kind in enumerate(types or ()):

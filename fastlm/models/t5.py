@@ -99,6 +99,10 @@ class RelativePosition(Module):
     """The table of biases that a stack's self-attention shares: positions (T,) or (B, T) -> (1 or B, H, T, S) for keys 0 .. S - 1."""
 
     def __init__(self, c: T5Config, both: bool) -> None:
+        if c.n_bucket < 4 or c.max_distance <= c.n_bucket // 2:
+            raise ValueError(
+                f"[config] n_bucket must be at least 4 and max_distance above n_bucket / 2, got {c.n_bucket} and {c.max_distance}."
+            )
         self.weight = parameter(c.n_bucket, c.n_head, std=c.d_model**-0.5)
         self.center = c.max_distance
         keys = np.arange(c.max_distance * (2 if both else 1) + 1)  # beyond max_distance all is one bucket

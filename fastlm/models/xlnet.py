@@ -99,6 +99,8 @@ class XLNet(CausalLM):
         c = self.config = check_config(config)
         if c.d_model % c.n_head or c.d_model % 2:
             raise ValueError(f"[config] d_model must be even and a multiple of n_head, got {c.d_model} and {c.n_head}.")
+        if type(c.clamp_len) is not int or not -(1 << 31) < c.clamp_len < 1 << 31:
+            raise ValueError(f"[config] clamp_len must be an integer of 32 bits, got {c.clamp_len!r:.60}.")
         self.token_embedding = Embedding(c.vocab_size, c.d_model)
         self.mask_embedding = Embedding(1, c.d_model)
         self.blocks = [Block(c) for _ in range(c.n_layer)]
@@ -282,7 +284,12 @@ def hf_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw.setdefault("vocab_size", raw["n_token"])
         del raw["n_token"]
     default = XLNetConfig()
-    width = raw.get("d_model", default.d_model) // raw.get("n_head", default.n_head)
+    d_model, n_head = raw.get("d_model", default.d_model), raw.get("n_head", default.n_head)
+    if type(d_model) is not int or type(n_head) is not int or n_head < 1:
+        raise ValueError(
+            f"config.json of model_type 'xlnet': d_model / n_head must be integers, got {d_model!r:.60} / {n_head!r:.60}."
+        )
+    width = d_model // n_head
     if raw.pop("d_head", None) not in (None, width):
         raise ValueError(f"config.json of model_type 'xlnet': 'd_head' must be d_model / n_head = {width}.")
     return raw

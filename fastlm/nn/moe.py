@@ -34,6 +34,8 @@ class MoE(Module):
         capacity: int | None = None,
         std: float = 0.02,
     ) -> None:
+        if not 1 <= k <= len(experts):
+            raise ValueError(f"[moe] a token must use from 1 to {len(experts)} experts, all that there are, got {k}.")
         self.router = Linear(d_model, len(experts), bias=False, std=std)
         self.experts = list(experts)
         self.k, self.renormalise, self.capacity_factor, self.capacity = k, renormalise, capacity_factor, capacity

@@ -6,6 +6,7 @@ A scaling is an object with `frequencies(base, dim, length)` -> (dim / 2,) float
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -144,7 +145,7 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
     given = {k: v for k, v in (parameters or {}).items() if v is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"[rope] rope_type must be one of {', '.join(_KEYS)}, got {kind!r}.")
     required, allowed = _KEYS[kind]
     if missing := required - given.keys():
@@ -152,8 +153,14 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
     if unknown := given.keys() - required - allowed:
         raise ValueError(f"[rope] rope_type {kind!r} does not know {', '.join(sorted(unknown))}.")
     for key, value in given.items():
-        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) and (n > 0 or isinstance(n, bool)) for n in numbers):
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"[rope] truncate must be true or false, got {value!r}.")
+            continue
+        many = key == "factors" and isinstance(value, Sequence) and not isinstance(value, str)
+        if key == "factors" and not many:
+            raise ValueError(f"[rope] factors must be a list of numbers, got {value!r}.")
+        if not all(type(n) in (int, float) and 0 < n <= sys.float_info.max for n in (value if many else [value])):
             raise ValueError(f"[rope] {key} must be a positive number, got {value!r}.")
     original = int(given.get("original_max_position_embeddings", context))
     if kind == "default":

@@ -140,6 +140,8 @@ def test_not_files(tmp_path):
         read_gguf(write(tmp_path / "a.gguf", b""))
     with pytest.raises(FormatError, match="split into 3 files"):
         read_gguf(write(tmp_path / "a.gguf", GGUFFile().value("split.count", U32, struct.pack("<I", 3))))
+    with pytest.raises(FormatError, match=r"split into array\(\[1, 1\]"):
+        read_gguf(write(tmp_path / "a.gguf", GGUFFile().value("split.count", ARRAY, array(U8, [b"\1", b"\1"]))))
 
 
 def head(tensors=0, values=0, version=3, magic=b"GGUF"):

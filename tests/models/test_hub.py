@@ -265,3 +265,66 @@ def test_gguf_refuses(tmp_path):
     writer.close()
     with pytest.raises(FormatError, match=r"unknown key llama.surprise = 3; missing key llama.emb"):
         hub.load_folder_or_gguf(tmp_path / "m.gguf")
+
+
+HUGE, LISTED = 1 << 31, np.array([1, 2], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("mixtral", "llama.expert_count", HUGE, "has 2147483648 experts, the file only"),
+        ("mixtral", "llama.expert_count", LISTED, r"llama.expert_count must be a number, got array\(\[1, 2\]"),
+        ("mixtral", "llama.expert_used_count", 5, "from 1 to 4 experts, all that there are, got 5"),
+        ("gemma", "gemma.embedding_length", HUGE, "a d_model of 2147483648, the largest tensor only"),
+        ("phi3", "phi3.embedding_length", 3, "embedding_length must be 4 or more, got 3"),
+        ("phi3", "phi3.attention.head_count", 0, "head_count must be 1 or more, got 0"),
+        ("phi3", "phi3.embedding_length", "wide", "embedding_length must be a number, got 'wide'"),
+        ("mistral", "llama.rope.freq_base", [], r"rope.freq_base must be a number, got \[\]"),
+        ("mistral", "llama.rope.dimension_count", LISTED, "rope.dimension_count must be a number"),
+        ("mistral", "llama.rope.scaling.factor", "x", "rope.scaling.factor must be a number, got 'x'"),
+        ("mistral", "llama.rope.scaling.type", LISTED, "rope.scaling.type must be a string"),
+        ("mistral", "rope_freqs.weight", np.ones(3, np.float32), "must have a number for each 2 of 16 dimensions, got 3"),
+        ("mistral", "blk.0.attn_q.weight", np.zeros((), np.float32), r"misshapen: blk.0.attn_q.weight .*got \(\)"),
+    ],
+)
+def test_gguf_of_values_that_no_model_has(name, key, value, message, monkeypatch):
+    """Refused by name, and before memory is taken for what the file does not hold."""
+    path = MODELS.parent / "gguf" / f"{name}.gguf"
+    metadata, tensors = map(dict, hub.read_gguf(path))
+    (tensors if isinstance(value, np.ndarray) and value.dtype == np.float32 else metadata)[key] = value
+    monkeypatch.setattr(hub, "read_gguf", lambda _: (metadata, tensors))
+    with pytest.raises(FormatError, match=message):
+        hub.load_folder_or_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("experts/mixtral", {"num_local_experts": HUGE}, "has 2147483648 experts"),
+        ("experts/mixtral", {"num_experts_per_tok": 7}, "from 1 to 5 experts, all that there are, got 7"),
+        ("t5/v1.1", {"num_layers": 9999}, "has 9999 encoder layers, the file only"),
+        ("t5/v1.1", {"relative_attention_max_distance": HUGE}, "max_distance must be an integer from 1 to 1048576"),
+        ("t5/v1.1", {"relative_attention_num_buckets": 3}, "n_bucket must be at least 4"),
+        ("models/llama", {"rms_norm_eps": 10**400}, "eps must be a positive number"),
+        ("models/llama", {"rope_parameters": 3}, "'rope_parameters' must be an object, got 3"),
+        ("models/llama", {"rope_scaling": {"type": [1]}}, r"rope_type must be one of .*, got \[1\]"),
+        ("models/llama", {"rope_scaling": {"rope_type": "linear", "factor": False}}, "factor must be a positive number, got False"),
+        (
+            "models/llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": [2.0]}},
+            r"factor must be a positive number, got \[2.0\]",
+        ),
+        ("decoders/phi3", {"rope_parameters": [1]}, r"'rope_parameters' must be an object, got \[1\]"),
+        ("decoders/phi3", {"hidden_size": float("inf")}, "d_model must be an integer"),
+        ("decoders/qwen3", {"layer_types": 5}, "layer_types must be a list, got 5"),
+        ("xlnet/bi", {"n_head": 0}, "d_model / n_head must be integers"),
+        ("xlnet/bi", {"clamp_len": "far"}, "clamp_len must be an integer"),
+    ],
+)
+def test_config_of_values_that_no_model_has(name, change, message, tmp_path):
+    shutil.copytree(MODELS.parent / name, tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(FormatError, match=message):
+        hub.load_folder_or_gguf(tmp_path / "m")
