@@ -31,6 +31,8 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
     they are what `linear` makes of them, which also says what is wrong.
     """
     biases = [None] * len(weights) if biases is None else biases
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"[linears] weights must be one or more, biases as many, got {len(weights)} and {len(biases)}.")
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
     if recording(x, *weights, *biases) or not _together(xd, ws, bs):
         return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
@@ -88,6 +90,7 @@ def _fits(w: Any, b: Any, first: Any, K: int) -> bool:
         return False
     if isinstance(w, QuantizedArray):
         alike = isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations
+        alike = alike and w.activations != "int16"  # a head's, which has no such launch
         alike = alike and (w.kind in FORMATS or (w.kind == LOSSLESS and w.value_bytes == first.value_bytes))
     else:
         alike = type(w) is np.ndarray and w.dtype == first.dtype and w.dtype in STORAGE and w.flags.c_contiguous

@@ -330,6 +330,8 @@ def _experts(weights: Any, E: int, K: int) -> list[Any]:
             if isinstance(w, QuantizedArray):
                 if w.kind not in FORMATS:
                     raise ValueError(f"[grouped_linear] weights[{e}] must be float or of ggml's kinds, got {w.kind}.")
+                if w.activations == "int16":
+                    raise ValueError(f"[grouped_linear] weights[{e}] must have float32 or int8 activations, got int16.")
                 continue
             if not isinstance(w, np.ndarray) or w.dtype not in STORAGE:
                 got = w.dtype if isinstance(w, np.ndarray) else type(w).__name__

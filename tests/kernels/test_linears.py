@@ -34,7 +34,7 @@ def same(xs: Any, ys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["float32", "bfloat16", "float16", "Q4_1", "Q8_0", "Q4_0 int8", "Q4_1 int8", "Q5_1 int8", "Q8_0 int8"]
+    "kind", ["float32", "bfloat16", "float16", "Q4_1", "Q8_0", "Q4_0 int8", "Q4_1 int8", "Q5_1 int8", "Q8_0 int8", "Q8_0 int16"]
 )
 @pytest.mark.parametrize("K", [96, 640])
 def test_bits(isa: Any, threads: Any, kind: str, K: int) -> None:
@@ -109,9 +109,13 @@ def test_refuses() -> None:
         ops.linears(x, [w, w], [None, np.zeros(4, np.float32)])
     with pytest.raises(TypeError, match=r"\[linear\] weight must be float32, bfloat16 or float16, got float64\."):
         ops.linears(x, [w, w.astype(float)])
+    with pytest.raises(ValueError, match=r"\[linears\] weights must be one or more, biases as many, got 2 and 1\."):
+        ops.linears(x, [w, w], [None])
+    with pytest.raises(ValueError, match=r"\[linears\] weights must be one or more, biases as many, got 0 and 0\."):
+        ops.linears(x, [])
 
 
-@pytest.mark.parametrize("kind", ["float32", "Q4_1", "Q4_0 int8", "Q4_1 int8", "Q8_0 int8"])
+@pytest.mark.parametrize("kind", ["float32", "Q4_1", "Q4_0 int8", "Q4_1 int8", "Q8_0 int8", "Q8_0 int16"])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_gated(isa: Any, threads: Any, kind: str, act: str) -> None:
     rng = np.random.default_rng(2)

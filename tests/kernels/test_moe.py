@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fastlm import _C, backend, ops
+from fastlm.checkpoint.quantized import quantize
 from fastlm.tensor import Tensor
 from fastlm.testing import case_id, cases, check_backward, check_forward, check_oracle
 
@@ -163,6 +164,9 @@ def test_refuses():
         ops.grouped_linear(x, [np.zeros((5, 3), np.float32), np.zeros((5, 4), np.float32)], [1, 3])
     with pytest.raises(TypeError, match=r"\[grouped_linear\] weights\[0\] must be float32, bfloat16, .* got float64"):
         ops.grouped_linear(x, [np.zeros((5, 3))], [4])
+    wide = quantize(np.ones((5, 32), np.float32), "Q8_0").with_activations("int16")
+    with pytest.raises(ValueError, match=r"\[grouped_linear\] weights\[0\] must have float32 or int8 activations, got int16"):
+        ops.grouped_linear(np.zeros((4, 32), np.float32), [wide], [4])
     with pytest.raises(ValueError, match=r"\[dispatch\] x must be \(R, C\) = \(4, 3\), got \(5, 3\)"):
         ops.dispatch(np.zeros((5, 3), np.float32), ops.route(x, 1))
     with pytest.raises(ValueError, match=r"\[combine\] y must be \(P, C\) = \(4, 3\), got \(3, 3\)"):
