@@ -122,7 +122,7 @@ def check_targets(
         wide = backend.empty(td.shape, np.int64)
         _C.widen(wide, td)
         td = wide
-    td = np.ascontiguousarray(td, np.int64)
+    td = np.ascontiguousarray(td, np.int64) if td.ndim else td.astype(np.int64)  # of () that would make (1,)
     count, bad = _C.cross_entropy_check(td, V, ignore_index)
     if bad >= 0:
         at = tuple(int(i) for i in np.unravel_index(bad, td.shape))

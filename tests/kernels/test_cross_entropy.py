@@ -37,6 +37,19 @@ def test_known():
     np.testing.assert_allclose(x.grad, 0.125 - (np.arange(8) == 3)[None], rtol=1e-6)
 
 
+def test_one_row_without_axes():
+    """logits (V,), a target (): the loss of each row is (), in either type of integer."""
+    x = np.random.default_rng(0).standard_normal(33).astype(np.float32)
+    want = ops.cross_entropy(x[None], np.array([5]), reduction="none")
+    for target in (np.array(5), np.array(5, np.int32)):
+        t = Tensor(x, requires_grad=True)
+        loss = ops.cross_entropy(t, target, reduction="none")
+        assert loss.shape == ()
+        np.testing.assert_array_equal(loss.data, want[0])
+        loss.backward()
+        assert t.grad.shape == (33,)
+
+
 def test_ignored_rows_are_untouched_by_what_they_hold(isa):
     x = np.random.default_rng(0).standard_normal((4, 33)).astype(np.float32)
     x[1] = np.nan
