@@ -195,10 +195,20 @@ def test_perplexity_of_text_and_in_pieces(stories: LM, gpt2: LM, monkeypatch: py
     for wrong in ({"context": 49}, {"context": 1}, {"stride": 0}, {"context": 20, "stride": 21}):
         with pytest.raises(ValueError, match=r"\[perplexity\] (context|stride) must be"):
             gpt2.perplexity(ids, **wrong)
+    for wrong in ({"context": 20.5}, {"context": "all"}, {"context": 20, "stride": 2.5}):
+        with pytest.raises(ValueError, match=r"\[perplexity\] (context|stride) must be an integer from"):
+            gpt2.perplexity(ids, **wrong)
     with pytest.raises(ValueError, match="at least 2 ids"):
         gpt2.perplexity([1])
     with pytest.raises(ValueError, match="ids must be from 0 to 96"):
         gpt2.perplexity([1, 97])
+
+
+def test_perplexity_beyond_what_a_float_holds() -> None:
+    """exp of a mean loss of thousands is inf, not an OverflowError."""
+    model = fastlm.models.create(fastlm.models.GPTConfig(5, context=8, d_model=8, n_layer=1, n_head=1, tied=False), 1)
+    model.final_norm.weight.data *= 1e7
+    assert LM(model).perplexity([0, 1, 2, 3, 4, 3]) == np.inf
 
 
 def test_save_and_load(stories: LM, tmp_path: Path) -> None:

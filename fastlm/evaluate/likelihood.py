@@ -21,7 +21,8 @@ _LOGITS = 1 << 24  # floats of logits held at once, 64 MiB
 def perplexity(model: CausalLM, ids: Sequence[int] | Array, context: int | None = None, stride: int | None = None) -> float:
     """exp of the mean of `negative_log_likelihood` over all tokens that are scored."""
     nll = negative_log_likelihood(model, ids, context, stride)
-    return float(math.exp(float(np.mean(nll, dtype=np.float64))))
+    mean = float(np.mean(nll, dtype=np.float64))
+    return math.exp(mean) if mean < 709 else math.inf if mean == mean else mean
 
 
 def negative_log_likelihood(
@@ -38,11 +39,11 @@ def negative_log_likelihood(
         raise ValueError(f"[perplexity] ids must be at least 2 ids in one list, got shape {array.shape} of {array.dtype}")
     longest = model.config.context
     context = longest if context is None else context
-    if not 2 <= context <= longest:
-        raise ValueError(f"[perplexity] context must be from 2 to the model's {longest}, got {context}")
+    if not isinstance(context, (int, np.integer)) or not 2 <= context <= longest:
+        raise ValueError(f"[perplexity] context must be an integer from 2 to the model's {longest}, got {context!r}")
     stride = max(context // 2, 1) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"[perplexity] stride must be from 1 to context = {context}, got {stride}")
+    if not isinstance(stride, (int, np.integer)) or not 1 <= stride <= context:
+        raise ValueError(f"[perplexity] stride must be an integer from 1 to context = {context}, got {stride!r}")
     vocab = model.config.vocab_size
     if int(array.min()) < 0 or int(array.max()) >= vocab:
         raise ValueError(f"[perplexity] ids must be from 0 to {vocab - 1}, got {int(array.min())} to {int(array.max())}")
