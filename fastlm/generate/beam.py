@@ -16,8 +16,9 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.engine import Output, check_eos, check_prompt, prefill, stepper
 from fastlm.generate.processors import active, process
-from fastlm.generate.settings import Continues, ids_of, number, whole
+from fastlm.generate.settings import Continues, ids_of, number, penalty, whole
 
+_STEEPEST = 6.0  # of length_penalty: up to 2^20 ids, float32 holds length^length_penalty
 _NEVER = np.float32(-1e9)  # the reference's score of what must not win
 
 
@@ -37,8 +38,8 @@ class BeamSettings:
     def __post_init__(self) -> None:
         for name, low in (("beams", 1), ("max_tokens", 0), ("min_tokens", 0), ("no_repeat_ngram", 0)):
             whole(name, getattr(self, name), low)
-        number("length_penalty", self.length_penalty, -np.inf)
-        number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
+        number("length_penalty", self.length_penalty, -_STEEPEST, _STEEPEST)
+        penalty("repetition_penalty", self.repetition_penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"[generate] early_stopping must be True, False or 'never', got {self.early_stopping!r}")
         object.__setattr__(self, "eos", ids_of("eos", self.eos))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from fastlm.backend import Array
     from fastlm.nn import Cache
+
+
+LEAST, MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 
 
 class Continues(Protocol):
@@ -41,10 +43,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name, low in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("no_repeat_ngram", 0)):
             whole(name, getattr(self, name), low)
-        number("temperature", self.temperature, 0.0)
+        number("temperature", self.temperature, 0.0, MOST)
         number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         number("min_p", self.min_p, 0.0, 1.0)
-        number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
+        penalty("repetition_penalty", self.repetition_penalty)
         object.__setattr__(self, "eos", ids_of("eos", self.eos))
 
 
@@ -54,12 +56,18 @@ def whole(name: str, value: Any, low: int) -> None:
         raise ValueError(f"[generate] {name} must be an integer of at least {low}, got {value!r}")
 
 
-def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """Refuses what is not a finite number in the range."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    """Refuses what is not a number in the range."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not low <= value <= high or (open_low and value == low):
-        limits = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        limits = f"{'above' if open_low else 'at least'} {low} and at most {high}"
         raise ValueError(f"[generate] {name} must be a number {limits}, got {value!r}")
+
+
+def penalty(name: str, value: Any) -> None:
+    """Refuses what is not a number above 0 that logits of float32 can be divided by."""
+    number(name, value, 0.0, MOST, open_low=True)
+    number(name, value, LEAST, MOST)
 
 
 def ids_of(name: str, value: Any) -> tuple[int, ...]:

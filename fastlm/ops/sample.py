@@ -13,6 +13,7 @@ from fastlm.ops import check
 from fastlm.tensor import data
 
 _WORD = (1 << 64) - 1
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of numbers that float32 divides by
 _WHY = {
     -1: "has nan",
     -2: "is all -inf: no token is possible",
@@ -60,16 +61,18 @@ def sample(
     """
     xd = check.array("sample", "logits", data(logits), at_least=1)
     B, _ = _two_axes("sample", "logits", xd)
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"[sample] temperature must be at least 0 (0: greedy), got {temperature}.")
+    if not 0 <= temperature <= _MOST:
+        raise ValueError(f"[sample] temperature must be at least 0 (0: greedy) and finite in float32, got {temperature}.")
     if not 0 <= top_p <= 1:
         raise ValueError(f"[sample] top_p must be from 0 to 1 (1: off), got {top_p}.")
     if not 0 <= min_p <= 1:
         raise ValueError(f"[sample] min_p must be from 0 to 1 (0: off), got {min_p}.")
-    if top_k < 0:
-        raise ValueError(f"[sample] top_k must be at least 0 (0: off), got {top_k}.")
-    if not 0 < repetition_penalty < np.inf:
-        raise ValueError(f"[sample] repetition_penalty must be greater than 0 (1: off), got {repetition_penalty}.")
+    if not (top_k >= 0 and top_k % 1 == 0):
+        raise ValueError(f"[sample] top_k must be at least 0 (0: off) and whole, got {top_k}.")
+    if not _LEAST <= repetition_penalty <= _MOST:
+        raise ValueError(
+            f"[sample] repetition_penalty must be greater than 0 (1: off) and finite in float32, got {repetition_penalty}."
+        )
     if on_device(xd):
         ids, begin = _previous_there(previous, B, xd) if repetition_penalty != 1 and previous is not None else (None, None)
         u = _uniform_there(uniform, seed, step, B, xd)

@@ -224,6 +224,13 @@ def test_processors() -> None:
         ([1], {"min_p": 1.1}, "min_p must be a number at least 0.0 and at most 1.0"),
         ([1], {"top_k": -1}, "top_k must be an integer"),
         ([1], {"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        (
+            [1],
+            {"repetition_penalty": 1e-46},
+            "repetition_penalty must be a number at least 1.17.*e-38 and at most 3.4.*e.38, got 1e-46",
+        ),
+        ([1], {"repetition_penalty": 1e39}, "repetition_penalty must be a number .* at most 3.4.*e.38"),
+        ([1], {"temperature": 10**400}, "temperature must be a number at least 0.0 and at most 3.4.*e.38"),
     ],
 )
 def test_refusals(prompt: Any, settings: dict[str, Any], message: str) -> None:
@@ -236,6 +243,7 @@ def test_refusals_of_beams_and_seeds() -> None:
     for wrong, message in (
         ({"beams": 0}, "beams must be an integer of at least 1"),
         ({"length_penalty": float("inf")}, "length_penalty must be a number"),
+        ({"length_penalty": 1000}, "length_penalty must be a number at least -6.0 and at most 6.0, got 1000"),
         ({"early_stopping": "always"}, "early_stopping must be True, False or 'never'"),
     ):
         with pytest.raises(ValueError, match=message):
