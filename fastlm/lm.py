@@ -184,7 +184,7 @@ class LM:
         The text ends at max_tokens, at eos, at a stop string, or at the end of the model's context: prompt and text together are
         at most `model.config.context` tokens. A prompt that fills the context alone is refused.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else _several("generate", "prompt", "a str, or a list of them", prompt)
         texts = self._complete([self._encode(p) for p in prompts], max_tokens, options)
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -208,6 +208,10 @@ class LM:
     def perplexity(self, text: str | Sequence[int], context: int | None = None, stride: int | None = None) -> float:
         """exp of the mean negative log-likelihood of the text's tokens (or of ids). Windows of `context` tokens, default the model's,
         begin every `stride`, default half of it; see fastlm.evaluate."""
+        if isinstance(self.model, XLNet):
+            raise ValueError(
+                "[perplexity] XLNet predicts in any order, a place at a time: it gives no likelihood from left to right"
+            )
         return evaluate.perplexity(self.causal, self._ids(text), context, stride)
 
     # Encoders
@@ -225,11 +229,13 @@ class LM:
         if isinstance(texts, str):
             one: Array = self.embed([texts], batch_tokens)[0]
             return one
-        given: list[Any] = list(texts)
-        if all(isinstance(text, str) for text in given):
+        given = _several("embed", "texts", "a str, or a list of them or of lists of ids", texts)
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"[embed] batch_tokens must be an integer of at least 1, got {batch_tokens!r}")
+        if given and all(isinstance(text, str) for text in given):
             ids = self._need_tokenizer().encode_batch(given)
         else:
-            ids = [[int(i) for i in text] for text in given]
+            ids = [_row(i, text) for i, text in enumerate(given)]
         bad = next((i for i, row in enumerate(ids) if not row), None)
         if bad is not None:
             raise ValueError(f"[embed] every text must have a token, got none in number {bad}")
@@ -257,6 +263,9 @@ class LM:
 
         Options as of `generate`, without `stop`; eos is one id or several, and None, the default, is none: ids are taken as they are.
         """
+        ids = (
+            ids if isinstance(ids, np.ndarray) and ids.ndim else _several("generate", "ids", "a list of ids, or of such lists", ids)
+        )
         batch = len(ids) > 0 and hasattr(ids[0], "__len__")
         outputs = self._run(list(ids) if batch else [ids], max_tokens, dict(options))
         found = [output.ids for output in outputs]
@@ -344,9 +353,12 @@ class LM:
     ) -> list[Output]:
         beams, seed, rest = _split(options)
         if beams == 1:
-            model, starts = self._reading(prompts)
             past = rest.pop("past", None)
-            return generate.generate(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, stop, past)
+            choice = generate.Settings(max_tokens=max_tokens, **rest)
+            if not prompts and isinstance(self.model, EncoderDecoder):
+                return []  # there is no source to read
+            model, starts = self._reading(prompts)
+            return generate.generate(model, starts, choice, seed, stop, past)
         settings = generate.BeamSettings(beams=beams, max_tokens=max_tokens, **rest)
         outputs = []
         for prompt in prompts:
@@ -403,9 +415,29 @@ class LM:
         return tokenizer, given, stop_strings(stops)
 
 
+def _several(op: str, name: str, what: str, x: Any) -> list[Any]:
+    """x as a list, or a TypeError that says what is wanted."""
+    if isinstance(x, (str, bytes, Mapping)) or not hasattr(x, "__iter__") or getattr(x, "ndim", 1) == 0:
+        raise TypeError(f"[{op}] {name} must be {what}, got {x!r:.60}")
+    return list(x)
+
+
+def _row(number: int, ids: Any) -> list[int]:
+    """The ids of one text of several."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"[embed] texts must all be str or all lists of ids, got {ids!r:.60} as number {number}")
+    return [int(i) for i in array]
+
+
 def _batch(name: str, ids: Any) -> tuple[Array, bool]:
     """ids as (B, T), and whether they were one sequence, (T,)."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise ValueError(
+            f"[logits] {name} must be (T,) or (B, T), got sequences of different lengths: give one at a time"
+        ) from None
     if array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"[logits] {name} must be (T,) or (B, T) with T at least 1, got {array.shape}")
     return (array[None], True) if array.ndim == 1 else (array, False)
@@ -499,7 +531,8 @@ def _overlap(text: str, stop: str) -> int:
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """None, one string or several as a tuple."""
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    one = isinstance(stop, str) or not hasattr(stop, "__iter__")
+    stops: tuple[Any, ...] = () if stop is None else (stop,) if one else tuple(stop)
     for s in stops:
         if not isinstance(s, str) or not s:
             raise ValueError(f"[generate] stop must be strings that are not empty, got {s!r}")

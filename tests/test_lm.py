@@ -237,8 +237,42 @@ def test_wrong_options(stories: LM) -> None:
         list(stories.stream(PROMPT, beams=2))
     with pytest.raises(ValueError, match="stop must be strings that are not empty"):
         stories.generate(PROMPT, stop="")
+    with pytest.raises(ValueError, match="stop must be strings that are not empty, got 3"):
+        stories.generate(PROMPT, stop=3)  # type: ignore[call-overload]
+    for prompt in (None, 5, b"bytes", {"a": 1}):
+        with pytest.raises(TypeError, match=r"\[generate\] prompt must be a str, or a list of them, got"):
+            stories.generate(prompt)  # type: ignore[call-overload]
+    for ids in (None, 5, "text", np.array(3)):
+        with pytest.raises(TypeError, match=r"\[generate\] ids must be a list of ids, or of such lists, got"):
+            stories.generate_ids(ids)
+    with pytest.raises(ValueError, match=r"\[logits\] ids must be .*, got sequences of different lengths"):
+        stories.logits([[1, 2], [3]])
+    with pytest.raises(ValueError, match=r"\[cache\] dtype must be one of .*, got \[\]"):
+        stories.cache = []  # type: ignore[assignment]
     with pytest.raises(ValueError, match="shorter than the model's context of 512"):
         stories.generate("x " * 600)
+
+
+def test_embed_refuses() -> None:
+    lm = fastlm.load(DATA / "encoders" / "bert.bare")
+    assert lm.embed([]).shape == (0, lm.model.config.d_model)
+    for batch in (0, -5, 2.5, "a"):
+        with pytest.raises(ValueError, match=r"\[embed\] batch_tokens must be an integer of at least 1, got"):
+            lm.embed([[1, 2], [3]], batch)  # type: ignore[arg-type]
+    for texts in (None, 5):
+        with pytest.raises(TypeError, match=r"\[embed\] texts must be a str, or a list of them or of lists of ids, got"):
+            lm.embed(texts)  # type: ignore[arg-type]
+    for texts in ([1, 2], [[1.7]], [["a"]], [[1], "a"]):
+        with pytest.raises(TypeError, match=r"\[embed\] texts must all be str or all lists of ids, got .* as number"):
+            lm.embed(texts)  # type: ignore[arg-type]
+
+
+def test_no_prompts_of_an_encoder_decoder_model() -> None:
+    lm = fastlm.load(DATA / "t5" / "v1.1")
+    lm.tokenizer = Tokenizer.characters("abc")
+    assert lm.generate([]) == lm.generate([], beams=2) == []
+    with pytest.raises(ValueError, match="temperature must be a number"):
+        lm.generate([], temperature=-1.0)
 
 
 def test_import_is_quick_and_brings_no_framework() -> None:

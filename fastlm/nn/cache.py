@@ -22,7 +22,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 def cache_dtype(name: str) -> np.dtype[Any]:
     """The dtype of a cache by its name, or a ValueError that lists the known ones."""
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"[cache] dtype must be one of {', '.join(map(repr, DTYPES))}, got {name!r}.")
     return DTYPES[name]
 

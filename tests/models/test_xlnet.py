@@ -173,7 +173,7 @@ def test_lm_logits():
     np.testing.assert_array_equal(lm.logits(ids[1], **one), lm.logits(ids, **extra)[1])
     with pytest.raises(TypeError, match="XLNet takes no past"):
         lm.logits(ids, past=3)
-    with pytest.raises(ValueError, match="last must be True"):
+    with pytest.raises(ValueError, match="XLNet predicts in any order"):
         lm.perplexity(ids[0].tolist())
 
 
