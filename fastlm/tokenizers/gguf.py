@@ -160,6 +160,8 @@ class _Reader:
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key)
+        if value is not None and not isinstance(value, Integral):  # a bool is one
+            raise TokenizerError(f"[from_gguf] tokenizer.ggml.{key} must be true or false, got {_short(value)}")
         return default if value is None else bool(value)
 
 

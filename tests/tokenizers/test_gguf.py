@@ -181,6 +181,8 @@ def test_digits_are_split_as_the_file_says() -> None:
         ({"merges": None}, "tokenizer.ggml.merges must be an array of strings"),
         ({"bos_token_id": -1}, "tokenizer.ggml.bos_token_id must be a token id"),
         ({"eos_token_id": "2"}, "tokenizer.ggml.eos_token_id must be a token id"),
+        ({"add_bos_token": np.array([1, 2])}, r"tokenizer.ggml.add_bos_token must be true or false, got ndarray array\(\[1, 2\]\)"),
+        ({"add_eos_token": "no"}, "tokenizer.ggml.add_eos_token must be true or false, got str 'no'"),
         ({"model": "llama"}, "tokenizer.ggml.scores must be an array"),
         ({"model": "llama", "scores": [float("nan")] * 50257}, "scores must be finite"),
         (
