@@ -95,7 +95,8 @@ def train(
     in it sets a limit) make a forward pass; `accumulate` of these make an update. eval_every: how often the objective's loss over the
     held-out data is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
     save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
-    in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. tokenizer: saved with the checkpoints.
+    in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. Without it `out` must hold no checkpoint:
+    the newest two are kept, and those of another run would be taken for this one's. tokenizer: saved with the checkpoints.
     recompute: a block's activations are not kept but computed again in the backward pass: less memory, a quarter more time, the same
     bits. device: "cuda" or "cpu", where the model is put first; None: where it is. dtype: "bfloat16", on a GPU, for weights and
     activations; the optimiser's weights and all gradients of weights are float32, and so are the model's when the loop ends and in
@@ -116,6 +117,11 @@ def train(
         raise ValueError(f"[train] lr and clip must be positive, got {peak} and {clip}.")
     if (resume or save_every) and out is None:
         raise ValueError("[train] out must be a folder where save_every or resume is given.")
+    if out is not None and not resume and (found := checkpoint.checkpoints(out)):
+        raise ValueError(
+            f"[train] out must be a folder without checkpoints, got {out} with {found[-1].name} of a run: resume=True goes on with "
+            "that one, or give another folder."
+        )
     batches = source(model, data, objective, batch, context, seed, eval_batches)
     if eval_every and batches.held_out is None:
         raise ValueError("[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context.")

@@ -141,6 +141,21 @@ def test_checkpoints(corpus, tmp_path):
     assert not (tmp_path / "run" / "step-000025.tmpabc").exists()
 
 
+def test_a_folder_of_another_run_is_refused(corpus, tmp_path):
+    """Its checkpoints would outlive this run's, which have lower numbers, and be what `resume` takes."""
+    before, _ = run(corpus, tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"\[train\] out must be a folder without checkpoints, got .*run with step-000020 of a run"
+    ):
+        train(small(1), corpus, steps=50, batch=4, out=tmp_path / "run", save_every=5)
+    assert read_log(tmp_path / "run") == log
+    same(hub.load_folder_or_gguf(checkpoints(tmp_path / "run")[-1])[0], before)
+    shutil.rmtree(tmp_path / "run" / "step-000015")
+    shutil.rmtree(tmp_path / "run" / "step-000020")  # a log alone is of a run that saved nothing
+    assert len(run(corpus, tmp_path / "run", steps=2)[1]) == len(read_log(tmp_path / "run")) == 2
+
+
 def test_accumulation_is_a_larger_batch():
     tokens = np.random.default_rng(0).integers(0, 128, (6, 4, 17)).astype(np.int32)
     a, b = small(), small()
