@@ -17,13 +17,17 @@ import numpy as np
 from fastlm import backend, nn
 from fastlm.checkpoint import atomic_write
 from fastlm.data import Corpus, Labelled, Objective
+from fastlm.ops import check
 from fastlm.tensor import no_grad
+from fastlm.tokenizers import Tokenizer
 from fastlm.train import checkpoint
 from fastlm.train.ondevice import DeviceStep
 from fastlm.train.optimizer import AdamW
 from fastlm.train.recorded import HostStep
 from fastlm.train.schedule import default_lr, warmup_cosine
 from fastlm.train.sources import Cost, Data, asked, cost, source
+
+_FINITE = float(np.finfo(np.float32).max)  # of what kernels take as float32
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,28 @@ def train(
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
     """
+    _check_model(model)
     longest = int(getattr(model, "max_tokens", model.config.context))
-    context = context or (longest if longest < 1 << 16 else 512)
-    for name, value, low in (("steps", steps, 1), ("batch", batch, 1), ("accumulate", accumulate, 1), ("warmup", warmup, 0)):
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"[train] {name} must be an integer of at least {low}, got {value!r}.")
-    if not 0 < context <= longest:
+    context = (longest if longest < 1 << 16 else 512) if context is None else _whole("context", context, 1)
+    if context > longest:
         raise ValueError(f"[train] context must be from 1 to the model's {longest}, got {context}.")
-    peak = default_lr(model.config.d_model) if lr is None else lr
-    if not peak > 0 or (clip is not None and not clip > 0):
-        raise ValueError(f"[train] lr and clip must be positive, got {peak} and {clip}.")
+    steps, batch, accumulate = _whole("steps", steps, 1), _whole("batch", batch, 1), _whole("accumulate", accumulate, 1)
+    warmup, seed = _whole("warmup", warmup, 0), _whole("seed", seed, -(1 << 63))
+    eval_every, save_every = _whole("eval_every", eval_every, 0), _whole("save_every", save_every, 0)
+    eval_batches = None if eval_batches is None else _whole("eval_batches", eval_batches, 1)
+    peak = check.number("train", "lr", default_lr(model.config.d_model) if lr is None else lr, 0.0, _FINITE, above=0.0)
+    last = peak / 10 if min_lr is None else check.number("train", "min_lr", min_lr, 0.0, _FINITE)
+    clip = None if clip is None else check.number("train", "clip", clip, 0.0, above=0.0)
+    eps = check.number("train", "eps", eps, 0.0, _FINITE, above=0.0)  # 0 gives nan where a gradient has been 0 from the start
+    weight_decay = check.number("train", "weight_decay", weight_decay, 0.0, _FINITE)
+    if np.shape(betas) != (2,) or not all(check.number("train", "betas", beta, 0.0, 1.0) < 1 for beta in betas):
+        raise ValueError(f"[train] betas must be two numbers from 0 to below 1, got {betas!r}.")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"[train] tokenizer must be a fastlm.Tokenizer, which checkpoints hold, got {type(tokenizer).__name__}.")
     if (resume or save_every) and out is None:
         raise ValueError("[train] out must be a folder where save_every or resume is given.")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"[train] out must be a folder, got the file {out}.")
     if out is not None and not resume and (found := checkpoint.checkpoints(out)):
         raise ValueError(
             f"[train] out must be a folder without checkpoints, got {out} with {found[-1].name} of a run: resume=True goes on with "
@@ -158,7 +172,7 @@ def train(
         for n in range(first, steps):
             start = time.perf_counter()
             backend.reset_peak()
-            rate = warmup_cosine(n, steps, peak, peak / 10 if min_lr is None else min_lr, warmup)
+            rate = warmup_cosine(n, steps, peak, last, warmup)
             loss, norm, tokens, flops = _update(optimizer, batches.batch, costs, n, accumulate, rate, clip, there, here)
             seconds, memory = time.perf_counter() - start, backend.memory()["peak"] if there is None else there.device.memory()
             validation = None
@@ -186,6 +200,24 @@ def train(
                 raise
 
     return run()
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": give its `model`" if hasattr(model, "model") else ""
+        raise TypeError(f"[train] model must be one of fastlm.models, got {type(model).__name__}{hint}.")
+    if bare := next((k for k, p in model.named_parameters().items() if isinstance(p.data, nn.Declared)), None):
+        raise ValueError(
+            f"[train] model must have weights, {bare} has none yet: fastlm.models.create makes them, declare does not."
+        )
+
+
+def _whole(name: str, value: Any, low: int, op: str = "train") -> int:
+    """value as an int; one of NumPy, which JSON does not take, would fail when the first checkpoint is written."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value < 1 << 64:
+        allowed = f"of at least {low}" if low >= 0 else "of 64 bits"
+        raise ValueError(f"[{op}] {name} must be an integer {allowed}, got {value!r}.")
+    return int(value)
 
 
 def _place(model: Any, device: Any, dtype: str) -> bool:
@@ -216,6 +248,11 @@ def _update(
     """One update from `accumulate` batches: their mean loss, the gradient's norm, tokens and floating-point operations."""
     tokens, flops = 0, 0.0
     given = [batches(n * accumulate + i) for i in range(accumulate)]
+    for b in given:
+        if not hasattr(b, "_asdict"):
+            raise TypeError(
+                f"[train] data must give Batches, NamedTuples of the arguments of the model's loss, got {type(b).__name__}."
+            )
     if there is not None:
         total, norm = there(given, lr)
     else:
@@ -235,10 +272,13 @@ def evaluate(
     """Mean loss of the objective (default: the next token) over a token array, in windows that do not overlap, or over the held-out
     part of a Corpus; at most `limit` batches. What is drawn is drawn from the seed, the same every time. Labelled: over its examples.
     """
+    limit = None if limit is None else _whole("limit", limit, 1, "evaluate")
     if isinstance(data, Labelled):
         whole = source(model, replace(data, validation=data), None, batch, context, seed, limit)
     else:
         held = data.validation if isinstance(data, Corpus) else np.asarray(data)
+        if held.ndim != 1 or held.dtype.kind not in "iu":
+            raise ValueError(f"[evaluate] data must be a Corpus, Labelled, or (n,) integers, got {held.dtype} {held.shape}.")
         whole = source(model, Corpus(held, held, int(held.max(initial=0)) + 1), objective, batch, context, seed, limit)
     if whole.held_out is None:
         raise ValueError(f"[evaluate] data must be longer than the context of {context}.")
@@ -246,14 +286,14 @@ def evaluate(
 
 
 def mean_loss(model: Any, batches: Iterable[Any]) -> float:
-    """Over all that is asked in the batches."""
+    """Over all that is asked in the batches; nan where nothing is."""
     total, count = 0.0, 0
     with no_grad():
         for batch in batches:
-            n = asked(batch)
-            total += model.loss(**batch._asdict()).item() * n
-            count += n
-    return float(total / count)
+            if n := asked(batch):
+                total += model.loss(**batch._asdict()).item() * n
+                count += n
+    return float(total / count) if count else math.nan
 
 
 class Log:

@@ -63,7 +63,7 @@ def objective_for(model: Any, objective: Any) -> Any:
     if objective is None and "causal" not in able:
         raise ValueError(f"[train] objective must be given: {type(model).__name__}{head} learns by {fitting}.")
     objective = Causal() if objective is None else objective
-    if objective.trains not in able:
+    if getattr(objective, "trains", None) not in able:
         raise ValueError(
             f"[train] objective must be one that the model can learn, {fitting} for {type(model).__name__}{head}, got "
             f"{type(objective).__name__}."
@@ -88,6 +88,8 @@ def source(model: Any, data: Data, objective: Any, batch: int, context: int, see
         tokens = np.asarray(corpus)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"[train] data must be a Corpus, its folder, or (n,) integers, got {tokens.dtype} {tokens.shape}.")
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+            raise ValueError(f"[train] data must hold ids from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}.")
         corpus = Corpus(tokens, tokens[:0], vocab_size if known is None else known.size)
     if corpus.vocab_size > vocab_size:
         raise ValueError(f"[train] the model's vocab_size must be at least the data's {corpus.vocab_size}, got {vocab_size}.")

@@ -12,8 +12,10 @@ import pytest
 
 from fastlm import backend, data, hub, models
 from fastlm.checkpoint import read_json
+from fastlm.lm import LM
 from fastlm.models.base import names
 from fastlm.train import AdamW, checkpoints, default_lr, evaluate, read_log, train, warmup_cosine
+from fastlm.train.loop import mean_loss
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SETTINGS = json.loads((MODELS / "training.json").read_text())
@@ -156,6 +158,24 @@ def test_a_folder_of_another_run_is_refused(corpus, tmp_path):
     assert len(run(corpus, tmp_path / "run", steps=2)[1]) == len(read_log(tmp_path / "run")) == 2
 
 
+def test_numbers_of_numpy_are_numbers(corpus, tmp_path):
+    """They come from sweeps; JSON, which a checkpoint's settings are written in, has none of them."""
+    plain, _ = run(corpus, steps=4, seed=3, context=8, lr=float(np.float32(3e-3)))
+    given = {k: np.int64(v) for k, v in {"steps": 4, "seed": 3, "context": 8, "batch": 4, "save_every": 2, "accumulate": 2}.items()}
+    model, seen = run(corpus, tmp_path / "numpy", **given, lr=np.float32(3e-3))
+    assert [p.name for p in checkpoints(tmp_path / "numpy")] == ["step-000002", "step-000004"]
+    assert read_json(tmp_path / "numpy" / "step-000004" / "training.json")["settings"]["seed"] == 3
+    assert len(seen) == 4
+    same(plain, model)
+
+
+def test_nothing_asked_is_no_loss(corpus):
+    nothing = [data.Batch(np.ones((2, 4), np.int32), np.full((2, 4), -100, np.int32))]
+    assert math.isnan(mean_loss(small(), nothing))
+    something = [data.Batch(np.ones((2, 4), np.int32), np.ones((2, 4), np.int32))]
+    assert mean_loss(small(), nothing + something) == mean_loss(small(), something)
+
+
 def test_accumulation_is_a_larger_batch():
     tokens = np.random.default_rng(0).integers(0, 128, (6, 4, 17)).astype(np.int32)
     a, b = small(), small()
@@ -207,11 +227,41 @@ def test_refuses(corpus, tmp_path):
     for change, message in (
         ({"steps": 0}, r"\[train\] steps must be an integer of at least 1, got 0"),
         ({"context": 17}, r"context must be from 1 to the model's 16, got 17"),
-        ({"lr": -1.0}, "lr and clip must be positive"),
+        ({"context": 0}, "context must be an integer of at least 1, got 0"),
+        ({"batch": True}, "batch must be an integer of at least 1, got True"),
+        ({"lr": -1.0}, r"lr must be greater than 0\.0, got -1"),
+        ({"lr": math.inf}, r"lr must be from 0\.0 to 3\.4"),
+        ({"min_lr": -1.0}, r"min_lr must be from 0\.0"),
+        ({"weight_decay": math.nan}, "weight_decay must be from .*, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers from 0 to below 1"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+        ({"eps": 0.0}, r"eps must be greater than 0\.0"),
+        ({"clip": math.nan}, "clip must be greater than 0"),
+        ({"seed": 1.5}, r"seed must be an integer of 64 bits, got 1\.5"),
+        ({"seed": 1 << 64}, "seed must be an integer of 64 bits"),
+        ({"eval_every": -1}, "eval_every must be an integer of at least 0, got -1"),
+        ({"eval_every": 1, "eval_batches": 0}, "eval_batches must be an integer of at least 1, got 0"),
+        ({"save_every": 1.5, "out": tmp_path}, r"save_every must be an integer of at least 0, got 1\.5"),
         ({"resume": True}, "out must be a folder"),
+        ({"out": tmp_path / "tokens" / "tokens.bin"}, "out must be a folder, got the file"),
+        ({"objective": "causal"}, r"objective must be one that the model can learn, data\.Causal for GPT, got str"),
     ):
         with pytest.raises(ValueError, match=message):
             train(small(), corpus, **({"steps": 3} | change))
+    with pytest.raises(TypeError, match=r"tokenizer must be a fastlm\.Tokenizer, which checkpoints hold, got str"):
+        train(small(), corpus, steps=1, tokenizer="gpt2")
+    with pytest.raises(TypeError, match=r"model must be one of fastlm\.models, got LM: give its `model`"):
+        train(LM(small()), corpus, steps=1)
+    with pytest.raises(ValueError, match=r"model must have weights, token_embedding\.weight has none yet"):
+        train(models.declare(small().config), corpus, steps=1)
+    with pytest.raises(TypeError, match=r"data must give Batches, .* got tuple"):
+        next(train(small(), lambda n: (n, n), steps=1))
+    with pytest.raises(ValueError, match="data must hold ids from 0 to 127, got 3 to 128"):
+        train(small(), np.array([3, 128] * 20), steps=1)
+    with pytest.raises(ValueError, match="limit must be an integer of at least 1, got 0"):
+        evaluate(small(), corpus, 4, 16, limit=0)
+    with pytest.raises(ValueError, match=r"\[evaluate\] data must be a Corpus, Labelled, or \(n,\) integers, got float64"):
+        evaluate(small(), np.zeros(100), 4, 16)
     with pytest.raises(ValueError, match=r"the model's vocab_size must be at least the data's 128, got 65"):
         train(models.create("gpt-char"), corpus, steps=1)
     with pytest.raises(ValueError, match="needs held-out data"):
