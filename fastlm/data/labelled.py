@@ -34,12 +34,23 @@ class Labelled:
         if self.segments is not None:
             lists.append(("segments", self.segments, True))
         for name, given, by_token in lists:
+            if not hasattr(given, "__len__"):
+                raise TypeError(f"[labelled] {name} must be a list or an array, one for each of ids, got {type(given).__name__}.")
             if len(given) != len(rows):
                 raise ValueError(f"[labelled] {name} must be as many as ids, {len(rows)}, got {len(given)}.")
             for i, (row, own) in enumerate(zip(rows, given, strict=True)):
                 if by_token and np.shape(own) != row.shape:
                     raise ValueError(
                         f"[labelled] {name} must be one for each token, {len(row)} in number {i}, got the shape {np.shape(own)}."
+                    )
+                kind, shape = np.asarray(own).dtype.kind, np.shape(own)
+                if kind not in ("iu" if by_token else "iufb"):
+                    wanted = "integers" if by_token else "numbers"
+                    raise ValueError(f"[labelled] {name} must be {wanted}, got {own!r:.60} in number {i}.")
+                if not by_token and shape != np.shape(given[0]):
+                    raise ValueError(
+                        f"[labelled] {name} must have one shape, got {np.shape(given[0])} in number 0 and {shape} in number {i}: labels "
+                        "for each token take per_token=True."
                     )
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from fastlm import backend
+from fastlm.checkpoint import QuantizedArray
 from fastlm.models import gpt, llama
 from fastlm.models.base import CausalLM, LanguageModel
 from fastlm.models.encoder import Encoder
@@ -63,15 +64,19 @@ def with_head(
     model: Encoder, head: str | None, labels: Sequence[str] = ("LABEL_0", "LABEL_1"), problem: str | None = None, seed: int = 0
 ) -> Any:
     """A copy of an encoder with another head, which is drawn anew, as is all that the old one had no use for (a pooler): what a task is
-    learnt on. labels: the names of what it tells apart; problem: see heads.SequenceClassifier."""
+    learnt on, float32. labels: the names of what it tells apart; problem: see heads.SequenceClassifier."""
     if not isinstance(model, Encoder):
         raise TypeError(f"[with_head] model must be an encoder, got {type(model).__name__}.")
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise TypeError(f"[with_head] labels must be a list of names, got {labels!r:.60}.")
     new = create(dataclasses.replace(model.config, head=head, labels=tuple(labels), problem=problem), seed)
     new.pooling = model.pooling
     theirs = model.named_parameters()
     for name, p in new.named_parameters().items():
         if name in theirs and not name.startswith("head."):
-            backend.assign(p.data, backend.put(theirs[name].data, backend.device_of(p.data)))
+            given = theirs[name].data
+            given = given.dequantize() if isinstance(given, QuantizedArray) else given
+            backend.assign(p.data, backend.put(given, backend.device_of(p.data)))
     return new
 
 

@@ -120,6 +120,9 @@ class ReplacedToken(Head):
         return loss
 
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
 class SequenceClassifier(Head):
     """Labels of a sequence, or numbers for it. summary: (B, T, C) -> (B, C), the model's pooler where None.
 
@@ -128,6 +131,8 @@ class SequenceClassifier(Head):
     """
 
     def __init__(self, d_model: int, n_label: int, summary: Module | None = None, problem: str | None = None) -> None:
+        if problem is not None and problem not in PROBLEMS:
+            raise ValueError(f"[config] problem must be None or one of {', '.join(PROBLEMS)}, got {problem!r:.60}.")
         self.summary = summary
         self.out = Linear(d_model, n_label)
         self.problem = problem
@@ -144,6 +149,10 @@ class SequenceClassifier(Head):
             problem = "regression" if one else f"{'single' if targets.dtype.kind in 'iu' else 'multi'}_label_classification"
         loss: Tensor
         if problem == "regression":
+            if targets.size != logits.size:
+                raise ValueError(
+                    f"[model] targets must be {logits.shape} numbers, one for each of the {logits.shape[1]} labels, got {targets.shape}."
+                )
             loss = ops.mean_squared_error(logits, targets.reshape(logits.shape))
         elif problem == "multi_label_classification":
             loss = ops.binary_cross_entropy(logits, targets)
@@ -237,6 +246,9 @@ def make(heads: Mapping[str, Maker], config: Any) -> Head | None:
     """The head that config.head asks for, None for the bare model."""
     if config.head is None:
         return None
+    labels = getattr(config, "labels", ("",))
+    if not isinstance(labels, tuple) or not labels or not all(isinstance(name, str) for name in labels):
+        raise ValueError(f"[config] labels must be a tuple of at least one name, got {labels!r:.60}.")
     if config.head not in heads:
         raise ValueError(f"[config] head must be None or one of {', '.join(heads)}, got {config.head!r:.60}.")
     return heads[config.head](config)

@@ -11,6 +11,7 @@ import pytest
 
 from fastlm import hub, models, ops
 from fastlm.checkpoint import FormatError, read_json, read_safetensors, write_json, write_safetensors
+from fastlm.lm import LM
 from fastlm.models import convert, deferred
 from fastlm.models.albert import group_of
 from fastlm.models.base import names
@@ -226,6 +227,27 @@ def test_what_cannot_be_put_off_is_found_out(change, reason, monkeypatch, caplog
         np.testing.assert_array_equal(model.states(ids), 2 * want)
     assert [reason in why for why in deferred.why_not(model)] == [True]
     assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_heads_of_a_task_are_checked():
+    """What a head cannot be is said when it is made; a quantised encoder's weights become float32, which learns."""
+    body = models.create(models.bert.BertConfig(40, context=12, d_model=32, n_layer=1, n_head=2, d_ff=64), 0)
+    for given, error, message in (
+        ({"labels": "yes"}, TypeError, "labels must be a list of names, got 'yes'"),
+        ({"labels": ()}, ValueError, r"labels must be a tuple of at least one name, got \(\)"),
+        ({"labels": (0, 1)}, ValueError, r"labels must be a tuple of at least one name, got \(0, 1\)"),
+        ({"problem": "classification"}, ValueError, "problem must be None or one of regression, .*, got 'classification'"),
+    ):
+        with pytest.raises(error, match=message):
+            models.with_head(body, "sequence_classification", **given)
+    two = models.with_head(body, "sequence_classification", problem="regression")
+    with pytest.raises(ValueError, match=r"targets must be \(3, 2\) numbers, one for each of the 2 labels, got \(3,\)"):
+        two.loss(np.full((3, 4), 7), np.zeros(3))
+    assert two.loss(np.full((3, 4), 7), np.zeros((3, 2))).item() > 0
+    LM(body).quantize("Q8_0")
+    task = models.with_head(body, "token_classification")
+    assert {p.dtype for p in task.named_parameters().values()} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(task.states([[5, 6, 7]]), body.states([[5, 6, 7]]), atol=1e-5)
 
 
 def test_ignored_positions_cost_and_change_nothing():

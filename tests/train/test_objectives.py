@@ -448,9 +448,17 @@ def test_labelled():
         (([[]], [1]), "lists of at least 1 integers"),
         (([[5, 6]], [[1]], None, True), r"labels must be one for each token, 2 in number 0, got the shape \(1,\)"),
         (([[5, 6]], [1], [[0]]), "segments must be one for each token"),
+        (([[5, 6]], [[0.5, 1.5]], None, True), r"labels must be integers, got \[0\.5, 1\.5\] in number 0"),
+        (([[5], [6]], [1, "no"]), "labels must be numbers, got 'no' in number 1"),
+        (
+            ([[5], [6, 7]], [[1], [0, 1]]),
+            r"labels must have one shape, got \(1,\) in number 0 and \(2,\) in number 1: .*per_token=True",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             data.Labelled(*arguments)
+    with pytest.raises(TypeError, match="labels must be a list or an array"):
+        data.Labelled([[5]], iter([1]))
 
 
 def test_vocabulary():
