@@ -24,3 +24,14 @@ def typed(what: str) -> Iterator[None]:
         if type(e).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{what}: {e}") from e
+
+
+def check_unicode(what: str, text: str) -> None:
+    """TokenizerError where a text holds half of a surrogate pair: bytes that were no UTF-8, read with errors="surrogateescape"."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise TokenizerError(
+            f"{what} text must be Unicode, got the lone surrogate {text[e.start]!r} at {e.start}: read its file with "
+            'encoding="utf-8" and errors="replace"'
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from fastlm.tokenizers import chat as chat_templates
 from fastlm.tokenizers import folder as folders
-from fastlm.tokenizers.errors import TokenizerError, typed
+from fastlm.tokenizers.errors import TokenizerError, check_unicode, typed
 from fastlm.tokenizers.gguf import backend_from_gguf
 from fastlm.tokenizers.llama2c import BOS, EOS, UNK, backend_from_llama2c
 from fastlm.tokenizers.stream import DecodeStream
@@ -96,10 +97,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
         """As `encode`, for many texts at once, in parallel."""
+        if isinstance(texts, str):
+            raise TypeError("[encode] texts must be a list of strs, got one str: encode takes that")
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"[encode] text must be a str, got {type(text).__name__}")
             self._check_characters(text)
+            check_unicode("[encode]", text)
         with typed("[encode]"):
             return [list(e.ids) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]
 
@@ -108,7 +112,7 @@ class Tokenizer:
         numbers = [int(i) for i in ids]
         bad = next((i for i in numbers if not 0 <= i < 2**32), None)
         if bad is not None:
-            raise TokenizerError(f"[decode] ids must not be negative, got {bad}")
+            raise TokenizerError(f"[decode] ids must be from 0 to {2**32 - 1}, got {bad}")
         with typed("[decode]"):
             return str(self.backend.decode(numbers, skip_special_tokens=not special_tokens))
 
@@ -191,5 +195,8 @@ class Tokenizer:
         if self._characters is None:
             return
         missing = sorted(set(text) - self._characters)
+        added = sorted((t.content for t in self.backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+        if missing and added:  # characters of an added token, which is found before anything else
+            missing = sorted(set(re.sub("|".join(map(re.escape, added)), "", text)) - self._characters)
         if missing:
             raise TokenizerError(f"[encode] characters that are not in the vocabulary: {', '.join(map(repr, missing[:8]))}")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fastlm.tokenizers import build
-from fastlm.tokenizers.errors import TokenizerError, typed
+from fastlm.tokenizers.errors import TokenizerError, check_unicode, typed
 
 END = "<|endoftext|>"
 
@@ -30,14 +30,29 @@ def trained_bpe(texts: Iterable[str | Path], vocab_size: int, special_tokens: Se
         show_progress=False,
     )
     with typed("[train_bpe]"):
-        backend.train_from_iterator((t.read_text("utf-8") if isinstance(t, Path) else t for t in texts), trainer)
+        backend.train_from_iterator((_text(t) for t in texts), trainer)
     return backend
+
+
+def _text(text: str | Path) -> str:
+    if not isinstance(text, (str, Path)):
+        raise TokenizerError(f"[train_bpe] texts must be strs and Paths, got {type(text).__name__}")
+    if isinstance(text, str):
+        check_unicode("[train_bpe]", text)
+        return text
+    try:
+        return text.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise TokenizerError(f"[train_bpe] {text} is not UTF-8 text: byte {e.start}: {e.reason}") from None
 
 
 def character_backend(text: str) -> Backend:
     """One token for each distinct character, in code point order. BPE without merges: the library is fastest so."""
+    if not isinstance(text, str):
+        raise TypeError(f"[characters] text must be a str, got {type(text).__name__}")
     if not text:
         raise TokenizerError("[characters] text is empty")
+    check_unicode("[characters]", text)
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(sorted(set(text)))}, merges=[]))
     backend.decoder = decoders.Fuse()
     return backend

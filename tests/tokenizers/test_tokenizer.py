@@ -104,6 +104,37 @@ def test_characters() -> None:
         Tokenizer.characters("")
 
 
+def test_characters_with_special_tokens_in_the_text() -> None:
+    """A special token that is written out is one id, as in other vocabularies; what is left of its letters is not dropped in silence."""
+    tokenizer = Tokenizer.characters("abc").with_special({"mask": "[MASK]", "pad": "[PAD]"})
+    assert tokenizer.encode("a[MASK]b[PAD]") == [0, 3, 1, 4]
+    for text in ("a[MASK", "[[MASK]PAD]", "x[MASK]"):
+        with pytest.raises(TokenizerError, match="characters that are not in the vocabulary"):
+            tokenizer.encode(text)
+
+
+def test_what_is_no_text_is_said(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 and what is no str, whatever reads them first."""
+    half = b"ab\xff".decode("utf-8", "surrogateescape")
+    tokenizer = Tokenizer.train_bpe(["ab"], 257)
+    for use in (tokenizer.encode, Tokenizer.characters, lambda text: Tokenizer.train_bpe([text], 257)):
+        with pytest.raises(
+            TokenizerError, match=r"text must be Unicode, got the lone surrogate '\\udcff' at 2: .*errors=\"replace\""
+        ):
+            use(half)
+    (tmp_path / "latin.txt").write_bytes(b"abc\xe9")
+    with pytest.raises(TokenizerError, match=r"\[train_bpe\] .*latin\.txt is not UTF-8 text: byte 3"):
+        Tokenizer.train_bpe([tmp_path / "latin.txt"], 257)
+    with pytest.raises(TokenizerError, match=r"\[train_bpe\] texts must be strs and Paths, got int"):
+        Tokenizer.train_bpe([3], 257)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"\[characters\] text must be a str, got bytes"):
+        Tokenizer.characters(b"ab")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"\[encode\] texts must be a list of strs, got one str"):
+        tokenizer.encode_batch("ab")
+    with pytest.raises(TokenizerError, match=r"\[decode\] ids must be from 0 to 4294967295, got 1099511627776"):
+        tokenizer.decode([1 << 40])
+
+
 def test_train_bpe(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, "utf-8")
     one, other = Tokenizer.train_bpe([tmp_path / "a.txt"], 300), Tokenizer.train_bpe([TEXT], 300)
@@ -204,7 +235,7 @@ def test_refusals(tmp_path: Path) -> None:
         tokenizer.encode(3)  # type: ignore[arg-type]
     with pytest.raises(TokenizerError):
         tokenizer.encode("\ud800")
-    with pytest.raises(TokenizerError, match="must not be negative, got -1"):
+    with pytest.raises(TokenizerError, match="ids must be from 0 to 4294967295, got -1"):
         tokenizer.decode([-1])
     assert tokenizer.decode([299, 10**6]) == tokenizer.decode([299])
     assert (tokenizer.token(-1), tokenizer.token(10**12), tokenizer.id("no such")) == (None, None, None)
