@@ -44,6 +44,10 @@ def prepare(
     Raises ValueError for an empty text, a share outside [0, 1), an id outside the vocabulary, or a folder of something else.
     """
     target = Path(folder)
+    if not isinstance(text, str):
+        raise TypeError(f"[prepare] text must be a str, got {type(text).__name__}: read a file with Path.read_text.")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, np.integer)) or not 1 <= vocab_size <= 1 << 32:
+        raise ValueError(f"[prepare] vocab_size must be an integer from 1 to 2^32, got {vocab_size!r}.")
     if not text:
         raise ValueError("[prepare] text must not be empty.")
     if not 0 <= validation < 1:
@@ -60,7 +64,9 @@ def prepare(
             for part in (text[:cut], text[cut:]):
                 count = 0
                 for piece in _pieces(part):
-                    ids = np.asarray(encode(piece), np.int64)
+                    ids = np.asarray(encode(piece))
+                    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                        raise ValueError(f"[prepare] encode must give a list of integers, got {ids.dtype} {ids.shape}.")
                     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
                         raise ValueError(f"[prepare] ids must be from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}.")
                     file.write(ids.astype(dtype).tobytes())
@@ -68,7 +74,8 @@ def prepare(
                 counts.append(count)
             file.flush()
             os.fsync(file.fileno())
-        manifest = {"version": VERSION, "dtype": dtype.str, "train": counts[0], "validation": counts[1], "vocab_size": vocab_size}
+        manifest = {"version": VERSION, "dtype": dtype.str, "train": counts[0], "validation": counts[1]}
+        manifest["vocab_size"] = int(vocab_size)
         with open(staging / "manifest.json", "w", encoding="utf-8") as file_:
             json.dump(manifest, file_, indent=1)
             file_.flush()

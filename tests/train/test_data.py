@@ -52,6 +52,17 @@ def test_prepare_refuses(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is left behind
     with pytest.raises(ValueError, match="must not be empty"):
         data.prepare("", encode, tmp_path / "tokens", 256)
+    for given, error, message in (
+        ({"text": TEXT.encode()}, TypeError, r"text must be a str, got bytes: read a file with Path\.read_text"),
+        ({"vocab_size": 0}, ValueError, r"vocab_size must be an integer from 1 to 2\^32, got 0"),
+        ({"encode": lambda text: [1.5] * len(text)}, ValueError, r"encode must give a list of integers, got float64"),
+        ({"encode": lambda text: [[1, 2], [3, 4]]}, ValueError, r"encode must give a list of integers, got int64 \(2, 2\)"),
+        ({"encode": lambda text: None}, ValueError, r"encode must give a list of integers, got object \(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            data.prepare(**({"text": TEXT, "encode": encode, "folder": tmp_path / "tokens", "vocab_size": 256} | given))
+    assert not list(tmp_path.iterdir())
+    assert data.prepare(TEXT, encode, tmp_path / "numpy", np.int64(256)).vocab_size == 256  # JSON has no numbers of NumPy
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "letter").write_text("dear")
     with pytest.raises(ValueError, match="something other than tokens"):
