@@ -461,6 +461,15 @@ def test_labelled():
         data.Labelled([[5]], iter([1]))
 
 
+def test_shortest_permutations_ask_for_something():
+    for K in range(2, 9):
+        least = max(4, K + K % 2)
+        objective = data.Permutation(VOCABULARY, K=K)
+        assert (objective(text(5, objective.window(least))).targets != -100).any(1).all()
+        with pytest.raises(ValueError, match=rf"context must be at least {least}, got {least - 1}"):
+            objective.window(least - 1)
+
+
 def test_vocabulary():
     assert VOCABULARY.special == SPECIAL
     np.testing.assert_array_equal(VOCABULARY.ordinary, np.arange(6, 291))
@@ -490,7 +499,8 @@ def test_refusals():
         (lambda: data.SpanCorruption(VOCABULARY)(text(1, 400)), "a sentinel for each of 20 spans, got 9"),
         (lambda: data.SpanCorruption(VOCABULARY).window(2), "context must be at least 3, got 2"),
         (lambda: data.Permutation(VOCABULARY, "other"), "style must be one of original, huggingface, got 'other'"),
-        (lambda: data.Permutation(VOCABULARY).window(3), "context must be at least 4"),
+        (lambda: data.Permutation(VOCABULARY).window(5), "context must be at least 6"),
+        (lambda: data.Permutation(VOCABULARY, "huggingface").window(3), "context must be at least 4"),
         (lambda: data.SentencePairs(data.Masked(VOCABULARY), "last"), "kind must be one of next, order"),
         (
             lambda: data.SentencePairs(data.Masked(VOCABULARY)).chunks(data.Documents([[[7, 8]]]), 9),

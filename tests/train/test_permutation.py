@@ -79,7 +79,7 @@ def test_permutation_original_batch():
 
 def test_permutation_lengths_and_padding():
     objective = data.Permutation(VOCABULARY)
-    assert [objective.window(c) for c in (512, 511, 4, 5)] == [510, 508, 2, 2]
+    assert [objective.window(c) for c in (512, 511, 6, 7)] == [510, 508, 4, 4]
     batch = objective([text(7), text(12), text(1)])
     assert batch.ids.shape == (3, 14)
     np.testing.assert_array_equal(batch.mask.sum(1), [9, 14, 3])

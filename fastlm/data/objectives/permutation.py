@@ -42,8 +42,9 @@ class Permutation:
             raise ValueError(f"[permutation] K must be at least 2 and longest at least 1, got {self.K} and {self.longest}.")
 
     def window(self, context: int) -> int:
-        if context < 4:
-            raise ValueError(f"[permutation] context must be at least 4, got {context}.")
+        least = 4 if self.style == "huggingface" else max(4, self.K + self.K % 2)  # of fewer than K positions none is asked for
+        if context < least:
+            raise ValueError(f"[permutation] context must be at least {least}, got {context}.")
         return context // 2 * 2 - 2
 
     def stride(self, context: int) -> int:
