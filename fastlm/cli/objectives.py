@@ -106,12 +106,15 @@ def model(arguments: argparse.Namespace, vocab_size: int) -> Any:
     return Electra(discriminator, generator)
 
 
+def holds_out(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> bool:
+    """Whether a row can be made of the held-out text."""
+    return source(model, corpus, objective, arguments.batch, arguments.context, arguments.seed).held_out is not None
+
+
 def guess(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> float:
     """The loss of guessing what is asked by its frequency, over 20 batches; of two answers that are as frequent, ln 2."""
-    train, held = (
-        Corpus(part, part, corpus.vocab_size)
-        for part in (corpus.train, corpus.validation if len(corpus.validation) else corpus.train)
-    )
+    usable = corpus.validation if holds_out(model, corpus, objective, arguments) else corpus.train
+    train, held = (Corpus(part, part, corpus.vocab_size) for part in (corpus.train, usable))
     counts = np.ones(corpus.vocab_size)
     found, extra = [], 0.0
     for part in (train, held):
@@ -132,7 +135,8 @@ def show(lm: LM, corpus: Corpus, objective: Any, arguments: argparse.Namespace) 
     """A held-out passage with what was hidden in it and what the model puts there; how often it is right."""
     tokenizer = lm.tokenizer
     assert tokenizer is not None
-    text = corpus.validation if len(corpus.validation) else corpus.train
+    masked = getattr(objective, "masked", objective)
+    text = corpus.validation if len(corpus.validation) >= masked.window(arguments.context) else corpus.train
     if isinstance(objective, SpanCorruption):
         batch = next(windows(text, 1, arguments.context, 1, objective))
         made = lm.generate_ids(batch.source_ids.tolist(), max_tokens=batch.targets.shape[1], eos=tokenizer.eos_id)[0]
@@ -140,7 +144,6 @@ def show(lm: LM, corpus: Corpus, objective: Any, arguments: argparse.Namespace) 
         print(f"\nWritten:\n{tokenizer.decode(made, special_tokens=True)}")
         print(f"\nWas:\n{tokenizer.decode(batch.targets[0], special_tokens=True)}")
         return
-    masked = getattr(objective, "masked", objective)
     if isinstance(objective, Replaced) or not isinstance(masked, Masked):
         return
     right = count = 0
@@ -148,7 +151,8 @@ def show(lm: LM, corpus: Corpus, objective: Any, arguments: argparse.Namespace) 
         asked = batch.targets != IGNORED
         chosen = lm.logits(batch.ids, mask=batch.mask).argmax(-1)
         right, count = right + int((chosen == batch.targets)[asked].sum()), count + int(asked.sum())
-    print(f"\nOf {count:,} hidden tokens of the held-out text {right / count:.1%} are found. One passage, each as (hidden|found):")
+    name = "held-out text" if text is corpus.validation else "text"
+    print(f"\nOf {count:,} hidden tokens of the {name} {right / count:.1%} are found. One passage, each as (hidden|found):")
     row = next(windows(text, 1, arguments.context, 1, masked))
     found = lm.logits(row.ids, mask=row.mask).argmax(-1)[0]
     pieces: list[str] = []

@@ -70,13 +70,14 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
     objective, model = objectives.objective(tokenizer, arguments), objectives.model(arguments, tokenizer.vocab_size)
     lm = LM(getattr(model, "model", model), tokenizer)
     guess = describe(model, corpus, objective, arguments)
+    evaluated = objectives.holds_out(model, corpus, objective, arguments)
 
     finished = True
     steps = train(
         model, corpus, objective=objective, context=arguments.context,
         steps=arguments.steps, batch=arguments.batch, lr=arguments.lr, warmup=arguments.warmup,
         weight_decay=arguments.weight_decay, clip=arguments.clip or None, accumulate=arguments.accumulate, seed=arguments.seed, out=out,
-        eval_every=arguments.eval_every if holds_out(corpus, objective, arguments) else 0, save_every=arguments.save_every,
+        eval_every=arguments.eval_every if evaluated else 0, save_every=arguments.save_every,
         eval_batches=20, resume=text is None, tokenizer=tokenizer, device=arguments.device, dtype=arguments.dtype,
     )  # fmt: skip
     started = time.perf_counter()
@@ -96,12 +97,6 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         return lm, False
     report(lm, model, corpus, objective, arguments, guess, seconds)
     return lm, True
-
-
-def holds_out(corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> bool:
-    """Whether a row can be made of the held-out text."""
-    reads: int = objective.window(arguments.context) if hasattr(objective, "window") else arguments.context + 1
-    return len(corpus.validation) >= reads
 
 
 def describe(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> float:
@@ -127,7 +122,7 @@ def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argpar
     """What came out: losses beside the baseline, plot, model folder, sample."""
     out = Path(arguments.out)
     print(f"\ntrained in {clock(seconds)}")
-    if holds_out(corpus, objective, arguments):
+    if objectives.holds_out(model, corpus, objective, arguments):
         held = evaluate(model, corpus, arguments.batch, arguments.context, objective=objective, seed=arguments.seed)
         per_token = f", perplexity {math.exp(held):.2f} a token" if objective is None else ""
         print(f"held-out   loss {held:.4f} (by frequency {guess:.4f}){per_token}, over the whole held-out text")
@@ -138,6 +133,8 @@ def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argpar
     if not isinstance(lm.model, CausalLM):
         objectives.show(lm, corpus, objective, arguments)
         return
+    if arguments.context < 2:
+        return  # no room for a prompt and what follows
     print("\nIt writes:")
     length = min(300, arguments.context * 4)
     sys.stdout.write(_opening(lm))

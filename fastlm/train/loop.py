@@ -138,7 +138,10 @@ def train(
         )
     batches = source(model, data, objective, batch, context, seed, eval_batches)
     if eval_every and batches.held_out is None:
-        raise ValueError("[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context.")
+        raise ValueError(
+            "[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context, for sentence pairs "
+            "one of several documents."
+        )
     half = _place(model, device, dtype)
     model.train()
     optimizer = AdamW(model, betas, eps, weight_decay)

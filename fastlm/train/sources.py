@@ -99,9 +99,12 @@ def source(model: Any, data: Data, objective: Any, batch: int, context: int, see
             raise ValueError(
                 "[train] data must be Documents for data.SentencePairs, or its `ends` must say which ids end a sentence."
             )
-        whole, rest = (Documents.cut(part, objective.ends) if len(part) else None for part in (corpus.train, held))
-        assert whole is not None
-        return _pairs(objective, whole, rest, batch, context, seed, eval_batches)
+        rest = Documents.cut(held, objective.ends) if len(held) else None
+        try:
+            usable = None if rest is None or not objective.chunks(rest, context) else rest
+        except ValueError:  # too short for a pair, as other objectives' held-out text may be for a row
+            usable = None
+        return _pairs(objective, Documents.cut(corpus.train, objective.ends), usable, batch, context, seed, eval_batches)
     enough = len(held) >= objective.window(context)
     return Source(
         Loader(corpus.train, batch, context, seed, objective).batch,

@@ -136,6 +136,25 @@ def test_train_by_other_objectives(tmp_path, capsys, objective):
     assert f"held-out   loss {held:.4f}" in capsys.readouterr().out
 
 
+QUICK = "--steps 2 --layers 1 --heads 2 --width 16 --context 32 --batch 2 --warmup 1 --eval-every 1".split()
+PARAGRAPHS = "".join(f"Bottle {i} is green.\nIt is on the wall.\n\n" for i in range(60))
+
+
+@pytest.mark.parametrize("objective", list(objectives.MODELS))
+def test_held_out_text_too_short_for_a_row(tmp_path, capsys, objective):
+    """Nothing is evaluated then; a last part without a blank line is one document, too few for pairs of them."""
+    (tmp_path / "text").write_text(PARAGRAPHS + "Now it is quiet.\n" * 6)
+    options = [str(tmp_path / "text"), "--out", str(tmp_path / "run"), *QUICK, "--held-out"]
+    assert main(["train", *options, "0.03" if objective == "next-sentence" else "0.005", "--objective", objective]) == 0
+    assert "held-out   loss" not in capsys.readouterr().out
+
+
+def test_train_with_a_context_of_one(text, tmp_path, capsys):
+    """There is no room for a prompt and what follows, so nothing is written."""
+    assert main(["train", str(text), "--out", str(tmp_path / "run"), *QUICK, "--context", "1"]) == 0
+    assert f"model      {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+
+
 def test_objectives_and_models_that_do_not_fit(text, capsys):
     assert main(["train", str(text), "--objective", "masked", "--model", "gpt2"]) == 2
     assert "--model must be bert or albert for --objective masked, got gpt2" in capsys.readouterr().err

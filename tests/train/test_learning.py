@@ -169,6 +169,15 @@ def test_xlnet_that_is_causal_learns_the_next_token():
     assert steps[-1].loss < steps[0].loss - 0.3
 
 
+def test_held_out_text_of_one_document():
+    """It gives no pairs; where it is to be evaluated, that is said."""
+    objective = RUNS["next"][1]
+    short = data.Corpus(CORPUS.train, np.arange(6, 36, dtype=np.uint16), V)
+    assert len(list(train(RUNS["next"][0](1), short, objective=objective, steps=2, batch=2, context=24))) == 2
+    with pytest.raises(ValueError, match=r"eval_every needs held-out data: .* for sentence pairs one of several documents"):
+        train(RUNS["next"][0](1), short, objective=objective, steps=2, batch=2, context=24, eval_every=1)
+
+
 def test_documents_with_held_out_ones():
     objective = RUNS["next"][1]
     held = data.Documents.cut(CORPUS.validation, (5,))
