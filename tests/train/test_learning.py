@@ -169,6 +169,17 @@ def test_xlnet_that_is_causal_learns_the_next_token():
     assert steps[-1].loss < steps[0].loss - 0.3
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_rows_of_special_tokens_do_not_end_a_run(name):
+    """Nothing can be asked of them: a batch that has no other row counts for nothing, and the run goes on."""
+    tokens = np.array(([5, 6, 7, 5, 5] + [3] * 120 + [5, 8, 9, 5, 5] + [3] * 120) * 3, np.uint16)
+    make, objective = RUNS[name]
+    options = {"steps": 20, "batch": 1, "context": 24, "eval_every": 20}
+    seen = list(train(make(1), data.Corpus(tokens, tokens, V), objective=objective, **options))
+    assert all(np.isfinite([s.loss, s.grad_norm]).all() and not s.skipped for s in seen)
+    assert len({s.loss for s in seen}) > 1
+
+
 def test_held_out_text_of_one_document():
     """It gives no pairs; where it is to be evaluated, that is said."""
     objective = RUNS["next"][1]
