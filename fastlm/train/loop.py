@@ -89,7 +89,8 @@ def train(
     device: Any = None,
     dtype: str = "float32",
 ) -> Generator[Step, None, None]:
-    """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine, clipping by norm.
+    """Trains the model in place, one `Step` for each update: AdamW, warm-up and cosine, clipping by norm. Parts that were frozen
+    (`model.embeddings.freeze()`) stay as they are; a model that is frozen as a whole is trained as a whole.
 
     lr: the highest rate (default: by width, see default_lr); min_lr: the last (lr / 10).
 
@@ -143,7 +144,7 @@ def train(
             "one of several documents."
         )
     half = _place(model, device, dtype)
-    model.train()
+    _wake(model)
     optimizer = AdamW(model, betas, eps, weight_decay)
     there = None if model.device is None else DeviceStep(model, optimizer, accumulate, clip)
     here = HostStep(model, optimizer, accumulate)
@@ -213,6 +214,16 @@ def _check_model(model: Any) -> None:
         raise ValueError(
             f"[train] model must have weights, {bare} has none yet: fastlm.models.create makes them, declare does not."
         )
+
+
+def _wake(model: Any) -> None:
+    """Every parameter wants a gradient, but for those that were frozen beside others that were not."""
+    parameters = model.named_parameters().values()
+    frozen = [p for p in parameters if not p.requires_grad]
+    model.train()
+    if len(frozen) < len(parameters):
+        for p in frozen:
+            p.requires_grad = False
 
 
 def _whole(name: str, value: Any, low: int, op: str = "train") -> int:

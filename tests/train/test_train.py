@@ -176,6 +176,36 @@ def test_nothing_asked_is_no_loss(corpus):
     assert mean_loss(small(), nothing + something) == mean_loss(small(), something)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("record", ["0", "1"])
+def test_frozen_parts_stay_as_they_are(corpus, tmp_path, monkeypatch, record, recompute):
+    """From Python and recorded; what is left learns, and a run that was stopped goes on exactly."""
+    monkeypatch.setenv("FASTLM_RECORD", record)
+
+    def learn(out, stop=None, resume=False, frozen=("token_embedding", "blocks.0")):
+        model = small()
+        for name in frozen:
+            (model.blocks[0] if "." in name else getattr(model, name)).freeze()
+        options = {"steps": 8, "batch": 4, "warmup": 0, "lr": 1e-2, "recompute": recompute}
+        for step in train(model, corpus, out=tmp_path / out, resume=resume, **options):
+            if step.step == stop:
+                break
+        return model
+
+    model, before = learn("whole"), small().named_parameters()
+    for name, p in model.named_parameters().items():
+        frozen = name.startswith(("token_embedding.", "blocks.0."))
+        assert np.array_equal(p.data, before[name].data) == frozen, name
+        assert p.requires_grad != frozen
+    learn("half", stop=5)
+    same(model, learn("half", resume=True))
+    with pytest.raises(ValueError, match="optimiser's state does not fit the model"):
+        learn("half", resume=True, frozen=())
+    every = small().freeze()
+    list(train(every, corpus, steps=2, batch=4, warmup=0))
+    assert all(not np.array_equal(p.data, before[name].data) for name, p in every.named_parameters().items())
+
+
 def test_accumulation_is_a_larger_batch():
     tokens = np.random.default_rng(0).integers(0, 128, (6, 4, 17)).astype(np.int32)
     a, b = small(), small()
