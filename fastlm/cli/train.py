@@ -45,10 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     lm, finished = train_text(None if arguments.resume else read(arguments.text), arguments)
     if not finished:
         return 130
-    assert lm.tokenizer is not None
-    word = lm.tokenizer.decode(open_corpus(out / "tokens").train[:40]).split()[0]
     if isinstance(lm.model, CausalLM):
-        print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(word)}")
+        print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(_word(lm, open_corpus(out / 'tokens')))}")
     return 0
 
 
@@ -142,6 +140,15 @@ def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argpar
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def _word(lm: LM, corpus: Corpus) -> str:
+    """A prompt: the text's first word, which may come after a page of blanks."""
+    assert lm.tokenizer is not None
+    for begin in range(0, len(corpus.train), 40):
+        if words := lm.tokenizer.decode(corpus.train[begin : begin + 40]).split():
+            return str(words[0])
+    return _opening(lm)
 
 
 def _opening(lm: LM) -> str:

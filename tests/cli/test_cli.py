@@ -155,6 +155,14 @@ def test_train_with_a_context_of_one(text, tmp_path, capsys):
     assert f"model      {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
 
 
+def test_text_that_begins_with_blank_lines(tmp_path, capsys):
+    """The prompt that is suggested at the end is the first word there is, wherever it stands."""
+    text, out = tmp_path / "late.txt", tmp_path / "run"
+    text.write_text("\n" * 200 + TEXT)
+    assert main(["train", str(text), "--out", str(out), "--steps", "2", *SMALL]) == 0
+    assert capsys.readouterr().out.endswith(f"Try: fastlm generate {out / 'model'} 300\n")
+
+
 def test_objectives_and_models_that_do_not_fit(text, capsys):
     assert main(["train", str(text), "--objective", "masked", "--model", "gpt2"]) == 2
     assert "--model must be bert or albert for --objective masked, got gpt2" in capsys.readouterr().err
