@@ -61,8 +61,6 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         if len(corpus.train) <= arguments.context:
             raise ValueError(f"the text has only {len(corpus.train)} tokens to train on, the context is {arguments.context}")
         tokenizer.save(out / "tokenizer")
-        settings = {name: getattr(arguments, name) for name in SETTINGS}
-        (out / "run.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     else:
         tokenizer, corpus = Tokenizer.from_folder(out / "tokenizer"), open_corpus(out / "tokens")
     objective, model = objectives.objective(tokenizer, arguments), objectives.model(arguments, tokenizer.vocab_size)
@@ -78,6 +76,9 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         eval_every=arguments.eval_every if evaluated else 0, save_every=arguments.save_every,
         eval_batches=20, resume=text is None, tokenizer=tokenizer, device=arguments.device, dtype=arguments.dtype,
     )  # fmt: skip
+    if text is not None:  # now that nothing was refused: a folder with a run.json is not begun again
+        settings = {name: getattr(arguments, name) for name in SETTINGS}
+        (out / "run.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     started = time.perf_counter()
     done = 0
     with interruptible() as interrupted, Progress(arguments.steps) as progress:

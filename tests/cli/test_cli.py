@@ -155,6 +155,17 @@ def test_train_with_a_context_of_one(text, tmp_path, capsys):
     assert f"model      {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
 
 
+def test_refused_options_leave_no_run(text, tmp_path, capsys):
+    """The same command, put right, begins the run."""
+    out = tmp_path / "run"
+    begin = ["train", str(text), "--out", str(out), "--steps", "2", *SMALL]
+    assert main([*begin, "--lr", "-1"]) == 2
+    assert "lr and clip must be positive" in capsys.readouterr().err
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert main(begin) == 0
+
+
 def test_text_that_begins_with_blank_lines(tmp_path, capsys):
     """The prompt that is suggested at the end is the first word there is, wherever it stands."""
     text, out = tmp_path / "late.txt", tmp_path / "run"
