@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, NotImplementedError)
+# ImportError is what fastlm._C raises for a FASTLM_ISA or FASTLM_NUM_THREADS that cannot be.
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, NotImplementedError, OverflowError, ImportError)
+LARGEST = (1 << 63) - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +44,8 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings
+        default = action.default  # 0 is one to be said, unlike False
+        shown = action.option_strings and default not in (None, [], argparse.SUPPRESS) and default is not False
         return f"{text} (default: %(default)s)".strip() if shown else text
 
 
@@ -125,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--held-out", type=float, default=0.1, help="share of the text that is kept for evaluation")
     p.add_argument("--eval-every", type=_positive, default=250, help="steps")
     p.add_argument("--save-every", type=_positive, default=500, help="steps")
-    p.add_argument("--seed", type=int, default=1337, help="of the first weights and of the batches")
+    p.add_argument("--seed", type=_seed, default=1337, help="of the first weights and of the batches")
     _device(p, "weights and activations; float32 ones are kept beside them")
 
     p = command("generate", "continue a text", "text:generate")
@@ -143,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("eval", "perplexity of a model on a text file", "text:evaluate")
     _model(p)
     p.add_argument("text", metavar="TEXT", help="text file in UTF-8")
-    p.add_argument("--context", type=_positive, help="tokens that the model sees (default: the model's)")
+    p.add_argument("--context", type=_positive, help="tokens that the model sees (default: the model's, at most 2048)")
     p.add_argument("--stride", type=_positive, help="tokens between two windows (default: the context)")
     p.add_argument("--max-tokens", type=_positive, help="only the first tokens of the text")
 
@@ -170,13 +173,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("name", metavar="NAME", help="a preset, as in fastlm.models.PRESETS, or glam-1.2t")
     p.add_argument("--devices", type=_positive, default=8, metavar="N", help="accelerators to train on")
     p.add_argument("--memory", type=_positive, default=80, metavar="GB", help="of each device")
-    p.add_argument("--context", type=_positive, metavar="T", help="tokens of a sequence (default: the model's)")
+    p.add_argument("--context", type=_positive, metavar="T", help="tokens of a sequence (default: what the model was trained on)")
     p.add_argument("--layers", type=_positive, help="also run one training step here with so many layers")
     p.add_argument("--width", type=_positive, help="of the model that is run, a multiple of 16")
 
     p = command("verify", "compare a model's hidden states and logits with a reference, layer by layer", "verify:run")
     p.add_argument("folder", metavar="FOLDER", nargs="?", help="a Hugging Face folder or id, or a GGUF file")
-    p.add_argument("--reference", metavar="NPZ", help="golden file: ids, logits, states.0 ... (--script writes one)")
+    p.add_argument("--reference", metavar="NPZ", help="golden file: ids, embedding, layer.0 ..., final, logits (see --script)")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest error, relative to max(1, |value|)")
     p.add_argument("--script", action="store_true", help="only print the script that writes the reference with transformers")
 
@@ -209,17 +212,29 @@ def _device(p: argparse.ArgumentParser, what: str, default: str | None = "float3
 def _sampling(p: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:
     p.add_argument("--max-tokens", type=_positive, default=max_tokens, help="end after this many")
     p.add_argument("--temperature", type=float, default=temperature, help="0 always takes the likeliest token")
-    p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
+    p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0 is all")
     p.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens that make up this probability")
     p.add_argument("--min-p", type=float, default=0.0, help="only tokens at least this likely, relative to the likeliest")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    p.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same text")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    """The number, or a refusal by argparse, which puts the option's name before it."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text[:40]!r}") from None
+    if not low <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be {f'at least {low}' if value < low else 'below 2^63'}, got {text[:40]}")
     return value
 
 

@@ -36,7 +36,7 @@ def text(tmp_path):
 
 
 def test_help_of_every_command(capsys):
-    names = ["demo", "info", "train", "generate", "chat", "eval", "bench", "convert"]
+    names = ["demo", "info", "train", "generate", "chat", "eval", "bench", "plan", "verify", "convert"]
     for name in names:
         with pytest.raises(SystemExit) as ended:
             parser().parse_args([name, "--help"])
@@ -56,6 +56,15 @@ def test_info_names_machine_and_kernels(capsys):
     for op in ("matmul", "attention", "layer_norm"):
         assert any(line.split() == [op, f"cpu/{_C.isa()}"] for line in out.splitlines()), op
     assert "roof" not in out
+
+
+def test_help_says_every_default(capsys):
+    """0 too, which is a default like any other."""
+    with pytest.raises(SystemExit):
+        parser().parse_args(["generate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for option, default in (("--top-k", "0"), ("--min-p", "0.0"), ("--seed", "0"), ("--beams", "1"), ("--temperature", "0.8")):
+        assert f"(default: {default})" in out.split(f" {option} ")[-1].split(" --")[0], option
 
 
 @pytest.mark.parametrize(
@@ -83,12 +92,33 @@ def test_errors_are_one_line(arguments, capsys, tmp_path, monkeypatch):
         main(arguments)
 
 
-def test_bad_options_are_refused(capsys):
-    for arguments in (["train", "x", "--steps", "0"], ["train", "x", "--layers", "many"], ["nosuch"], []):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
-    capsys.readouterr()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "x", "--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["train", "x", "--layers", "many"], "argument --layers: must be a whole number, got 'many'"),
+        (["train", "x", "--seed", "-1"], "argument --seed: must be at least 0, got -1"),
+        (["generate", "x", "y", "--seed", str(1 << 63)], "argument --seed: must be below 2^63, got 9223372036854775808"),
+        (["plan", "gpt2", "--memory", "1" + "0" * 400], "argument --memory: must be below 2^63, got 1000"),
+        (["nosuch"], "invalid choice: 'nosuch'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [{"FASTLM_ISA": "sse9"}, {"FASTLM_NUM_THREADS": "many"}])
+def test_bad_settings_are_one_line(setting):
+    """They are found out when fastlm._C is imported."""
+    info = command("info", env={**setting, "FASTLM_DEBUG": ""})
+    printed, errors = info.communicate(timeout=120)
+    assert (info.returncode, printed) == (2, "")
+    assert errors.startswith(f"fastlm: {next(iter(setting))} must be")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", [["--tokenizer", "char"], ["--tokenizer", "bpe", "--vocab-size", "300", "--model", "llama"]])
