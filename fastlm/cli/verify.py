@@ -14,6 +14,8 @@ For an encoder-decoder `ids` is the source, `mask` its mask, `decoder_ids` (B, T
 from __future__ import annotations
 
 import argparse
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,9 +146,12 @@ _INPUTS = ("ids", "mask", "segments", "decoder_ids")
 
 
 def read(path: str) -> dict[str, Array]:
-    """The arrays of the reference. ValueError where there are no ids or nothing to compare."""
-    with np.load(Path(path), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    """The arrays of the reference. ValueError where it is no npz file, or there are no ids or nothing to compare."""
+    try:
+        with zipfile.ZipFile(path), np.load(Path(path), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:  # not even a zip file, damaged, or with objects in it
+        raise ValueError(f"[verify] {path} must be an npz file of numbers, as numpy.savez writes it: {error}") from None
     if "ids" not in arrays or not arrays.keys() - set(_INPUTS):
         raise ValueError(
             f"[verify] {path} must hold ids and any of embedding, layer.0 ..., final, logits; got {', '.join(arrays) or 'nothing'}. "

@@ -115,6 +115,22 @@ def test_refuses(changes, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["empty", "text", "one array", "cut off", "damaged", "objects"])
+def test_refuses_what_is_no_npz_file(kind, tmp_path, capsys):
+    path = tmp_path / "golden.npz"
+    write_reference("qwen3", path, **({"logits": np.array([None])} if kind == "objects" else {}))
+    raw = path.read_bytes()
+    if kind == "one array":
+        with open(path, "wb") as file:
+            np.save(file, GOLDEN["qwen3.logits"])
+    elif kind != "objects":
+        middle = len(raw) // 2
+        damaged = raw[:middle] + bytes([raw[middle] ^ 255]) + raw[middle + 1 :]
+        path.write_bytes({"empty": b"", "text": b"ids 1 2 3\n", "cut off": raw[:-40], "damaged": damaged}[kind])
+    assert main(["verify", str(DATA / "decoders" / "qwen3"), "--reference", str(path)]) == 2
+    assert f"[verify] {path} must be an npz file of numbers" in capsys.readouterr().err
+
+
 def test_refuses_without_reference(tmp_path, capsys):
     np.savez(tmp_path / "golden.npz", tokens=[1])
     assert main(["verify", "x", "--reference", str(tmp_path / "golden.npz")]) == 2
