@@ -199,7 +199,11 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--quantize", metavar="KIND", choices=_KINDS, help=f"put the weights into blocks: {', '.join(_KINDS)} (every bit kept)"
     )
-    p.add_argument("--activations", choices=["float32", "int8"], default="float32", help="of quantised weights; int8 is faster")
+    p.add_argument(
+        "--activations",
+        choices=["float32", "int8"],
+        help="of quantised weights; int8 is faster (default: float32; int8 with Q8_ROW)",
+    )
     p.add_argument("--cache", choices=["float32", "bfloat16", "int8"], default="float32", help="how keys and values are kept")
     _device(p, "weights (default: as they are stored)", None)
 

@@ -19,7 +19,8 @@ def loaded(arguments: argparse.Namespace) -> LM:
     lm = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     if arguments.quantize:
         lm.quantize(arguments.quantize)
-    lm.activations = arguments.activations
+    if arguments.activations is not None:  # else what goes with the weights
+        lm.activations = arguments.activations
     lm.cache = arguments.cache
     return lm
 

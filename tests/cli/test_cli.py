@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastlm
-from fastlm import _C, models
+from fastlm import _C, cli, models
 from fastlm.cli import main, objectives, parser
 
 TREE = Path(fastlm.__file__).parent.parent
@@ -250,6 +250,20 @@ def test_convert_llama2c(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
     assert main(["convert", str(source / "stories260K.bin"), str(target)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", cli._KINDS)
+def test_quantize(kind, tmp_path, capsys):
+    """Every kind that the help names, without and with another option."""
+    tokenizer = fastlm.Tokenizer.characters("abcdefgh")
+    model = models.create(models.GPTConfig(tokenizer.vocab_size, context=64, d_model=32, n_layer=1, n_head=2))
+    fastlm.LM(model, tokenizer).save(tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "abc", "--temperature", "0", "--max-tokens", "8", "--quantize", kind]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("abc")
+    other = {"LOSSLESS": "float32"}.get(kind, "int8")
+    assert main([*command, "--activations", other]) == 0
+    assert capsys.readouterr().out.startswith("abc")
 
 
 def test_chat(tmp_path, capsys, monkeypatch):
