@@ -60,15 +60,16 @@ def sample(
     Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, +inf or all -inf.
     """
     xd = check.array("sample", "logits", data(logits), at_least=1)
-    B, _ = _two_axes("sample", "logits", xd)
+    B, V = _two_axes("sample", "logits", xd)
     if not 0 <= temperature <= _MOST:
         raise ValueError(f"[sample] temperature must be at least 0 (0: greedy) and finite in float32, got {temperature}.")
     if not 0 <= top_p <= 1:
         raise ValueError(f"[sample] top_p must be from 0 to 1 (1: off), got {top_p}.")
     if not 0 <= min_p <= 1:
         raise ValueError(f"[sample] min_p must be from 0 to 1 (0: off), got {min_p}.")
-    if not (top_k >= 0 and top_k % 1 == 0):
-        raise ValueError(f"[sample] top_k must be at least 0 (0: off) and whole, got {top_k}.")
+    if not isinstance(top_k, (int, np.integer)) or top_k < 0:
+        raise ValueError(f"[sample] top_k must be an integer of at least 0 (0: off), got {top_k!r}.")
+    top_k = int(min(top_k, V))  # a kernel's integers end
     if not _LEAST <= repetition_penalty <= _MOST:
         raise ValueError(
             f"[sample] repetition_penalty must be greater than 0 (1: off) and finite in float32, got {repetition_penalty}."
@@ -77,7 +78,7 @@ def sample(
         ids, begin = _previous_there(previous, B, xd) if repetition_penalty != 1 and previous is not None else (None, None)
         u = _uniform_there(uniform, seed, step, B, xd)
         token = _tokens("sample", out, (B,), xd)
-        kernels(xd).sample(token, xd, u, ids, begin, int(top_k), top_p, temperature, min_p, repetition_penalty)
+        kernels(xd).sample(token, xd, u, ids, begin, top_k, top_p, temperature, min_p, repetition_penalty)
         return token
     ids = begin = None
     if repetition_penalty != 1 and previous is not None:
@@ -98,7 +99,7 @@ def sample(
         else:
             _C.philox_uniforms(u, _one_each("seed", seed, B, np.uint64), steps)
     token = _tokens("sample", out, (B,))
-    bad = _C.sample(token, xd, u, ids, begin, int(top_k), float(top_p), temperature, min_p, repetition_penalty, key, at)
+    bad = _C.sample(token, xd, u, ids, begin, top_k, float(top_p), temperature, min_p, repetition_penalty, key, at)
     if bad >= 0:
         _refuse("sample", "logits", bad, int(token[bad]))
     return token

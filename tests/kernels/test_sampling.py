@@ -241,6 +241,12 @@ def test_extreme_but_finite(isa):
         ops.sample(x, temperature=1e-3)
 
 
+def test_top_k_of_the_vocabulary_or_more_drops_nothing():
+    x = np.random.default_rng(3).standard_normal((64, 9)).astype(np.float32)
+    for k in (9, 10, 1 << 40, 1 << 80):
+        np.testing.assert_array_equal(ops.sample(x, top_k=k, seed=5), ops.sample(x, seed=5))
+
+
 def test_refuses():
     x = np.zeros((2, 8), np.float32)
     for name, bad, message in [
@@ -249,9 +255,9 @@ def test_refuses():
         ("top_p", 1.5, r"top_p must be from 0 to 1"),
         ("min_p", -0.1, r"min_p must be from 0 to 1"),
         ("temperature", 1e39, r"temperature must be .* finite in float32, got 1e\+39"),
-        ("top_k", -1, r"top_k must be at least 0"),
-        ("top_k", 2.5, r"top_k must be at least 0 \(0: off\) and whole, got 2\.5"),
-        ("top_k", np.nan, r"top_k must be at least 0 \(0: off\) and whole, got nan"),
+        ("top_k", -1, r"top_k must be an integer of at least 0"),
+        ("top_k", 2.5, r"top_k must be an integer of at least 0 \(0: off\), got 2\.5"),
+        ("top_k", np.nan, r"top_k must be an integer of at least 0 \(0: off\), got nan"),
         ("repetition_penalty", 1e-46, r"repetition_penalty must be .* finite in float32, got 1e-46"),
         ("repetition_penalty", 1e39, r"repetition_penalty must be .* finite in float32, got 1e\+39"),
         ("repetition_penalty", 0.0, r"repetition_penalty must be greater than 0"),
