@@ -72,6 +72,8 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
     found = [(name, p, k) for name, p, k in chosen if k == ROW or p.shape[-1] % FORMATS[k][1] == 0]
     if not found:
         raise ValueError("[quantize] the model has no matrix whose rows are a multiple of 32 long.")
+    for name, p, _ in found:  # before the first is replaced: its numbers would be lost
+        _check_finite(name, p.data)
     for name, p, k in found:
         try:
             p.data = quantized(_float(name, p.data), k).with_activations(activations if rounds(name) else _WIDE[activations])
@@ -134,6 +136,15 @@ def activations_of(model: LanguageModel) -> str:
 def _check(activations: str) -> None:
     if activations not in ACTIVATIONS:
         raise ValueError(f"[activations] must be 'float32' or 'int8', got {activations!r}.")
+
+
+def _check_finite(name: str, w: Any) -> None:
+    """ValueError for a plain matrix of the host that holds a number that is not finite."""
+    if not isinstance(w, np.ndarray):
+        return
+    bad = np.flatnonzero(~np.isfinite(w).reshape(-1, w.shape[-1]).all(axis=1))
+    if bad.size:
+        raise ValueError(f"[quantize] {name}: every number must be finite, and in row {bad[0]} not all are. Nothing was quantised.")
 
 
 def _float(name: str, w: Any) -> Any:

@@ -168,8 +168,10 @@ def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'Q8_0'"):
         lm.to("Q8_0")
     lm.model.blocks[0].mlp.up.weight.data[5, 3] = np.nan
-    with pytest.raises(ValueError, match=r"blocks.0.mlp.up.weight: every number must be finite .* row 5"):
+    before = {name: p.data for name, p in lm.model.named_parameters().items()}
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.up.weight: every number must be finite.* row 5"):
         lm.quantize("Q8_0")
+    assert all(p.data is before[name] for name, p in lm.model.named_parameters().items())  # none is lost
     lm = LM(models.create(models.preset("gpt2", n_layer=1, d_model=48, n_head=3, vocab_size=100, d_ff=80), seed=0))
     with pytest.raises(ValueError, match="no matrix whose rows are a multiple of 32"):
         lm.quantize("Q8_0")
