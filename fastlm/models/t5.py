@@ -99,9 +99,13 @@ class RelativePosition(Module):
     """The table of biases that a stack's self-attention shares: positions (T,) or (B, T) -> (1 or B, H, T, S) for keys 0 .. S - 1."""
 
     def __init__(self, c: T5Config, both: bool) -> None:
-        if c.n_bucket < 4 or c.max_distance <= c.n_bucket // 2:
+        if c.n_bucket < 4:
+            raise ValueError(f"[config] n_bucket must be at least 4, so that each direction has two, got {c.n_bucket}.")
+        exact = c.n_bucket // (4 if both else 2)
+        if c.max_distance <= exact:  # there the logarithm of the reference's rule changes its sign
             raise ValueError(
-                f"[config] n_bucket must be at least 4 and max_distance above n_bucket / 2, got {c.n_bucket} and {c.max_distance}."
+                f"[config] max_distance must be greater than {exact}, the distances that have a bucket each of n_bucket = {c.n_bucket}, "
+                f"got {c.max_distance}."
             )
         self.weight = parameter(c.n_bucket, c.n_head, std=c.d_model**-0.5)
         self.center = c.max_distance

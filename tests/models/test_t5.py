@@ -172,6 +172,20 @@ def test_buckets():
     assert set(one_way[: 200 - 127]) == {31}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_bucket": 3}, "n_bucket must be at least 4, .* got 3"),
+        ({"n_bucket": 32, "max_distance": 16}, "max_distance must be greater than 16, .* of n_bucket = 32, got 16"),
+        ({"n_bucket": 32, "max_distance": 10}, "max_distance must be greater than 16, .* got 10"),
+        ({"n_bucket": 32, "max_distance": 8}, "max_distance must be greater than 8, .* got 8"),
+    ],
+)
+def test_buckets_that_mean_nothing(changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.declare(models.preset("t5-small", n_layer=1, n_encoder_layer=1, **changes))
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_position_bias(both):
     """The table over distances says what the reference's rule says of each pair, far beyond the largest distance."""
