@@ -99,7 +99,7 @@ def train(
     (default, for causal models: the next token). batch sequences of `context` tokens (default: the model's, at most 512 where nothing
     in it sets a limit) make a forward pass; `accumulate` of these make an update. eval_every: how often the objective's loss over the
     held-out data is taken (at most eval_batches batches), and after the last step. out: a folder for log.jsonl and, every
-    save_every steps, at the end, and where the loop is left early (`break`), a checkpoint. resume: go on from the newest checkpoint
+    save_every steps, at the end, and where the loop is left early (`break`, Ctrl-C), a checkpoint. resume: go on from the newest checkpoint
     in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. Without it `out` must hold no checkpoint:
     the newest two are kept, and those of another run would be taken for this one's. tokenizer: saved with the checkpoints.
     recompute: a block's activations are not kept but computed again in the backward pass: less memory, a quarter more time, the same
@@ -173,15 +173,33 @@ def train(
                 first = checkpoint.restore(found[-1], model, optimizer, settings)
             optimizer.refresh()
         log = None if folder is None else Log(folder, first)
+        saved = first
+
+        def save(step: int) -> None:
+            nonlocal saved
+            if folder is not None and step != saved:
+                with optimizer.exact():
+                    checkpoint.write(folder, step, model, optimizer, tokenizer, settings)
+                saved = step
+
         for n in range(first, steps):
             start = time.perf_counter()
             backend.reset_peak()
             rate = warmup_cosine(n, steps, peak, last, warmup)
-            loss, norm, tokens, flops = _update(optimizer, batches.batch, costs, n, accumulate, rate, clip, there, here)
+            before, interrupted = optimizer.updates, None
+            try:
+                loss, norm, tokens, flops = _update(optimizer, batches.batch, costs, n, accumulate, rate, clip, there, here)
+            except KeyboardInterrupt:
+                if there is None and optimizer.updates == before:  # this update has written nothing yet
+                    save(n)
+                raise
             seconds, memory = time.perf_counter() - start, backend.memory()["peak"] if there is None else there.device.memory()
             validation = None
             if batches.held_out is not None and eval_every and ((n + 1) % eval_every == 0 or n + 1 == steps):
-                validation = mean_loss(model, batches.held_out())
+                try:
+                    validation = mean_loss(model, batches.held_out())
+                except KeyboardInterrupt as e:
+                    interrupted = e
             step = Step(
                 n + 1, steps, loss, rate, norm, tokens / seconds, flops / seconds, seconds * (steps - n - 1),
                 validation, not math.isfinite(loss + norm), memory, "cpu" if there is None else there.device.name,
@@ -190,17 +208,14 @@ def train(
                 warnings.warn(f"[train] step {n + 1} skipped: loss {loss}, gradient norm {norm}", RuntimeWarning, stacklevel=2)
             if log is not None:
                 log.write(step.record())
-            saved = folder is None
-            if folder is not None and ((save_every and (n + 1) % save_every == 0) or n + 1 == steps):
-                with optimizer.exact():
-                    checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
-                saved = True
+            if (save_every and (n + 1) % save_every == 0) or n + 1 == steps or interrupted is not None:
+                save(n + 1)
+            if interrupted is not None:
+                raise interrupted
             try:
                 yield step
             except GeneratorExit:  # the loop was left early
-                if folder is not None and not saved:
-                    with optimizer.exact():
-                        checkpoint.write(folder, n + 1, model, optimizer, tokenizer, settings)
+                save(n + 1)
                 raise
 
     return run()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,7 @@ from fastlm import backend, data, hub, models
 from fastlm.checkpoint import read_json
 from fastlm.lm import LM
 from fastlm.models.base import names
-from fastlm.train import AdamW, checkpoints, default_lr, evaluate, read_log, train, warmup_cosine
-from fastlm.train.loop import mean_loss
+from fastlm.train import AdamW, checkpoints, default_lr, evaluate, loop, read_log, train, warmup_cosine
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SETTINGS = json.loads((MODELS / "training.json").read_text())
@@ -171,9 +172,35 @@ def test_numbers_of_numpy_are_numbers(corpus, tmp_path):
 
 def test_nothing_asked_is_no_loss(corpus):
     nothing = [data.Batch(np.ones((2, 4), np.int32), np.full((2, 4), -100, np.int32))]
-    assert math.isnan(mean_loss(small(), nothing))
+    assert math.isnan(loop.mean_loss(small(), nothing))
     something = [data.Batch(np.ones((2, 4), np.int32), np.ones((2, 4), np.int32))]
-    assert mean_loss(small(), nothing + something) == mean_loss(small(), something)
+    assert loop.mean_loss(small(), nothing + something) == loop.mean_loss(small(), something)
+
+
+@pytest.mark.parametrize("where", ["batch", "evaluation", "update"])
+def test_ctrl_c_saves(corpus, tmp_path, monkeypatch, where):
+    """It comes while a step is computed, hardly ever in the body of the loop: then the last whole step is saved."""
+    whole, _ = run(corpus, steps=12, save_every=0)
+
+    def pressed(at, function):
+        calls = iter(range(1000))
+        return lambda *given: os.kill(os.getpid(), signal.SIGINT) if next(calls) == at else function(*given)
+
+    with monkeypatch.context() as patch:
+        if where == "batch":  # the second of step 8
+            patch.setattr(data.Loader, "batch", pressed(15, data.Loader.batch))
+        elif where == "evaluation":  # that after step 5
+            patch.setattr(loop, "mean_loss", pressed(0, loop.mean_loss))
+        else:
+            patch.setattr(loop.AdamW, "update", pressed(7, AdamW.update))
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "run", steps=12, save_every=0)
+    at = 5 if where == "evaluation" else 7
+    assert [p.name for p in checkpoints(tmp_path / "run")] == [f"step-{at:06d}"]
+    resumed, rest = run(corpus, tmp_path / "run", steps=12, save_every=0, resume=True)
+    assert rest[0].step == at + 1
+    same(whole, resumed)
+    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
