@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from fastlm.tokenizers.errors import TokenizerError, typed
+from fastlm.tokenizers.errors import TokenizerError, check_unicode, typed
 
 FUEL = 5_000_000  # instructions; a chat of 1000 messages takes some 50,000
 _LONGEST = 1 << 20  # characters of a template
@@ -61,6 +61,9 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
     for i, message in enumerate(plain):
         if not isinstance(message.get("role"), str):
             raise TokenizerError(f"[chat] message {i} must be a mapping with role and content, got {message!r}")
+        for value in message.values():  # the library would put three other characters there
+            if isinstance(value, str):
+                check_unicode("[chat]", value)
     with typed("[chat] the chat template"):
         try:
             text: str = _environment(template).render_template("chat", messages=plain, **variables)

@@ -16,9 +16,11 @@ END = "<|endoftext|>"
 
 def trained_bpe(texts: Iterable[str | Path], vocab_size: int, special_tokens: Sequence[str] = (END,)) -> Backend:
     """Byte-level BPE with GPT-2's word pattern. A str is a text, a Path is a file of text."""
-    if vocab_size < 256 + len(special_tokens):
+    least = 256 + len(special_tokens)
+    if not least <= vocab_size < 1 << 31:
         raise TokenizerError(
-            f"[train_bpe] vocab_size must be at least 256 bytes + {len(special_tokens)} special tokens, got {vocab_size}"
+            f"[train_bpe] vocab_size must be at least {least}, 256 bytes and {len(special_tokens)} special tokens, and below 2^31, "
+            f"got {vocab_size}"
         )
     if isinstance(texts, (str, Path)):
         texts = [texts]

@@ -50,6 +50,26 @@ def test_stream_adds_up_to_decode(name: str) -> None:
             assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, special_tokens=special), ids
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name != "characters"])
+def test_refuses_half_a_surrogate_pair(name: str) -> None:
+    """As sys.argv and sys.stdin have it of bytes that are not UTF-8; a chat too, whose template would put other characters there."""
+    tokenizer = make(name)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    said = r"text must be Unicode, got the lone surrogate '\\udce9' at 3"
+    with pytest.raises(TokenizerError, match=rf"\[encode\] {said}"):
+        tokenizer.encode("caf\udce9")
+    with pytest.raises(TokenizerError, match=rf"\[chat\] {said}"):
+        tokenizer.chat([{"role": "user", "content": "caf\udce9"}])
+    with pytest.raises(TokenizerError, match=rf"\[characters\] {said}"):
+        Tokenizer.characters("caf\udce9")
+
+
+def test_refuses_a_vocabulary_that_cannot_be() -> None:
+    for size in (256, 1 << 31, 1 << 80):
+        with pytest.raises(TokenizerError, match=rf"vocab_size must be at least 257, .* and below 2\^31, got {size}"):
+            Tokenizer.train_bpe([TEXT], size)
+
+
 @pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "tok512", "trained"])
 def test_stream_shows_nothing_half(name: str) -> None:
     tokenizer = make(name)
