@@ -359,6 +359,8 @@ def test_refuses():
         load("distilbert.masked_lm").logits(ids, mask, np.zeros((3, 11), int))
     with pytest.raises(ValueError, match="head must be None or one of masked_lm"):
         models.declare(models.preset("bert-base-uncased", head="chat"))
+    with pytest.raises(ValueError, match=r"problem must be None or one of regression, single.*, got 'multi_label'"):
+        models.with_head(model, "sequence_classification", problem="multi_label")
     with pytest.raises(ValueError, match="has no layers; its fields are vocab_size"):
         models.preset("bert-base-uncased", layers=3)
 
