@@ -151,7 +151,9 @@ def read(path: str) -> dict[str, Array]:
         with zipfile.ZipFile(path), np.load(Path(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:  # not even a zip file, damaged, or with objects in it
-        raise ValueError(f"[verify] {path} must be an npz file of numbers, as numpy.savez writes it: {error}") from None
+        raise ValueError(f"[verify] {path} must be an npz file of arrays of numbers, as numpy.savez writes it: {error}") from None
+    if wrong := [f"{name} ({array.dtype})" for name, array in arrays.items() if array.dtype.kind not in "biuf"]:
+        raise ValueError(f"[verify] {path} must hold real numbers alone, got {', '.join(wrong)}.")
     if "ids" not in arrays or not arrays.keys() - set(_INPUTS):
         raise ValueError(
             f"[verify] {path} must hold ids and any of embedding, layer.0 ..., final, logits; got {', '.join(arrays) or 'nothing'}. "

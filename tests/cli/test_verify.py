@@ -128,7 +128,7 @@ def test_refuses_what_is_no_npz_file(kind, tmp_path, capsys):
         damaged = raw[:middle] + bytes([raw[middle] ^ 255]) + raw[middle + 1 :]
         path.write_bytes({"empty": b"", "text": b"ids 1 2 3\n", "cut off": raw[:-40], "damaged": damaged}[kind])
     assert main(["verify", str(DATA / "decoders" / "qwen3"), "--reference", str(path)]) == 2
-    assert f"[verify] {path} must be an npz file of numbers" in capsys.readouterr().err
+    assert f"[verify] {path} must be an npz file of arrays of numbers" in capsys.readouterr().err
 
 
 def test_refuses_without_reference(tmp_path, capsys):
@@ -137,6 +137,29 @@ def test_refuses_without_reference(tmp_path, capsys):
     assert "must hold ids and any of" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert "give FOLDER and --reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut", "npy", "cut", "flipped"])
+def test_refuses_what_is_no_npz(content, tmp_path, capsys):
+    """One line that says what is expected, whatever the file is."""
+    path = tmp_path / "golden.npz"
+    if content == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.ones(3))
+    else:
+        np.savez(path, ids=np.ones((2, 3), int), logits=np.ones((2, 3, 61)))
+        whole = bytearray(path.read_bytes())
+        whole[600] ^= content == "flipped"
+        path.write_bytes(content if isinstance(content, bytes) else whole[: 500 if content == "cut" else None])
+    assert main(["verify", str(DATA / "decoders" / "qwen3"), "--reference", str(path)]) == 2
+    assert "must be an npz file of arrays of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logits", [np.ones((2, 24, 61), complex), np.full((2, 24, 61), "a")])
+def test_refuses_what_is_no_number(logits, tmp_path, capsys):
+    write_reference("qwen3", tmp_path / "golden.npz", logits=logits)
+    assert main(["verify", str(DATA / "decoders" / "qwen3"), "--reference", str(tmp_path / "golden.npz")]) == 2
+    assert f"must hold real numbers alone, got logits ({logits.dtype})" in capsys.readouterr().err
 
 
 def test_script(capsys):
