@@ -162,6 +162,10 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
             raise ValueError(f"[rope] factors must be a list of numbers, got {value!r}.")
         if not all(type(n) in (int, float) and 0 < n <= sys.float_info.max for n in (value if many else [value])):
             raise ValueError(f"[rope] {key} must be a positive number, got {value!r}.")
+    if kind == "llama3" and given["low_freq_factor"] > given["high_freq_factor"]:
+        raise ValueError(
+            f"[rope] low_freq_factor must be at most high_freq_factor = {given['high_freq_factor']}, got {given['low_freq_factor']}."
+        )
     original = int(given.get("original_max_position_embeddings", context))
     if kind == "default":
         return Unscaled()
@@ -183,6 +187,8 @@ class Rope:
     def __init__(self, head_dim: int, base: float = 10000.0, scaling: Scaling | None = None) -> None:
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"[rope] head_dim must be even, got {head_dim}.")
+        if head_dim < 4 and isinstance(scaling, DynamicScaling):  # its base grows with the power dim / (dim - 2)
+            raise ValueError(f"[rope] head_dim must be at least 4 with rope_type 'dynamic', got {head_dim}.")
         self.head_dim, self.base, self.scaling = head_dim, base, scaling or Unscaled()
         self._cos = self._sin = np.zeros((0, head_dim // 2), np.float32)
         self._frequencies: Array | None = None

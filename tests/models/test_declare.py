@@ -99,6 +99,32 @@ def test_where_the_share_of_turned_dimensions_stands(key):
     assert convert.config_from_hf(models.phi3, given).rotary == 0.5
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "head_dim must be at least 4 with .*'dynamic', got 2",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            r"low_freq_factor must be at most high_freq_factor = 1\.0, got 4\.0",
+        ),
+    ],
+)
+def test_rope_that_means_nothing(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.declare(models.preset("llama-7b", n_layer=1, **change))
+
+
 def test_weights_refused_in_one_error():
     config = convert.config_from_hf(models.gpt, raw("gpt2"))
     model = models.declare(config)
