@@ -111,6 +111,14 @@ def holds_out(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Na
     return source(model, corpus, objective, arguments.batch, arguments.context, arguments.seed).held_out is not None
 
 
+def blind(model: Any, corpus: Corpus, objective: Any) -> float:
+    """The loss of taking every answer for as likely as any other."""
+    tokens = math.log(corpus.vocab_size)
+    if isinstance(objective, Replaced):  # and of two, whether a token was replaced
+        return tokens + float(model.weight) * math.log(2)
+    return tokens + (math.log(2) if isinstance(objective, SentencePairs) else 0.0)
+
+
 def guess(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Namespace) -> float:
     """The loss of guessing what is asked by its frequency, over 20 batches; of two answers that are as frequent, ln 2."""
     usable = corpus.validation if holds_out(model, corpus, objective, arguments) else corpus.train

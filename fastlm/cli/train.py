@@ -113,7 +113,8 @@ def describe(model: Any, corpus: Corpus, objective: Any, arguments: argparse.Nam
     there = backend.device(arguments.device)
     ours = f"{backend.isa()}, {backend.num_threads()} threads, {roof['gflops']:.0f} GFLOP/s at most"
     print(f"machine    {ours if there is None else there.name + ', ' + arguments.dtype}")
-    print(f"to beat    loss {math.log(corpus.vocab_size):.3f} guessing blindly, {guess:.3f} guessing by frequency\n", flush=True)
+    blind = objectives.blind(model, corpus, objective)
+    print(f"to beat    loss {blind:.3f} guessing blindly, {guess:.3f} guessing by frequency\n", flush=True)
     return guess
 
 

@@ -159,6 +159,9 @@ def test_train_by_other_objectives(tmp_path, capsys, objective):
     printed = capsys.readouterr().out
     guess, held = (float(printed.split(mark)[1].split()[0].rstrip(",)")) for mark in ("guessing blindly, ", "held-out   loss "))
     assert held < guess - 0.1, (held, guess)
+    blind = float(printed.split("to beat    loss ")[1].split()[0])
+    first = float(printed.split("step   1/150  loss ")[1].split()[0])
+    assert first == pytest.approx(blind, rel=0.05 if objective != "spans" else 0.2), "first weights know nothing"
     assert f"{objectives.MODELS[objective][0]}, {objective}, " in printed
     lm = fastlm.load(out / "model")
     assert lm.tokenizer is not None
