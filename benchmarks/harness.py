@@ -460,6 +460,11 @@ def main(
 ) -> int:
     """Measures what the file does not hold yet, or everything `again`, and writes the table and the plot beside it; 1 where an answer was
     wrong. `threads`: this number alone, else all and one."""
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"[bench] minutes must be above 0, got {minutes:g}.")
+    known = ("numpy", *peers.PEERS, "dense")
+    if unknown := [peer for peer in against if peer not in known]:
+        raise ValueError(f"[bench] no peer is called {', '.join(unknown)}; there are {', '.join(known)}.")
     most = backend.num_threads()
     rows = items(ops, (threads,) if threads else tuple(dict.fromkeys((most, 1))), wanted, everything, quick)
     found = peers.find(against)

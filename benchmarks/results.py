@@ -97,10 +97,10 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     """The lines of a file; none where it does not exist. ValueError for a line that is not one of ours."""
     path = Path(path)
     found = []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except ValueError:  # also where it is not UTF-8
             line = None
         if not isinstance(line, dict) or not {"op", "threads", "isa", "contestant"} <= set(line):
             raise ValueError(f"[bench] line {number} of {path} is not a measurement.")

@@ -108,6 +108,24 @@ def test_the_command_prints_the_table(measured, capsys, tmp_path):
     assert main(["bench", "--table", str(tmp_path / "other.jsonl")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "numpi"], "no peer is called numpi; there are numpy, torch, "),
+        (["--minutes", "0"], "minutes must be above 0, got 0."),
+        (["--minutes", "nan"], "minutes must be above 0, got nan."),
+        (["--table", "none.jsonl"], "no such file: none.jsonl"),
+        (["--table", "latin.jsonl"], "line 1 of latin.jsonl is not a measurement"),
+    ],
+)
+def test_the_command_refuses(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"op": "caf\xe9"}\n')
+    assert main(["bench", "rms_norm", "--quick", "--json", "out.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_every_target_is_a_case():
     found = {(r.op, harness.label(r.op, r.index), r.backward) for r in harness.items(threads=(1,))}
     assert found == set(targets.BY_KEY)

@@ -11,6 +11,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     a = arguments
     if a.table:
+        if not Path(a.table).exists():
+            raise FileNotFoundError(f"[bench] no such file: {a.table}")
         lines = results.read(a.table)
         if not lines:
             raise ValueError(f"[bench] {a.table} has no measurements.")
