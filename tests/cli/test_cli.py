@@ -193,7 +193,7 @@ def test_refused_options_leave_no_run(text, tmp_path, capsys):
     out = tmp_path / "run"
     begin = ["train", str(text), "--out", str(out), "--steps", "2", *SMALL]
     assert main([*begin, "--lr", "-1"]) == 2
-    assert "lr and clip must be positive" in capsys.readouterr().err
+    assert "lr must be greater than 0" in capsys.readouterr().err
     assert main(["train", "--out", str(out), "--resume"]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert main(begin) == 0

@@ -307,7 +307,7 @@ def test_gguf_of_values_that_no_model_has(name, key, value, message, monkeypatch
         ("t5/v1.1", {"relative_attention_max_distance": HUGE}, "max_distance must be an integer from 1 to 1048576"),
         ("t5/v1.1", {"relative_attention_num_buckets": 3}, "n_bucket must be at least 4"),
         ("models/llama", {"rms_norm_eps": 10**400}, "eps must be a positive number"),
-        ("models/llama", {"rope_parameters": 3}, "'rope_parameters' must be an object, got 3"),
+        ("models/llama", {"rope_parameters": 3}, "rope_scaling must be a mapping, got 3"),
         ("models/llama", {"rope_scaling": {"type": [1]}}, r"rope_type must be one of .*, got \[1\]"),
         ("models/llama", {"rope_scaling": {"rope_type": "linear", "factor": False}}, "factor must be a positive number, got False"),
         (
@@ -315,7 +315,7 @@ def test_gguf_of_values_that_no_model_has(name, key, value, message, monkeypatch
             {"rope_scaling": {"rope_type": "linear", "factor": [2.0]}},
             r"factor must be a positive number, got \[2.0\]",
         ),
-        ("decoders/phi3", {"rope_parameters": [1]}, r"'rope_parameters' must be an object, got \[1\]"),
+        ("decoders/phi3", {"rope_parameters": [1]}, r"rope_scaling must be a mapping, got \[1\]"),
         ("decoders/phi3", {"hidden_size": float("inf")}, "d_model must be an integer"),
         ("decoders/qwen3", {"layer_types": 5}, "layer_types must be a list, got 5"),
         ("xlnet/bi", {"n_head": 0}, "d_model / n_head must be integers"),
