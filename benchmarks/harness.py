@@ -507,6 +507,8 @@ def main(
         print(f"{len(todo) - done} rows are left; written to {path} and {table}")
         if report.draw(lines, picture):
             print(f"roofline drawn to {picture}")
+        else:
+            print(f"no roofline: {report.NOT_DRAWN}")
     return int(wrong)
 
 

@@ -13,6 +13,7 @@ from fastlm.benchmarks.results import Group
 if TYPE_CHECKING:
     from fastlm.benchmarks.harness import Row
 
+NOT_DRAWN = "pip install 'fastlm[plot]' draws it, where there are measurements of a roof"
 NAMES = {"ours": "fastlm", "ours_avx2": "fastlm on AVX2"}
 
 

@@ -108,6 +108,14 @@ def test_the_command_prints_the_table(measured, capsys, tmp_path):
     assert main(["bench", "--table", str(tmp_path / "other.jsonl")]) == 2
 
 
+def test_a_plot_that_is_asked_for_and_not_drawn(measured, capsys, monkeypatch, tmp_path):
+    """Without matplotlib the command says what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fastlm.benchmarks.roofline", raising=False)
+    assert main(["bench", "--table", str(measured[0]), "--plot", str(tmp_path / "roof.png")]) == 2
+    assert "roof.png is not drawn: pip install 'fastlm[plot]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,8 +17,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not lines:
             raise ValueError(f"[bench] {a.table} has no measurements.")
         print(report.markdown(lines), end="")
-        if a.plot:
-            report.draw(lines, Path(a.plot))
+        if a.plot and not report.draw(lines, Path(a.plot)):
+            raise RuntimeError(f"[bench] {a.plot} is not drawn: {report.NOT_DRAWN}")
         return 0
     if a.list:
         names = a.ops or harness.operations()
