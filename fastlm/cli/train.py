@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm import backend
-from fastlm.cli import objectives
+from fastlm.cli import objectives, parser
 from fastlm.cli.progress import Progress, clock, plot
 from fastlm.cli.text import read, unigram
 from fastlm.data import Corpus, open_corpus, prepare
@@ -36,8 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         if not (out / "run.json").exists():
             raise FileNotFoundError(f"{out} holds no run to go on with: {out / 'run.json'} is missing")
-        for name, value in json.loads((out / "run.json").read_text(encoding="utf-8")).items():
-            setattr(arguments, name, value)  # what an older run does not have keeps its default
+        go_on(arguments, json.loads((out / "run.json").read_text(encoding="utf-8")))
     elif arguments.text is None:
         raise ValueError("train needs a text file (or --resume with the --out of a run)")
     elif (out / "run.json").exists():
@@ -48,6 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(lm.model, CausalLM):
         print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(_word(lm, open_corpus(out / 'tokens')))}")
     return 0
+
+
+def go_on(arguments: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Takes a run's settings; what an older run does not have keeps its default. ValueError where the command line asks for others."""
+    usual = parser().parse_args(["train"])
+    asked = {name: getattr(arguments, name) for name in run if getattr(arguments, name, None) != getattr(usual, name, None)}
+    if differing := [f"{name} was {run[name]!r}, is {value!r}" for name, value in asked.items() if value != run[name]]:
+        raise ValueError(f"--resume goes on with what the run was started with, but {', '.join(differing)}: leave that out")
+    for name, value in run.items():
+        setattr(arguments, name, value)
 
 
 def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, bool]:
@@ -92,7 +101,10 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
     seconds = time.perf_counter() - started
     if not finished:
         saved = checkpoints(out)[-1]
-        print(f"\nstopped after step {done}, saved in {saved}. Go on with:\n  fastlm train --resume --out {shlex.quote(str(out))}")
+        there = "" if arguments.device == "cpu" else f" --device {arguments.device} --dtype {arguments.dtype}"
+        print(
+            f"\nstopped after step {done}, saved in {saved}. Go on with:\n  fastlm train --resume --out {shlex.quote(str(out))}{there}"
+        )
         return lm, False
     report(lm, model, corpus, objective, arguments, guess, seconds)
     return lm, True

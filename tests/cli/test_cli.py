@@ -144,6 +144,10 @@ def test_train_generate_eval(text, tmp_path, capsys, kind):
     assert "perplexity" in capsys.readouterr().out
     assert main(["train", str(text), "--out", str(out)]) == 2  # the run that is there is not overwritten
     assert "--resume" in capsys.readouterr().err
+    same = ["train", str(text), "--out", str(out), "--resume", "--steps", "60"]
+    assert main([*same, "--layers", "3"]) == 2
+    assert "layers was 2, is 3: leave that out" in capsys.readouterr().err
+    assert main(same) == 0  # what is the run's may be said again
 
 
 @pytest.mark.parametrize("objective", [name for name in objectives.MODELS if name != "causal"])
