@@ -15,7 +15,7 @@ import numpy as np
 from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.engine import Output, check_eos, check_prompt, prefill, stepper
-from fastlm.generate.processors import active, process
+from fastlm.generate.processors import active, exhausted, process
 from fastlm.generate.settings import Continues, ids_of, number, penalty, whole
 
 _STEEPEST = 6.0  # of length_penalty: up to 2^20 ids, float32 holds length^length_penalty
@@ -91,6 +91,8 @@ def beam_search(
         decoder.ids[:, 0] = [r.ids[-1] for r in running]
         logits = decoder.step()
     winner = finished[0]
+    if not winner.finished:  # -inf is all that was left, before one could end
+        raise ValueError(exhausted(len(running[0].ids) - 1))
     reason = "length"
     if winner.ids and winner.ids[-1] in s.eos:
         reason = "eos"

@@ -13,7 +13,7 @@ from fastlm.backend import Array
 from fastlm.generate.kept import Session, give, take
 from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.past import Past
-from fastlm.generate.processors import active, process
+from fastlm.generate.processors import active, check_possible, process
 from fastlm.generate.recorded import Decoder
 from fastlm.generate.settings import Continues, Settings, whole
 from fastlm.nn import Cache
@@ -226,6 +226,7 @@ def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]
                 min_tokens=s.min_tokens,
                 eos=s.eos,
             )
+            check_possible(scores, row.index, len(row.output.ids))
     if s.temperature == 0.0:
         chosen = ops.argmax(logits)
     else:

@@ -41,3 +41,17 @@ def _would_repeat(ids: Sequence[int], n: int) -> list[int]:
 def active(repetition_penalty: float, no_repeat_ngram: int, min_tokens: int) -> bool:
     """Whether `process` would do anything."""
     return repetition_penalty != 1.0 or no_repeat_ngram > 0 or min_tokens > 0
+
+
+def check_possible(scores: Array, index: int, new: int) -> None:
+    """ValueError where `process` left no id to choose: of a row (V,) that is all -inf, argmax is id 0. Prompt `index` has `new` ids."""
+    if np.max(scores) == -np.inf:
+        raise ValueError(exhausted(new, f" of prompt {index}"))
+
+
+def exhausted(new: int, of: str = "") -> str:
+    """What is said where nothing can follow `new` ids."""
+    return (
+        f"[generate] no id is possible after {new} new ones{of}: no_repeat_ngram and min_tokens forbid the whole vocabulary. "
+        "Lower max_tokens or min_tokens, or raise no_repeat_ngram."
+    )

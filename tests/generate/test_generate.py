@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastlm import backend, generate, hub
+from fastlm import backend, generate, hub, models
 from fastlm.generate import BeamSettings, Settings, beam_search, engine, kept, steps
 from fastlm.generate.processors import process
 
@@ -252,5 +253,21 @@ def test_refusals_of_beams_and_seeds() -> None:
         generate.generate(m, [[1], [2]], Settings(temperature=1.0), seeds=[1])
     with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
         generate.generate(m, [[1]], Settings(temperature=1.0), seeds=-1)
-    with pytest.raises(ValueError, match=r"\[sample\]|\[argmax\]"):  # everything is forbidden
-        generate.generate(m, [list(range(40))], Settings(temperature=1.0, max_tokens=1, min_tokens=1, eos=tuple(range(97))))
+
+
+def test_an_exhausted_vocabulary_is_refused() -> None:
+    """Where processors forbid every id, greedy gave id 0 again and again, and beams nothing, as if these had been chosen."""
+    m = models.create(models.GPTConfig(5, context=16, d_model=8, n_layer=1, n_head=1), 0)
+    for temperature in (0.0, 1.0):
+        once = Settings(max_tokens=9, no_repeat_ngram=1, temperature=temperature)
+        assert sorted(generate.generate(m, [[1]], replace(once, max_tokens=4))[0].ids) == [0, 2, 3, 4]
+        with pytest.raises(ValueError, match=r"\[generate\] no id is possible after 3 new ones of prompt 1: no_repeat_ngram"):
+            generate.generate(m, [[1], [1, 2]], once)
+        with pytest.raises(ValueError, match=r"no id is possible after 0 new ones of prompt 0: .* Lower max_tokens or min_tokens"):
+            generate.generate(m, [[1]], Settings(min_tokens=1, eos=tuple(range(5)), temperature=temperature))
+    for beams in (1, 2, 4):
+        assert sorted(beam_search(m, [1], BeamSettings(beams, 4, no_repeat_ngram=1)).ids) == [0, 2, 3, 4]
+        with pytest.raises(ValueError, match=r"\[generate\] no id is possible after 4 new ones: no_repeat_ngram"):
+            beam_search(m, [1], BeamSettings(beams, 9, no_repeat_ngram=1))
+        ended = beam_search(m, [1], BeamSettings(beams, 9, no_repeat_ngram=1, eos=(0,)))  # before it comes to that
+        assert (ended.reason, ended.ids[-1]) == ("eos", 0)

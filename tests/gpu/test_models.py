@@ -241,6 +241,9 @@ def test_decoding(name, how, quick, monkeypatch):
     runs.clear()
     assert ids_of(model, **settings) == expected
     assert not any(runs)
+    if how == "processed":
+        with pytest.raises(ValueError, match="no id is possible after 0 new ones of prompt 0"):
+            ids_of(model, min_tokens=1, eos=tuple(range(61)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
