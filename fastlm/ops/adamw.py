@@ -88,9 +88,9 @@ def adamw_step(
     else:
         decays = [check.number(op, "weight_decay", weight_decay, low=0.0)] * len(parameters)
     if not _is_there(op, "step", step, there, np.int32):
-        if int(step) < 1:
-            raise ValueError(f"[{op}] step must be 1 for the first step and count upwards, got {step}.")
-        step = int(step)
+        step = check.integer(op, "step", step, "an integer, 1 for the first step")
+        if not 1 <= step < 1 << 63:
+            raise ValueError(f"[{op}] step must be 1 for the first step and count upwards, below 2**63, got {step}.")
     lr = lr if _is_there(op, "lr", lr, there, np.float32) else check.number(op, "lr", lr, low=0.0)
     beta1, beta2 = _beta(op, "beta1", beta1), _beta(op, "beta2", beta2)
     eps = check.number(op, "eps", eps, low=0.0)

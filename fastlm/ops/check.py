@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -98,11 +100,30 @@ def shape(op: str, name: str, x: Array, symbols: str, expected: tuple[int, ...],
 
 def number(op: str, name: str, x: Any, low: float = -np.inf, high: float = np.inf, above: float | None = None) -> float:
     """x as a float within [low, high], and > above."""
-    try:
-        value = float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"[{op}] {name} must be a number, got {type(x).__name__}.") from None
+    value = real(op, name, x)
     if not (low <= value <= high) or (above is not None and not value > above):
         bound = f"greater than {above}" if above is not None and not value > above else f"from {low} to {high}"
         raise ValueError(f"[{op}] {name} must be {bound}, got {value}.")
     return value
+
+
+def real(op: str, name: str, x: Any) -> float:
+    """x as a float, whatever its value, or a TypeError. Text is no number, though float would read it."""
+    try:
+        if not isinstance(x, (str, bytes, bytearray)):
+            return float(x)
+    except OverflowError:  # an integer that float64 does not reach
+        return math.inf if x > 0 else -math.inf
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"[{op}] {name} must be a number, got {type(x).__name__}.")
+
+
+def integer(op: str, name: str, x: Any, what: str) -> int:
+    """x as an int, or a TypeError that says `what` it must be. Nothing is cut off: 2.0 is refused as 2.5 is."""
+    if not isinstance(x, (bool, np.bool_)):
+        try:
+            return operator.index(x)
+        except TypeError:
+            pass
+    raise TypeError(f"[{op}] {name} must be {what}, got {x!r:.80}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,20 +48,30 @@ def sample(
 
     The token is the first, in index order, whose cumulative probability exceeds the uniform number.
 
-    logits: (B, V) or (V,) float32. previous: (B, N) int32 padded with -1, or a sequence of B integer arrays or lists; (N,) where logits
-    is (V,). uniform: (B,) floats in [0, 1). Without it, numbers come from Philox4x32-10 with `seed` as the key and (row, step) as the
-    counter: count `step` up from token to token. seed and step may be sequences of B: then every row draws as row 0 with its own seed
-    would, so that a sequence draws the same alone and in any batch; arrays of uint64 and int64 are read where they lie, by a recorded step
-    anew in each run. out: (B,) int32, where the tokens go. Returns (B,) int32, (1,) where logits is (V,). The bits of a row
-    depend neither on the instruction set, nor on the number of threads, nor on the other rows.
+    logits: (B, V) or (V,) float32. previous: (B, N) int32 padded with -1, or a sequence of B integer arrays or lists; (N,) where
+    logits is (V,). uniform: (B,) floats in [0, 1), at temperature 0 too. Without it, numbers come from Philox4x32-10 with `seed` as
+    the key and (row, step) as the counter: count `step` up from token to token. seed and step may be sequences of B: then every row
+    draws as row 0 with its own seed would, so that a sequence draws the same alone and in any batch; arrays of uint64 and int64 are
+    read where they lie, by a recorded step anew in each run. out: (B,) int32, where the tokens go. Returns (B,) int32, (1,) where
+    logits is (V,). The bits of a row depend neither on the instruction set, nor on the number of threads, nor on the other rows.
 
     On a device: the same tokens. logits may be bfloat16; previous, uniform, seed and step may be arrays on the host or there, and so
     may be the parts of a recorded step. Nothing is read back, so a row without a token is not refused: it gets the negative number
     that `refuse_negative` explains.
-    Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, +inf or all -inf.
+    Raises TypeError for a dtype; ValueError for a shape, a number out of range, and for logits that are nan, all -inf or, at a
+    temperature above 0, +inf: at 0 that is the greatest, as for `argmax`.
     """
     xd = check.array("sample", "logits", data(logits), at_least=1)
     B, V = _two_axes("sample", "logits", xd)
+    temperature, top_p, min_p, repetition_penalty = (
+        check.real("sample", name, x)
+        for name, x in (
+            ("temperature", temperature),
+            ("top_p", top_p),
+            ("min_p", min_p),
+            ("repetition_penalty", repetition_penalty),
+        )
+    )
     if not 0 <= temperature <= _MOST:
         raise ValueError(f"[sample] temperature must be at least 0 (0: greedy) and finite in float32, got {temperature}.")
     if not 0 <= top_p <= 1:
@@ -86,9 +97,7 @@ def sample(
     u = None
     key = at = 0
     if uniform is not None:
-        u = np.ascontiguousarray(data(uniform), np.float64)
-        if u.shape != (B,):
-            check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {xd.shape}.")
+        u = _uniform(uniform, xd)
     elif isinstance(seed, (int, np.integer)) and isinstance(step, (int, np.integer)):
         key, at = int(seed) & _WORD, int(step) & _WORD
     else:
@@ -130,6 +139,7 @@ def top_k(values: Any, k: int) -> tuple[Array, Array]:
     """
     xd = check.array("top_k", "values", data(values), at_least=1)
     _, N = _two_axes("top_k", "values", xd)
+    k = check.integer("top_k", "k", k, f"an integer from 1 to N = {N}")
     if not 1 <= k <= N:
         raise ValueError(f"[top_k] k must be from 1 to N = {N}, got {k}. values is {xd.shape}.")
     shape = *xd.shape[:-1], k
@@ -168,10 +178,13 @@ def _one_each(name: str, x: Any, B: int, dtype: type) -> Array:
     """(B,) of dtype, int64 or uint64: x itself where it is that."""
     if isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == (B,) and x.flags.c_contiguous:
         return x
-    values = [x] * B if isinstance(x, (int, np.integer)) else list(x)
+    try:
+        values = [operator.index(v) for v in ([x] * B if isinstance(x, (int, np.integer)) else x)]
+    except TypeError:
+        raise TypeError(f"[sample] {name} must be an int or one per row, (B,) = ({B},), got {x!r:.80}.") from None
     if len(values) != B:
         raise ValueError(f"[sample] {name} must be an int or one per row, (B,) = ({B},), got {len(values)}.")
-    return np.array([int(v) & _WORD for v in values], np.uint64).view(dtype)
+    return np.array([v & _WORD for v in values], np.uint64).view(dtype)
 
 
 def _tokens(op: str, out: Array | None, shape: tuple[int, ...], like: Any = None) -> Array:
@@ -179,6 +192,8 @@ def _tokens(op: str, out: Array | None, shape: tuple[int, ...], like: Any = None
     there = like is not None and on_device(like)
     if out is None:
         return backend.empty(shape, np.int32, like=like) if there else np.empty(shape, np.int32)
+    if not isinstance(out, np.ndarray) and not on_device(out):
+        raise TypeError(f"[{op}] out must be an array of int32, got {type(out).__name__}.")
     check.shape(op, "out", out, "(B,)", shape)
     if there:
         if not on_device(out) or out.dtype != np.int32 or not out.contiguous:  # type: ignore[attr-defined]
@@ -189,13 +204,24 @@ def _tokens(op: str, out: Array | None, shape: tuple[int, ...], like: Any = None
     return out
 
 
+def _uniform(uniform: Any, like: Array) -> Array:
+    """(B,) float64 of the host, of numbers that were given."""
+    try:
+        u = np.ascontiguousarray(data(uniform), np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"[sample] uniform must be floats, (B,), got {uniform!r:.80}.") from None
+    B = like.size // like.shape[-1]
+    check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {like.shape}.")
+    return u
+
+
 def _uniform_there(uniform: Any, seed: Any, step: Any, B: int, like: Any) -> Any:
     """(B,) float64 on the device: given, or drawn as on the host."""
     device = like.device
     if uniform is not None:
         u = data(uniform)
         if not on_device(u):
-            u = device.put(np.ascontiguousarray(u, np.float64))
+            u = device.put(_uniform(u, like))
         check.shape("sample", "uniform", u, "(B,)", (B,), f"logits is {like.shape}.")
         if u.dtype != np.float64:
             raise TypeError(f"[sample] uniform must be float64 on a device, got {u.dtype}.")
@@ -220,7 +246,7 @@ def _uniform_there(uniform: Any, seed: Any, step: Any, B: int, like: Any) -> Any
 def _previous_there(previous: Any, B: int, like: Any) -> tuple[Array, Array]:
     """All ids in one array on the device, and where each row's begin."""
     if on_device(previous):
-        if previous.dtype != np.int32 or not previous.contiguous or previous.size != B * previous.shape[-1]:
+        if not previous.ndim or previous.dtype != np.int32 or not previous.contiguous or previous.size != B * previous.shape[-1]:
             raise TypeError(f"[sample] previous must be contiguous int32, (B, N), on a device, got {previous!r:.80}.")
         return previous, like.device.constant(np.arange(B + 1, dtype=np.int64) * previous.shape[-1])
     ids, begin = _previous(previous, B, like.ndim == 1)
@@ -229,6 +255,8 @@ def _previous_there(previous: Any, B: int, like: Any) -> tuple[Array, Array]:
 
 def _previous(previous: Any, B: int, single: bool) -> tuple[Array, Array]:
     """All ids in one array, and where each row's begin."""
+    if not (previous.ndim if isinstance(previous, np.ndarray) else isinstance(previous, Sequence)):
+        raise TypeError(f"[sample] previous must hold ids for each row, (B, N), got {previous!r:.80}.")
     if isinstance(previous, np.ndarray) and previous.dtype == np.int32 and previous.size == B * previous.shape[-1]:
         return np.ascontiguousarray(previous), np.arange(B + 1) * previous.shape[-1]  # the kernel checks the ids
     rows: Any = previous

@@ -8,14 +8,14 @@ namespace fastlm {
 // What a row gives instead of a token.
 constexpr int32_t kSampleNan = -1;          // a logit is nan
 constexpr int32_t kSampleNothing = -2;      // every logit is -inf
-constexpr int32_t kSampleInfinite = -3;     // a logit is +inf, or becomes so when divided by the temperature
+constexpr int32_t kSampleInfinite = -3;     // at a temperature above 0: a logit is +inf, or becomes so when divided by it
 constexpr int32_t kSampleBadPrevious = -4;  // an id in `previous` is not in the vocabulary
 constexpr int32_t kSampleBadUniform = -5;   // its uniform number is not in [0, 1)
 
 struct Sample {
     int32_t* token;                 // (B,)
     const float* logits;            // (B, V)
-    const double* uniform;          // (B,) in [0, 1); unused where temperature is 0
+    const double* uniform;          // (B,) in [0, 1), where temperature is 0 as well
     const int32_t* previous;        // ids whose logits the penalty changes, -1: none; null without a penalty
     const int64_t* previous_begin;  // (B + 1,) where each row's ids begin in `previous`
     int64_t B, V;

@@ -106,8 +106,15 @@ def test_refuses():
         ops.adamw(np.zeros(8, np.float32)[::2], a[1], a[2], a[3], **SETTINGS)
     with pytest.raises(TypeError, match=r"gradient 0 must be float32, got float64"):
         ops.adamw(a[0], np.zeros(4), a[2], a[3], **SETTINGS)
-    with pytest.raises(ValueError, match=r"step must be 1 for the first step"):
-        ops.adamw(*a, **{**SETTINGS, "step": 0})
+    for step in (0, 1 << 63, 1 << 70):
+        with pytest.raises(ValueError, match=r"\[adamw\] step must be 1 for the first step and count upwards, below 2\*\*63"):
+            ops.adamw(*a, **{**SETTINGS, "step": step})
+    for step in (1.9, 2.0, np.nan, np.inf, None, "1", True):
+        with pytest.raises(TypeError, match=r"\[adamw\] step must be an integer, 1 for the first step, got"):
+            ops.adamw(*a, **{**SETTINGS, "step": step})
+    for lr in ("0.1", None):
+        with pytest.raises(TypeError, match=r"\[adamw\] lr must be a number, got"):
+            ops.adamw(*a, **{**SETTINGS, "lr": lr})
     with pytest.raises(ValueError, match=r"beta2 must be from 0 to below 1, got 1\.0"):
         ops.adamw(*a, **{**SETTINGS, "beta2": 1.0})
     with pytest.raises(ValueError, match=r"equally long, got 1, 2, 1, 1"):

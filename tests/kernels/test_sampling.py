@@ -278,3 +278,38 @@ def test_refuses():
     with pytest.raises(ValueError, match=r"\[top_k\] k must be from 1 to N = 8, got 9"):
         ops.top_k(x, 9)
     assert ops.sample(np.zeros((0, 8), np.float32)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("temperature", None, "temperature must be a number, got NoneType"),
+        ("temperature", "1", "temperature must be a number, got str"),
+        ("top_p", [1.0, 2.0], "top_p must be a number, got list"),
+        ("min_p", None, "min_p must be a number, got NoneType"),
+        ("repetition_penalty", None, "repetition_penalty must be a number, got NoneType"),
+        ("seed", 1.5, r"seed must be an int or one per row, \(B,\) = \(2,\), got 1\.5"),
+        ("seed", None, "seed must be an int or one per row"),
+        ("seed", "12", "seed must be an int or one per row"),
+        ("seed", [1.5, 2], r"seed must be an int or one per row, \(B,\) = \(2,\), got \[1\.5, 2\]"),
+        ("step", 1.5, "step must be an int or one per row"),
+        ("step", [None, 1], "step must be an int or one per row"),
+        ("uniform", "ab", r"uniform must be floats, \(B,\), got 'ab'"),
+        ("previous", np.array(3, np.int32), r"previous must hold ids for each row, \(B, N\), got array\(3"),
+        ("previous", 3, r"previous must hold ids for each row, \(B, N\), got 3"),
+        ("out", [0, 0], "out must be an array of int32, got list"),
+    ],
+)
+def test_refuses_what_is_no_number(name, bad, message):
+    """By name: Python's own errors came, and of a list of seeds the fractions were cut off."""
+    settings = {"repetition_penalty": 2.0} if name == "previous" else {}
+    with pytest.raises(TypeError, match=rf"\[sample\] {message}"):
+        ops.sample(np.zeros((2, 8), np.float32), **settings | {name: bad})
+
+
+def test_refuses_a_k_that_is_no_integer():
+    for k in (2.5, 2.0, None, "2", True):
+        with pytest.raises(TypeError, match=r"\[top_k\] k must be an integer from 1 to N = 8, got"):
+            ops.top_k(np.zeros((2, 8), np.float32), k)
+    with pytest.raises(TypeError, match=r"\[argmax\] out must be an array of int32, got int"):
+        ops.argmax(np.zeros((2, 8), np.float32), out=3)
