@@ -15,9 +15,9 @@ from fastlm.data.objectives.base import IGNORED, EncoderBatch, as_rows, padded
 class Labelled:
     """Examples of a task: ids, one list each (special tokens in them, `tokenizer.encode` puts them there), and their labels.
 
-    labels: what the head takes: N integers or floats, (N, M) floats for several labels, (N, 2) for answers; with per_token a list for
-    each example, one integer for each token (-100: not asked). segments: a list for each example, or None. pad: fills batches up.
-    validation: the examples that are held out.
+    labels: what the head takes: N integers or floats, (N, M) floats for several labels (-100: not asked), (N, 2) for answers (beyond the
+    example's tokens: none); with per_token a list for each example, one integer for each token (-100: not asked). segments: a list for
+    each example, or None. pad: fills batches up. validation: the examples that are held out.
     """
 
     ids: Sequence[Any]

@@ -28,6 +28,11 @@ class Head(Module):
         """x (B, T, C), targets as the task has them -> a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
+    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
+        """The means that the loss adds up, for sequences of `length`: the targets of each, the others' left out, and over how many it
+        is taken. What is evaluated in batches weighs each by its own number."""
+        return [(targets, int((np.asarray(targets) != -100).sum()))]
+
 
 @dataclass(frozen=True)
 class Pooling:

@@ -103,6 +103,13 @@ class Pretraining(Head):
         loss: Tensor = ops.add(self.tokens.loss(model, x, tokens), self.sentences.loss(model, x, sentences))
         return loss
 
+    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
+        tokens, sentences = (np.asarray(t) for t in targets)
+        return [
+            ((tokens, np.full_like(sentences, -100)), int((tokens != -100).sum())),
+            ((np.full_like(tokens, -100), sentences), int((sentences != -100).sum())),
+        ]
+
 
 class ReplacedToken(Head):
     """Whether each token was replaced. Clark et al. 2020, arXiv:2003.10555."""
@@ -143,10 +150,7 @@ class SequenceClassifier(Head):
 
     def loss(self, model: Any, x: Any, targets: Any) -> Tensor:
         logits, targets = self(model, x), np.asarray(targets)
-        problem = self.problem
-        if problem is None:
-            one = logits.shape[1] == 1
-            problem = "regression" if one else f"{'single' if targets.dtype.kind in 'iu' else 'multi'}_label_classification"
+        problem = self.problem_of(targets)
         loss: Tensor
         if problem == "regression":
             if targets.size != logits.size:
@@ -159,6 +163,18 @@ class SequenceClassifier(Head):
         else:
             loss = ops.cross_entropy(logits, labels_of(targets, x.shape[:1]))
         return loss
+
+    def problem_of(self, targets: Any) -> str:
+        """`problem`, or what the targets make of None."""
+        if self.problem is not None:
+            return self.problem
+        if self.out.weight.shape[0] == 1:
+            return "regression"
+        return f"{'single' if targets.dtype.kind in 'iu' else 'multi'}_label_classification"
+
+    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
+        array = np.asarray(targets)
+        return [(targets, array.size)] if self.problem_of(array) == "regression" else super().means(targets, length)
 
 
 class TokenClassifier(Head):
@@ -176,7 +192,8 @@ class TokenClassifier(Head):
 
 
 class QuestionAnswering(Head):
-    """Where an answer starts and ends: two logits a token; the loss is the mean of both, over all positions of the batch."""
+    """Where an answer starts and ends: two logits a token; the loss is the mean of both, over all positions of the batch: padding is
+    not hidden from the softmax, as it is not in Hugging Face's."""
 
     def __init__(self, d_model: int) -> None:
         self.out = Linear(d_model, 2)
@@ -186,14 +203,22 @@ class QuestionAnswering(Head):
 
     def loss(self, model: Any, x: Any, targets: Any) -> Tensor:
         B, T, _ = x.shape
-        wanted = labels_of(targets, (B, 2))
-        wanted = np.where((wanted < 0) | (wanted >= T), -100, wanted)
+        wanted = _within(labels_of(targets, (B, 2)), T)
         start, end = (
             ops.cross_entropy(ops.reshape(part, (B, T)), wanted[:, i].copy())
             for i, part in enumerate(ops.split(self(model, x), (1, 1)))
         )
         loss: Tensor = ops.scale(ops.add(start, end), 0.5)
         return loss
+
+    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
+        wanted = _within(np.asarray(targets), length)
+        return [(np.where(part, wanted, -100), int((wanted != -100)[..., part].sum())) for part in ([True, False], [False, True])]
+
+
+def _within(answers: Any, length: int) -> Any:
+    """Answers (B, 2), -100 for what is not among `length` positions."""
+    return np.where((answers < 0) | (answers >= length), -100, answers)
 
 
 class MultipleChoice(Head):

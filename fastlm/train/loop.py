@@ -25,7 +25,7 @@ from fastlm.train.ondevice import DeviceStep
 from fastlm.train.optimizer import AdamW
 from fastlm.train.recorded import HostStep
 from fastlm.train.schedule import default_lr, warmup_cosine
-from fastlm.train.sources import Cost, Data, asked, cost, source
+from fastlm.train.sources import Cost, Data, cost, means, source
 
 _FINITE = float(np.finfo(np.float32).max)  # of what kernels take as float32
 
@@ -315,14 +315,16 @@ def evaluate(
 
 
 def mean_loss(model: Any, batches: Iterable[Any]) -> float:
-    """Over all that is asked in the batches; nan where nothing is."""
-    total, count = 0.0, 0
+    """Over all that is asked in the batches, so that it does not matter how they were cut; nan where nothing is."""
+    totals: dict[int, float] = {}
+    counts: dict[int, int] = {}
     with no_grad():
         for batch in batches:
-            if n := asked(batch):
-                total += model.loss(**batch._asdict()).item() * n
-                count += n
-    return float(total / count) if count else math.nan
+            for i, (loss, n) in enumerate(means(model, batch)):
+                if n:
+                    totals[i] = totals.get(i, 0.0) + loss().item() * n
+                    counts[i] = counts.get(i, 0) + n
+    return float(sum(total / counts[i] for i, total in totals.items())) if totals else math.nan
 
 
 class Log:

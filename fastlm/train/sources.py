@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,8 @@ def _labelled(model: Any, data: Labelled, batch: int, context: int, seed: int, l
             raise ValueError(
                 f"[train] data must have at most {context} tokens in an example, got {part.longest}: cut it or give context."
             )
+    if able[0] == "question_answering":
+        data = _answered(data)
     held = data.validation
 
     def batches() -> Iterator[Any]:
@@ -153,10 +156,21 @@ def _labelled(model: Any, data: Labelled, batch: int, context: int, seed: int, l
     return Source(examples.batch, None if held is None else batches)
 
 
-def asked(batch: Any) -> int:
-    """How many targets a batch's loss is the mean of; of tokens and sentences, the sentences."""
-    targets = np.asarray(batch.targets[1] if isinstance(batch.targets, tuple) else batch.targets)
-    return int((targets != IGNORED).sum()) if targets.dtype.kind in "iu" else len(targets)
+def _answered(data: Labelled) -> Labelled:
+    """Answers beyond an example's own tokens are none: else one that the padding of its batch reaches would be asked for there."""
+    labels, lengths = np.asarray(data.labels), np.array([len(row) for row in data.ids])
+    if labels.ndim == 2:  # else the head says what is wrong
+        labels = np.where(labels < lengths[:, None], labels, IGNORED)
+    return replace(data, labels=labels, validation=None if data.validation is None else _answered(data.validation))
+
+
+def means(model: Any, batch: Any) -> list[tuple[Callable[[], Any], int]]:
+    """The means that a batch's loss adds up, each with how many targets it is over: of an encoder each of its head's, else one."""
+    if isinstance(model, Encoder):
+        head, x = model.need_head(), model.run(batch.ids, batch.mask, batch.segments)
+        return [(partial(head.loss, model, x, targets), n) for targets, n in head.means(batch.targets, x.shape[1])]
+    fields = batch._asdict()
+    return [(lambda: model.loss(**fields), int((np.asarray(batch.targets) != IGNORED).sum()))]
 
 
 def cost(model: Any) -> Cost:

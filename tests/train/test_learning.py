@@ -246,6 +246,56 @@ def test_fine_tuning_a_loaded_encoder(tmp_path, per_token):
     np.testing.assert_array_equal(tuned.logits(batch.ids, batch.mask), logits)
 
 
+def examples_for(kind, rng):
+    """A head, and labels of 7 examples of which some are not asked."""
+    if (
+        kind == "answers"
+    ):  # of one length, since no padding may be in the softmax; the second ends beyond its tokens, the third has none
+        return "question_answering", [[0, 1], [2, 9], [9, 9], [3, 5], [9, 1], [0, 0], [4, 5]]
+    head = "token_classification" if kind == "tokens" else "sequence_classification"
+    if kind == "tokens":
+        return head, [np.where(rng.random(6) < 0.5, rng.integers(0, 2, 6), -100) for _ in range(7)]
+    if kind == "numbers":
+        return head, [[-100.0, 2.0]] + [[1.0, 3.0]] * 6  # -100 is a number like others
+    if kind == "several":
+        return head, [[-100.0, -100.0]] + [[1.0, -100.0]] * 2 + [[1.0, 0.0]] * 4
+    return head, [1, -100, -100, 0, 1, -100, 1]
+
+
+@pytest.mark.parametrize("kind", ["answers", "tokens", "numbers", "several", "single"])
+def test_what_is_evaluated_does_not_depend_on_the_batch(kind):
+    """A batch's mean weighs as much as was asked in it: ignored answers and labels in floats counted as well, and of answers the
+    starts and the ends are two means."""
+    rng = np.random.default_rng(5)
+    head, labels = examples_for(kind, rng)
+    config = BertConfig(**ENCODER, head=head, labels=("no", "yes"), **({"problem": "regression"} if kind == "numbers" else {}))
+    model = models.create(config, 3)
+    for p in model.named_parameters().values():
+        p.data[...] = rng.standard_normal(p.shape) * 0.3
+    examples = data.Labelled(rng.integers(6, 20, (7, 6)), labels, per_token=kind == "tokens")
+    whole = model.loss(**examples.batch(range(7))._asdict()).item()
+    for batch in (1, 2, 3, 7):
+        assert evaluate(model, examples, batch, 24) == pytest.approx(whole, rel=1e-6)
+
+
+def test_an_answer_in_the_padding_is_none():
+    """Of an example alone it was none, in a batch with a longer one it was asked for where that is padding."""
+    rng = np.random.default_rng(6)
+    model = models.create(BertConfig(**ENCODER, head="question_answering"), 3)
+    examples = data.Labelled([rng.integers(6, 20, 4), rng.integers(6, 20, 9)], [[2, 5], [3, 7]])
+    batch = examples.batch([0, 1])._replace(targets=np.array([[2, -100], [3, 7]]))
+    assert evaluate(model, examples, 2, 24) == pytest.approx(model.loss(**batch._asdict()).item(), rel=1e-6)
+    (trained,) = train(model, replace(examples, validation=examples), steps=1, batch=2, lr=1e-30, warmup=0, eval_every=1)
+    assert trained.loss == pytest.approx(trained.validation_loss, rel=1e-6)
+
+
+def test_tokens_and_sentences_are_two_means():
+    model = models.create(BertConfig(**ENCODER, head="pretraining"), 3)
+    objective = RUNS["next"][1]
+    found = [evaluate(model, CORPUS, batch, 24, objective=objective) for batch in (1, 2, 5, 100)]
+    assert found == pytest.approx(found[:1] * 4, rel=1e-6)
+
+
 # Distillation
 
 
