@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,15 @@ class Labelled:
         """Tokens of the longest example."""
         return max(len(row) for row in self.ids)
 
+    @cached_property
+    def _dtype(self) -> Any:
+        """That of all labels: [0.5, 1.0] beside [1, 0] are floats in a batch of the second alone, too, since heads go by that."""
+        return np.asarray(self.labels).dtype
+
     def batch(self, numbers: Any) -> EncoderBatch:
         """The examples of these numbers, padded on the right."""
         ids, mask = padded([np.asarray(self.ids[i]) for i in numbers], self.pad)
         labels = [np.asarray(self.labels[i]) for i in numbers]
-        targets = padded(labels, IGNORED)[0] if self.per_token else np.stack(labels)
+        targets = padded(labels, IGNORED)[0] if self.per_token else np.stack(labels).astype(self._dtype)
         segments = None if self.segments is None else padded([np.asarray(self.segments[i]) for i in numbers], 0)[0]
         return EncoderBatch(ids, targets, mask, segments)

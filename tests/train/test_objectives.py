@@ -439,6 +439,8 @@ def test_labelled():
     np.testing.assert_array_equal(batch.ids, [[9, 10, 0], [5, 6, 7]])
     np.testing.assert_array_equal(batch.mask, [[1, 1, 0], [1, 1, 1]])
     np.testing.assert_array_equal(batch.targets, [1, 1])
+    several = data.Labelled([[5, 6], [8]], [[0.5, 1.0], [1, 0]])
+    assert [several.batch(numbers).targets.dtype.kind for numbers in ([0], [1], [0, 1])] == ["f"] * 3  # else 1 of 2 single labels
     tokens = data.Labelled([[5, 6], [8]], [[1, 2], [0]], segments=[[0, 1], [0]], per_token=True)
     batch = tokens.batch([0, 1])
     np.testing.assert_array_equal(batch.targets, [[1, 2], [0, -100]])
