@@ -19,6 +19,7 @@ class EncoderDecoder(LanguageModel):
     token, 0 where it has padding. Padding on the right of decoder_ids needs no mask: its targets are -100.
     """
 
+    ties = "they share the encoder's memory and position biases, which have gradients"
     encoder: Any
     decoder: Any
 

@@ -17,6 +17,8 @@ from fastlm.tensor import Tensor
 class WithExperts(LanguageModel):
     """A model with MoE parts: its `loss` calls `count_experts`."""
 
+    ties = "what their experts' routers chose is part of the loss"
+
     # Each layer's counts. On a device they stay there: reading them would keep a step from being recorded.
     _taken: Sequence[Array] = ()
     _choices: int = 0

@@ -95,6 +95,8 @@ class XLNet(CausalLM):
     asked, or is all 0; no position twice. mask (B, T): 0 is padding. segments (B, T) integers; those of memories are 0.
     All of these are NumPy arrays; memories of a model on a device are there."""
 
+    ties = "they take two streams and the distances that all share"
+
     def __init__(self, config: XLNetConfig) -> None:
         c = self.config = check_config(config)
         if c.d_model % c.n_head or c.d_model % 2:

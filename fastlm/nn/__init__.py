@@ -8,7 +8,7 @@ from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.module import Declared, Module, count_parameters, initialise, parameter
 from fastlm.nn.moe import MoE
 from fastlm.nn.norm import LayerNorm, RMSNorm
-from fastlm.nn.recompute import recompute
+from fastlm.nn.recompute import check_recompute, recompute
 from fastlm.nn.rope import Rope, rope_scaling
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Rope",
     "Sees",
     "cache_dtype",
+    "check_recompute",
     "count_parameters",
     "initialise",
     "parameter",

@@ -44,6 +44,8 @@ def parameter(*shape: int, std: float = 0.0, value: float = 0.0) -> Tensor:
 class Module:
     """A part of a model. Attributes that are Tensors are parameters; Modules and lists of Modules are parts with their own."""
 
+    ties = ""  # what ties a model's blocks together, so that none can be computed again by itself: see nn.recompute
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} defines no __call__")
 

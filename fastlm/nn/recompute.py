@@ -19,15 +19,34 @@ M = TypeVar("M", bound=Module)
 def recompute(model: M, on: bool = True) -> M:
     """Every block of the model (the elements of its lists `blocks`) forgets its activations, or, with on=False, keeps them again.
 
-    Parameters, their names and all results stay as they are. Returns the model. ValueError for a model without blocks.
+    Parameters, their names and all results stay as they are. Returns the model. ValueError for a model without blocks, and for one
+    whose blocks cannot be computed again one by one.
     """
-    found = list(_stacks(model))
-    if not found:
-        raise ValueError(f"[recompute] model must have blocks, {type(model).__name__} has none.")
-    for part in found:
+    for part in check_recompute(model) if on else list(_stacks(model)):
         plain = [b.block if isinstance(b, Recomputed) else b for b in part.__dict__["blocks"]]
         part.__dict__["blocks"] = [Recomputed(b) for b in plain] if on else plain
     return model
+
+
+def check_recompute(model: Module) -> list[Module]:
+    """The parts whose blocks `recompute` takes; ValueError where it cannot."""
+    found = list(_stacks(model))
+    if not found:
+        raise ValueError(f"[recompute] model must have blocks, {type(model).__name__} has none.")
+    for tied, ties in _tied(model):
+        raise ValueError(
+            f"[recompute] model must have blocks that stand alone, those of {tied} do not: {ties}. Train it without recompute."
+        )
+    return found
+
+
+def _tied(module: Module) -> Iterator[tuple[str, str]]:
+    """The models in a module whose blocks hang together, and by what."""
+    if module.ties:
+        yield type(module).__name__, module.ties
+    for _, part in module.parts():
+        if isinstance(part, Module):
+            yield from _tied(part)
 
 
 def _stacks(module: Module) -> Iterator[Module]:

@@ -103,9 +103,9 @@ def train(
     in `out`, if there is one; the result is that of an uninterrupted run, bit for bit. Without it `out` must hold no checkpoint:
     the newest two are kept, and those of another run would be taken for this one's. tokenizer: saved with the checkpoints.
     recompute: a block's activations are not kept but computed again in the backward pass: less memory, a quarter more time, the same
-    bits. device: "cuda" or "cpu", where the model is put first; None: where it is. dtype: "bfloat16", on a GPU, for weights and
-    activations; the optimiser's weights and all gradients of weights are float32, and so are the model's when the loop ends and in
-    checkpoints.
+    bits; not for models with experts, encoder-decoders and XLNet. device: "cuda" or "cpu", where the model is put first; None:
+    where it is. dtype: "bfloat16", on a GPU, for weights and activations; the optimiser's weights and all gradients of weights are
+    float32, and so are the model's when the loop ends and in checkpoints.
 
     A step whose loss or gradient is not finite changes nothing, is marked `skipped` and warned of. Raises ValueError at once for
     arguments that cannot be.
@@ -143,6 +143,8 @@ def train(
             "[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context, for sentence pairs "
             "one of several documents."
         )
+    if recompute:
+        nn.check_recompute(model)
     half = _place(model, device, dtype)
     _wake(model)
     optimizer = AdamW(model, betas, eps, weight_decay)
