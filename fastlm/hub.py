@@ -24,7 +24,7 @@ from fastlm.checkpoint import (
     write_safetensors,
 )
 from fastlm.models import ARCHITECTURES, module_of
-from fastlm.models.base import LanguageModel, check_config
+from fastlm.models.base import CausalLM, LanguageModel, check_config
 from fastlm.models.convert import (
     config_from_hf,
     config_to_hf,
@@ -38,6 +38,7 @@ from fastlm.models.gguf import config_from_gguf, load_gguf
 from fastlm.tokenizers import Tokenizer
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PATTERNS = [
     "*.json",
     "1_Pooling/config.json",
@@ -116,7 +117,11 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
         raise FormatError(config_path, _said(error)) from None
     if isinstance(model, Encoder):
         model.pooling = _read_pooling(folder)
-    return model, _folder_tokenizer(folder)
+    tokenizer = _folder_tokenizer(folder)
+    model.token_ids = {k: raw[k] for k in _TOKEN_IDS if k in raw}
+    if (folder / "generation_config.json").exists():
+        model.generation = read_json(folder / "generation_config.json")
+    return model, tokenizer
 
 
 def _guess_type(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> str | None:
@@ -262,20 +267,33 @@ def save(model: LanguageModel, tokenizer: Tokenizer | None, folder: str | os.Pat
 def write_files(model: LanguageModel, tokenizer: Tokenizer | None, folder: Path) -> None:
     """What `save` writes, into a folder that is there."""
     module = module_of(model)
-    raw = config_to_hf(module, model.config) | {"torch_dtype": parameter_dtype(model.named_parameters())}
+    own = config_to_hf(module, model.config)
+    raw = dict(model.token_ids) | own | {"torch_dtype": parameter_dtype(model.named_parameters())}
+    generation = dict(model.generation)
     if tokenizer is not None:
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        # RoBERTa counts its positions from the pad of its own: another tokenizer's would move them all.
-        raw |= {k: v for k, v in ends.items() if v is not None and raw.get(k) is None}
+        for key, value in ends.items():
+            # RoBERTa counts its positions from the pad of its own: another tokenizer's would move them all.
+            if value is not None and own.get(key) is None and value not in _listed(raw.get(key)):
+                raw[key] = value
+        if isinstance(model, CausalLM):  # the reference would take its class's: LLaMA's eos is 2, here any character
+            raw = {"bos_token_id": None, "eos_token_id": None} | raw
         tokenizer.save(folder)
         if tokenizer.end_ids:
-            write_json(
-                folder / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
-            )
+            # Where this file is, the reference reads none of these from config.json: T5 would not know where to start.
+            names = (*_TOKEN_IDS, "decoder_start_token_id")
+            generation = {k: raw[k] for k in names if raw.get(k) is not None} | generation
+            generation |= {k: v for k, v in ends.items() if v is not None} | {"eos_token_id": list(tokenizer.end_ids)}
+    if generation:
+        write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", raw)
     write_safetensors(folder, tensors_to_hf(module, model))
     if isinstance(model, Encoder):
         _write_pooling(model.pooling, model.config.d_model, folder)
+
+
+def _listed(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
 
 
 def replace_folder(staging: Path, target: Path) -> None:

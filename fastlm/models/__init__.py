@@ -70,7 +70,7 @@ def with_head(
     if isinstance(labels, str) or not isinstance(labels, Sequence):
         raise TypeError(f"[with_head] labels must be a list of names, got {labels!r:.60}.")
     new = create(dataclasses.replace(model.config, head=head, labels=tuple(labels), problem=problem), seed)
-    new.pooling = model.pooling
+    new.pooling, new.token_ids = model.pooling, model.token_ids
     theirs = model.named_parameters()
     for name, p in new.named_parameters().items():
         if name in theirs and not name.startswith("head."):

@@ -55,6 +55,10 @@ class LanguageModel(Module):
 
     config: Any
     cache_dtype = "float32"  # of the caches that new_cache makes; see nn.Cache
+    # What a folder says for others and `save` writes back: bos_token_id, eos_token_id and pad_token_id of config.json, and all of
+    # generation_config.json.
+    token_ids: Mapping[str, Any] = {}
+    generation: Mapping[str, Any] = {}
 
     @property
     def kept_dtype(self) -> str:

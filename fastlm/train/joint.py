@@ -117,6 +117,7 @@ def student_of(model: Encoder, layers: Sequence[int] = (0, 2, 4, 7, 9, 11), seed
         if parts[0] == "head" and c.head == "pretraining":
             parts.insert(1, "tokens")
         np.copyto(p.data, theirs[".".join(parts)].data)
+    student.token_ids = model.token_ids
     student.named_parameters()["embeddings.positions.weight"].data += theirs["embeddings.segments.weight"].data[0]
     return student
 

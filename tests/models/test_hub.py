@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastlm import hub, models
-from fastlm.checkpoint import FormatError, QuantizedArray, read_safetensors, write_safetensors
+from fastlm.checkpoint import FormatError, QuantizedArray, read_json, read_safetensors, write_json, write_safetensors
 from fastlm.models.gguf import scaling_from_gguf
 from fastlm.tokenizers import Tokenizer
 
@@ -328,3 +328,39 @@ def test_config_of_values_that_no_model_has(name, change, message, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(FormatError, match=message):
         hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_ids_that_a_folder_names_are_kept(tmp_path):
+    """What fastlm does not read itself: left out, the reference would take its class's, LLaMA's end at 2."""
+    model = models.create(models.LlamaConfig(11, 8, 8, 8, 1, 2, 1, 4), 0)
+    hub.save(model, None, tmp_path / "m")
+    assert not [k for k in read_json(tmp_path / "m" / "config.json") if k.endswith("_token_id")]
+    ids = {"bos_token_id": 7, "eos_token_id": None, "pad_token_id": 9}
+    generation = {"eos_token_id": [3, 4], "temperature": 0.6}
+    write_json(tmp_path / "m" / "config.json", read_json(tmp_path / "m" / "config.json") | ids)
+    write_json(tmp_path / "m" / "generation_config.json", generation)
+    kept, _ = hub.load_folder_or_gguf(tmp_path / "m")
+    hub.save(kept, None, tmp_path / "m")
+    assert read_json(tmp_path / "m" / "config.json").items() >= ids.items()
+    assert read_json(tmp_path / "m" / "generation_config.json") == generation
+    letters = Tokenizer.characters("abcdefghi")
+    hub.save(kept, letters.with_special({"eos": "</s>"}), tmp_path / "m")  # a tokenizer's own come first
+    assert read_json(tmp_path / "m" / "config.json").items() >= (ids | {"eos_token_id": 9}).items()
+    assert read_json(tmp_path / "m" / "generation_config.json").items() >= {"eos_token_id": [9], "temperature": 0.6}.items()
+    hub.save(model, letters, tmp_path / "m")
+    assert read_json(tmp_path / "m" / "config.json").items() >= {"bos_token_id": None, "eos_token_id": None}.items()
+    kept.token_ids = {"eos_token_id": [3, 9]}
+    hub.save(kept, letters.with_special({"eos": "</s>"}), tmp_path / "m")
+    assert read_json(tmp_path / "m" / "config.json")["eos_token_id"] == [3, 9]
+    (tmp_path / "m" / "generation_config.json").write_text("[]")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match="generation_config"):
+        hub.load_folder_or_gguf(tmp_path / "m")
+
+
+def test_where_a_decoder_starts_is_in_both_files(tmp_path):
+    """Where there is a generation_config.json the reference looks nowhere else, and T5 could not begin."""
+    model = models.create(models.t5.T5Config(12, 8, 16, 1, 1, 2, 4, start=3), 0)
+    hub.save(model, Tokenizer.characters("abcdefghi").with_special({"eos": "</s>", "pad": "<pad>"}), tmp_path / "m")
+    found = read_json(tmp_path / "m" / "generation_config.json")
+    assert found == {"eos_token_id": [9], "pad_token_id": 10, "decoder_start_token_id": 3}
