@@ -16,6 +16,7 @@ from fastlm.backend import Array
 from fastlm.models import llama
 from fastlm.models.base import CausalLM, Id, check_config
 from fastlm.nn import Context, Embedding, FusedAttention, Linear, Module, RMSNorm, Rope, Sees, rope_scaling
+from fastlm.nn.rope import FactorScaling, Scaling, Unscaled
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ PRESETS = {
 }
 
 
+def _scaling(c: Phi3Config) -> Scaling:
+    """None but the factors of a GGUF file: the reference knows Phi-3's own 'longrope' alone, and takes 'yarn' for it."""
+    scaling = rope_scaling(c.rope_scaling, c.context)
+    if not isinstance(scaling, (Unscaled, FactorScaling)):
+        kind = (c.rope_scaling or {}).get("rope_type", (c.rope_scaling or {}).get("type"))
+        raise ValueError(
+            f"[config] rope_scaling of Phi-3 must be None: the reference has no {kind!r} for it, and fastlm no 'longrope'."
+        )
+    return scaling
+
+
 class FusedGatedMLP(Module):
     """down(silu(gate) * up) + residual, gate and up from one matrix, stacked in that order."""
 
@@ -78,9 +90,13 @@ class Block(Module):
 class Phi3(CausalLM):
     def __init__(self, config: Phi3Config) -> None:
         c = self.config = check_config(config)
-        if c.rotary > 1:
-            raise ValueError(f"[config] rotary must be at most 1, the whole head, got {c.rotary}.")
-        rope = Rope(int(c.head_dim * c.rotary), c.rope_base, rope_scaling(c.rope_scaling, c.context))
+        turned = int(c.head_dim * c.rotary)
+        if c.rotary > 1 or not 0 < turned + turned % 2 <= c.head_dim:
+            raise ValueError(
+                f"[config] rotary (partial_rotary_factor) must be at most 1, the whole head, and turn from 1 to {c.head_dim // 2 * 2} of "
+                f"its {c.head_dim} dimensions, got {c.rotary}, which is {turned}."
+            )
+        rope = Rope(c.head_dim, c.rope_base, _scaling(c), turned)
         self.token_embedding = Embedding(c.vocab_size, c.d_model)
         self.blocks = [Block(c, rope) for _ in range(c.n_layer)]
         self.final_norm = RMSNorm(c.d_model, c.eps)

@@ -182,15 +182,22 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
 
 
 class Rope:
-    """Rotates queries and keys by their positions. The tables grow as they are needed; one Rope serves all layers."""
+    """Rotates queries and keys by their positions. The tables grow as they are needed; one Rope serves all layers.
 
-    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Scaling | None = None) -> None:
-        if head_dim < 2 or head_dim % 2:
+    turned: how many of a head's dimensions, the first, are rotated; None: all. Of an odd number one more is, by the frequencies of the
+    odd number, as in the reference.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Scaling | None = None, turned: int | None = None) -> None:
+        if turned is None and (head_dim < 2 or head_dim % 2):
             raise ValueError(f"[rope] head_dim must be even, got {head_dim}.")
-        if head_dim < 4 and isinstance(scaling, DynamicScaling):  # its base grows with the power dim / (dim - 2)
-            raise ValueError(f"[rope] head_dim must be at least 4 with rope_type 'dynamic', got {head_dim}.")
-        self.head_dim, self.base, self.scaling = head_dim, base, scaling or Unscaled()
-        self._cos = self._sin = np.zeros((0, head_dim // 2), np.float32)
+        dim = head_dim if turned is None else turned
+        if not 0 < dim + dim % 2 <= head_dim:
+            raise ValueError(f"[rope] turned must be from 1 to head_dim = {head_dim}, and one less where that is odd, got {dim}.")
+        if dim < 4 and isinstance(scaling, DynamicScaling):  # its base grows with the power dim / (dim - 2)
+            raise ValueError(f"[rope] head_dim must be at least 4 with rope_type 'dynamic', got {dim}.")
+        self.dim, self.base, self.scaling = dim, base, scaling or Unscaled()
+        self._cos = self._sin = np.zeros((0, (dim + 1) // 2), np.float32)
         self._frequencies: Array | None = None
         self._there: tuple[Array, Any, Any] | None = None  # the host's cos, and both on a device
 
@@ -202,7 +209,7 @@ class Rope:
         fixed = not isinstance(self.scaling, DynamicScaling)
         if fixed and length <= len(self._cos):
             return self._cos, self._sin
-        frequencies = self.scaling.frequencies(self.base, self.head_dim, length)
+        frequencies = self.scaling.frequencies(self.base, self.dim, length)
         known = self._frequencies is not None and np.array_equal(frequencies, self._frequencies)
         if length > len(self._cos) or not known:
             rows = max(length, 256, min(2 * len(self._cos), 1 << 17))

@@ -55,6 +55,15 @@ def test_rope_tables_grow():
     assert rope.tables(20)[0] is cos
 
 
+def test_rope_turns_a_part():
+    """15 of 20 dimensions are 8 pairs, with the frequencies of 15, as Phi-3 has them."""
+    rope = Rope(20, turned=15)
+    angles = np.arange(9)[:, None] * 10000.0 ** -(np.arange(0, 15, 2) / 15)
+    np.testing.assert_allclose(rope.tables(9)[0][:9], np.cos(angles), atol=1e-6)
+    with pytest.raises(ValueError, match="turned must be from 1 to head_dim = 15, and one less where that is odd, got 15"):
+        Rope(15, turned=15)
+
+
 def test_dynamic_rope_follows_the_length():
     rope = Rope(8, scaling=DynamicScaling(4.0, 64))
     short = rope.tables(64)[0][:64].copy()
