@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -49,7 +50,9 @@ def config_from_gguf(module: ModuleType, arch: str, metadata: Mapping[str, Any],
             raise ValueError(f"metadata: {arch}.attention.value_length must be the head size {head_dim}, got {width}")
         turned = numbers.get("rope.dimension_count", head_dim)
         if "rotary" in fields:
-            values["rotary"] = turned / head_dim
+            values["rotary"] = share = turned / head_dim
+            if int(head_dim * share) < turned:  # the product is cut, as in the reference: 44 times 30 / 44 is 29.999...
+                values["rotary"] = math.nextafter(share, 2)
         elif turned != head_dim:
             raise ValueError(f"metadata: {arch}.rope.dimension_count must be the head size {head_dim}, got {turned}")
         factors = tensors.get(_FACTORS[0])

@@ -85,3 +85,11 @@ def test_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             config_from_gguf(module, "qwen3", metadata | change, tensors)
+
+
+def test_share_of_turned_dimensions():
+    """44 times the float 30 / 44 is less than 30, and is cut."""
+    metadata, tensors = read_gguf(DATA / "phi3.gguf")
+    sizes = {"phi3.embedding_length": 88, "phi3.attention.head_count": 2, "phi3.rope.dimension_count": 30}
+    config = config_from_gguf(models.phi3, "phi3", metadata | sizes, tensors)
+    assert int(config.head_dim * config.rotary) == 30
