@@ -72,12 +72,18 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float = 0.0  # DeepSeek's, of which both must be given
+    mscale_all_dim: float = 0.0
 
     @property
     def magnitude(self) -> float:
+        def grown(weight: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
         if self.attention_factor is not None:
             return self.attention_factor
-        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
+        both = self.mscale and self.mscale_all_dim
+        return grown(self.mscale) / grown(self.mscale_all_dim) if both else grown(1.0)
 
     def frequencies(self, base: float, dim: int, length: int) -> Array:
         def turn(rotations: float) -> float:  # the dimension that makes so many rotations over the original context
@@ -127,12 +133,13 @@ class FactorScaling:
         return plain_frequencies(base, dim) / np.asarray(self.factors, np.float32)
 
 
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate", "mscale", "mscale_all_dim")
 _KEYS: dict[str, tuple[set[str], set[str]]] = {  # rope_type: required keys, allowed keys
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
     "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
-    "yarn": ({"factor"}, {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": ({"factor"}, {"original_max_position_embeddings", *_YARN}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
     "factors": ({"factors"}, set()),
 }
 
@@ -148,6 +155,9 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"[rope] rope_type must be one of {', '.join(_KEYS)}, got {kind!r}.")
     required, allowed = _KEYS[kind]
+    original = given.get("original_max_position_embeddings", context)
+    if kind == "yarn" and "factor" in (parameters or {}) and type(original) in (int, float) and original > 0:
+        given.setdefault("factor", context / original)  # null, as the reference has it
     if missing := required - given.keys():
         raise ValueError(f"[rope] rope_type {kind!r} needs {', '.join(sorted(missing))}, got {given}.")
     if unknown := given.keys() - required - allowed:
@@ -160,13 +170,15 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
         many = key == "factors" and isinstance(value, Sequence) and not isinstance(value, str)
         if key == "factors" and not many:
             raise ValueError(f"[rope] factors must be a list of numbers, got {value!r}.")
+        if key.startswith("mscale") and value == 0:  # as where it is not there
+            continue
         if not all(type(n) in (int, float) and 0 < n <= sys.float_info.max for n in (value if many else [value])):
             raise ValueError(f"[rope] {key} must be a positive number, got {value!r}.")
     if kind == "llama3" and given["low_freq_factor"] > given["high_freq_factor"]:
         raise ValueError(
             f"[rope] low_freq_factor must be at most high_freq_factor = {given['high_freq_factor']}, got {given['low_freq_factor']}."
         )
-    original = int(given.get("original_max_position_embeddings", context))
+    original = int(original)
     if kind == "default":
         return Unscaled()
     if kind == "linear":
@@ -174,8 +186,7 @@ def rope_scaling(parameters: Mapping[str, Any] | None, context: int) -> Scaling:
     if kind == "dynamic":
         return DynamicScaling(float(given["factor"]), context)
     if kind == "yarn":
-        names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
-        return YarnScaling(float(given["factor"]), original, **{k: given[k] for k in names if k in given})
+        return YarnScaling(float(given["factor"]), original, **{k: given[k] for k in _YARN if k in given})
     if kind == "llama3":
         return Llama3Scaling(float(given["factor"]), float(given["low_freq_factor"]), float(given["high_freq_factor"]), original)
     return FactorScaling(tuple(float(f) for f in given["factors"]))

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from fastlm.nn import Attention, FusedAttention, GatedMLP, Module, Rope, initialise, parameter, rope_scaling
 from fastlm.nn.rope import DynamicScaling
+
+GOLDEN = Path(__file__).parent.parent / "data" / "rope_scaling.npz"
 
 
 class Pair(Module):
@@ -73,11 +78,35 @@ def test_dynamic_rope_follows_the_length():
     np.testing.assert_array_equal(Rope(8).tables(64)[0][:64], short)
 
 
+@pytest.mark.parametrize("name", json.loads(str(np.load(GOLDEN)["cases"])))
+def test_rope_scaling(name):
+    """Frequencies and factors of transformers."""
+    golden = np.load(GOLDEN)
+    case = json.loads(str(golden["cases"]))[name]
+    given = dict(case["scaling"])
+    scaling = rope_scaling(given, given.pop("max_position_embeddings", 131072))
+    np.testing.assert_allclose(scaling.frequencies(case["base"], case["dim"], case["n_positions"]), golden[name], rtol=1e-6)
+    assert scaling.magnitude == pytest.approx(float(golden[name + "/factor"]), rel=1e-12)
+
+
+def test_rope_scaling_with_keys_left_out():
+    """As the reference fills them in: the original context is the model's, yarn's null factor what lies between the two."""
+    bands = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert rope_scaling(bands, 64) == rope_scaling(bands | {"original_max_position_embeddings": 64}, 64)
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 16}
+    assert rope_scaling(yarn | {"factor": None}, 64) == rope_scaling(yarn | {"factor": 4.0}, 64)
+    both = {"mscale": 0.7, "mscale_all_dim": 0.0}  # one alone says nothing
+    assert rope_scaling(yarn | {"factor": 4.0} | both, 64).magnitude == rope_scaling(yarn | {"factor": 4.0}, 64).magnitude
+
+
 def test_rope_scaling_refuses():
     for parameters, message in (
         ({"rope_type": "su"}, "rope_type must be one of default, linear, dynamic, yarn, llama3, factors, got 'su'"),
         ({"rope_type": "linear"}, "needs factor"),
         ({"type": "linear", "factor": 2, "beta": 1}, "does not know beta"),
+        ({"rope_type": "yarn"}, "needs factor"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": -1.0}, "mscale must be a positive number"),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 0}, "needs factor"),
         ({"rope_type": "yarn", "factor": -1.0}, "factor must be a positive number"),
         ({"rope_type": "yarn", "factor": "4"}, "factor must be a positive number"),
     ):
