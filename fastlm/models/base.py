@@ -24,6 +24,7 @@ from fastlm.tensor import Tensor, data, no_grad
 C = TypeVar("C")
 M = TypeVar("M", bound="LanguageModel")
 Id = int  # a field of a Config that is a token id: 0 is allowed
+Weight = float  # a field that is the weight of a loss: 0 is allowed
 _LIMITS = {"n_layer": 10_000, "n_head": 100_000, "n_kv_head": 100_000, "max_distance": 1 << 20}
 _LARGEST = 1 << 31
 
@@ -39,6 +40,8 @@ def check_config(config: C) -> C:
             raise ValueError(f"[config] {field.name} must be an integer from 1 to {limit}, got {value!r:.60}.")
         if kind == "Id" and not (type(value) is int and 0 <= value <= limit):
             raise ValueError(f"[config] {field.name} must be an integer from 0 to {limit}, got {value!r:.60}.")
+        if kind == "Weight" and not (type(value) in (int, float) and 0 <= value <= sys.float_info.max):
+            raise ValueError(f"[config] {field.name} must be a number of at least 0, got {value!r:.60}.")
         if kind == "float" and not (type(value) in (int, float) and 0 < value <= sys.float_info.max):
             raise ValueError(f"[config] {field.name} must be a positive number, got {value!r:.60}.")
         if kind == "bool" and type(value) is not bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
-from fastlm.models.base import check_config
+from fastlm.models.base import Weight, check_config
 from fastlm.models.experts import ExpertLM
 from fastlm.nn import MLP, Attention, Context, Embedding, GatedMLP, Module, MoE, RMSNorm, parameter
 
@@ -36,7 +36,7 @@ class GLaMConfig:
     n_expert: int = 64
     n_expert_used: int = 2
     capacity_factor: float = 1.0  # an expert takes up to this many times its even share of a sequence: 2 T / E in GShard
-    balance_weight: float = 0.01
+    balance_weight: Weight = 0.01
     n_bucket: int = 32
     max_distance: int = 128
     eps: float = 1e-6

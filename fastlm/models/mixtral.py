@@ -17,7 +17,7 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.checkpoint import QuantizedArray
 from fastlm.models import llama
-from fastlm.models.base import check_config
+from fastlm.models.base import Weight, check_config
 from fastlm.models.experts import ExpertLM
 from fastlm.nn import Attention, Context, Embedding, GatedMLP, Linear, Module, MoE, RMSNorm, Rope, Sees, rope_scaling
 
@@ -40,7 +40,7 @@ class MixtralConfig:
     rope_scaling: Mapping[str, Any] | None = None
     tied: bool = False
     balance_loss: bool = False  # whether `loss` adds balance_weight * mixtral_load_balancing_loss
-    balance_weight: float = 0.001
+    balance_weight: Weight = 0.001
 
 
 PRESETS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastlm import ops
 from fastlm.models import t5
-from fastlm.models.base import Id, check_config
+from fastlm.models.base import Id, Weight, check_config
 from fastlm.models.experts import WithExperts
 from fastlm.nn import Context, Embedding, Linear, Module, MoE
 
@@ -32,8 +32,8 @@ class SwitchConfig(t5.T5Config):
     n_sparse: Id = 3  # layers of the decoder with experts, see `sparse`
     n_encoder_sparse: Id = 3
     router_losses: bool = False  # whether `loss` adds the two of the routers, times these
-    balance_weight: float = 0.001
-    z_weight: float = 0.001
+    balance_weight: Weight = 0.001
+    z_weight: Weight = 0.001
 
     @property
     def n_expert_used(self) -> int:

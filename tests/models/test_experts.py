@@ -134,3 +134,14 @@ def test_counts():
 def test_refuses():
     with pytest.raises(ValueError, match="router_jitter_noise"):
         convert.config_from_hf(models.module_of(load()), {"model_type": "mixtral", "router_jitter_noise": 0.1})
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "switch-base-8", "glam-0.1b-64e"])
+def test_weight_of_nothing(name):
+    """A loss that counts nothing: router_aux_loss_coef 0.0 in the files of some."""
+    model = models.declare(models.preset(name, n_layer=2, balance_weight=0.0))
+    raw = convert.config_to_hf(models.module_of(model), model.config)
+    assert raw["router_aux_loss_coef"] == 0.0
+    assert convert.config_from_hf(models.module_of(model), raw) == model.config
+    with pytest.raises(ValueError, match="balance_weight must be a number of at least 0, got -1"):
+        models.declare(models.preset(name, balance_weight=-1))
