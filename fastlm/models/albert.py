@@ -51,7 +51,7 @@ def _masked(c: Any) -> heads.MaskedLM:
 
 HEADS = heads.STANDARD | {
     "masked_lm": _masked,
-    "pretraining": lambda c: heads.Pretraining(_masked(c), heads.NextSentence(c.d_model)),  # which of two sentences came first
+    "pretraining": lambda c: heads.Pretraining(_masked(c), heads.NextSentence(c.d_model, len(c.labels))),  # which came first
 }
 
 

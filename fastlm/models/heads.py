@@ -70,10 +70,10 @@ class MaskedLM(Head):
 
 
 class NextSentence(Head):
-    """Whether the second segment follows the first, from the pooled state."""
+    """Whether the second segment follows the first, from the pooled state. n_label: the reference's ALBERT has as many as it has labels."""
 
-    def __init__(self, d_model: int) -> None:
-        self.out = Linear(d_model, 2)
+    def __init__(self, d_model: int, n_label: int = 2) -> None:
+        self.out = Linear(d_model, n_label)
 
     def __call__(self, model: Any, x: Any) -> Any:
         return self.out(model.pooler(x))
@@ -93,7 +93,7 @@ class Pretraining(Head):
         return self.tokens(model, x)
 
     def sentence_logits(self, model: Any, x: Any) -> Any:
-        """(B, 2)."""
+        """(B, 2), or as many as the head has labels."""
         return self.sentences(model, x)
 
     def loss(self, model: Any, x: Any, targets: Any) -> Tensor:

@@ -341,6 +341,15 @@ def test_labels_survive(tmp_path):
     assert hub.load_folder_or_gguf(tmp_path / "m")[0].config == config
 
 
+def test_albert_orders_as_many_sentences_as_it_has_labels():
+    """The reference's head for pre-training has num_labels outputs."""
+    sizes = {"d_embedding": 4, "d_model": 8, "n_head": 2, "d_ff": 8, "n_layer": 1, "vocab_size": 9}
+    model = models.create(models.preset("albert-base-v2", **sizes, head="pretraining", labels=("a", "b", "c")))
+    ids = np.arange(6).reshape(2, 3)
+    assert model.head.sentence_logits(model, model.run(ids)).shape == (2, 3)
+    assert np.isfinite(model.loss(ids, (ids, np.array([2, 0]))).item())
+
+
 def test_refuses():
     model, (ids, mask, segments) = load("bert.masked_lm"), inputs("bert.masked_lm")
     with pytest.raises(ValueError, match=r"mask must be \(B, S\) or"):
