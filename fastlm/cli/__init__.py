@@ -7,6 +7,7 @@ imported when it is called, so that `fastlm --help` is quick.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -180,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("verify", "compare a model's hidden states and logits with a reference, layer by layer", "verify:run")
     p.add_argument("folder", metavar="FOLDER", nargs="?", help="a Hugging Face folder or id, or a GGUF file")
     p.add_argument("--reference", metavar="NPZ", help="golden file: ids, embedding, layer.0 ..., final, logits (see --script)")
-    p.add_argument("--tolerance", type=float, default=1e-5, help="largest error, relative to max(1, |value|)")
+    p.add_argument("--tolerance", type=_distance, default=1e-5, help="largest error, relative to max(1, |value|)")
     p.add_argument("--script", action="store_true", help="only print the script that writes the reference with transformers")
 
     p = command("convert", "write a model as a Hugging Face folder", "convert:run", "Quantised weights become float32 or bfloat16.")
@@ -229,6 +230,17 @@ def _positive(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _whole(text, 0)
+
+
+def _distance(text: str) -> float:
+    """A number of at least 0; nan, with which every comparison fails, is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text[:40]!r}")
+    return value
 
 
 def _whole(text: str, low: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from fastlm.checkpoint import read_safetensors, write_safetensors
 from fastlm.cli import main
-from fastlm.cli.verify import SCRIPT, observe
+from fastlm.cli.verify import SCRIPT, errors, observe
 from fastlm.hub import load_folder_or_gguf
 
 DATA = Path(__file__).parents[1] / "data"
@@ -98,6 +98,23 @@ def test_encoder_with_padding(tmp_path, capsys):
     found["layer.0"][1, 3] = np.nan
     np.savez(tmp_path / "golden.npz", ids=ids, mask=mask, **found)
     assert main(["verify", str(folder), "--reference", str(tmp_path / "golden.npz")]) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_values():
+    """The same infinity is no error, another or a finite one is."""
+    want, got = np.full((1, 2, 3), np.inf), np.full((1, 2, 3), np.inf, np.float32)
+    assert errors({"logits": got}, {"logits": want})["logits"][0] == 0
+    for value in (-np.inf, 3.0, np.nan):
+        got[0, 1, 2] = value
+        assert errors({"logits": got}, {"logits": want})["logits"] == (np.inf, (0, 1, 2))
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "much"])
+def test_refuses_tolerance(tolerance, capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", "x", f"--tolerance={tolerance}"])
+    assert f"argument --tolerance: must be a number of at least 0, got '{tolerance}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
