@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer", choices=["char", "bpe"], default="char", help="a token is a character, or a piece learned from the text"
     )
-    p.add_argument("--vocab-size", type=_positive, default=2048, help="for --tokenizer bpe")
+    p.add_argument("--vocab-size", type=_positive, metavar="N", help="for --tokenizer bpe (default: 2048)")
     p.add_argument(
         "--objective",
         choices=["causal", "masked", "next-sentence", "sentence-order", "replaced", "spans", "permutation"],
@@ -111,9 +111,12 @@ def parser() -> argparse.ArgumentParser:
         choices=["gpt2", "llama", "bert", "albert", "electra", "t5", "xlnet"],
         help="architecture (default: by the objective)",
     )
-    p.add_argument("--whole-word", action="store_true", help="masked: words are hidden whole")
+    p.add_argument("--whole-word", action="store_true", help="where tokens are hidden: words are hidden whole")
     p.add_argument(
-        "--copies", type=_positive, metavar="N", help="masked: go round through N maskings of a text (default: always another)"
+        "--copies",
+        type=_positive,
+        metavar="N",
+        help="as --whole-word: go round through N maskings of a text (default: always another)",
     )
     p.add_argument("--layers", type=_positive, default=4, help="transformer blocks")
     p.add_argument("--heads", type=_positive, default=4, help="attention heads of a block")

@@ -32,15 +32,24 @@ MODELS = {
     "spans": ("t5",),
     "permutation": ("xlnet",),
 }
+MASKED = ("masked", "next-sentence", "sentence-order")  # that hide tokens, by data.Masked
 NAMES = tuple(dict.fromkeys(name for names in MODELS.values() for name in names))
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Settles the model; ValueError where it does not learn by the objective."""
+    """Settles the model and the size of the vocabulary; ValueError where the model does not learn by the objective, and for options
+    that would do nothing (a run that is gone on with had them settled)."""
     able = MODELS[arguments.objective]
     arguments.model = arguments.model or able[0]
     if arguments.model not in able:
         raise ValueError(f"--model must be {' or '.join(able)} for --objective {arguments.objective}, got {arguments.model}")
+    if not arguments.resume:
+        if arguments.objective not in MASKED and (arguments.whole_word or arguments.copies is not None):
+            option = "--whole-word" if arguments.whole_word else "--copies"
+            raise ValueError(f"{option} is for --objective {', '.join(MASKED)}, got {arguments.objective}: leave it out")
+        if arguments.tokenizer == "char" and arguments.vocab_size is not None:
+            raise ValueError("--vocab-size is for --tokenizer bpe, got char, whose tokens are the text's characters: leave it out")
+    arguments.vocab_size = arguments.vocab_size or 2048
 
 
 def tokenizer(text: str, arguments: argparse.Namespace) -> Tokenizer:

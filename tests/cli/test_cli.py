@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,20 @@ def test_text_that_begins_with_blank_lines(tmp_path, capsys):
 def test_objectives_and_models_that_do_not_fit(text, capsys):
     assert main(["train", str(text), "--objective", "masked", "--model", "gpt2"]) == 2
     assert "--model must be bert or albert for --objective masked, got gpt2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--copies", "3"], "--copies is for --objective masked, next-sentence, sentence-order, got causal"),
+        (["--whole-word", "--objective", "spans"], "--whole-word is for --objective masked, .*, got spans"),
+        (["--whole-word", "--objective", "replaced"], "--whole-word is for --objective masked, .*, got replaced"),
+        (["--vocab-size", "300"], "--vocab-size is for --tokenizer bpe, got char"),
+    ],
+)
+def test_options_without_effect_are_refused(text, capsys, options, message):
+    assert main(["train", str(text), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_interrupted_training_goes_on(text, tmp_path):
