@@ -20,7 +20,7 @@ class Progress:
         self.rate = 0.0  # tokens/s, smoothed
         self.validation: float | None = None
         self.bar: Any = None
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():  # None where it is closed
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 

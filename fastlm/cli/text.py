@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from fastlm.cli import parser
 from fastlm.generate import Past
 from fastlm.lm import LM, load
 
@@ -25,15 +26,31 @@ def loaded(arguments: argparse.Namespace) -> LM:
     return lm
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
 def generate(arguments: argparse.Namespace) -> None:
+    if arguments.beams > 1:
+        usual = parser().parse_args(["generate", "MODEL", "PROMPT"])
+        drawn = [f"--{name.replace('_', '-')}" for name in SAMPLING if getattr(arguments, name) != getattr(usual, name)]
+        if drawn:
+            raise ValueError(f"{', '.join(drawn)} must be left out with --beams {arguments.beams}: a beam search draws nothing")
+    prompt = arguments.prompt
+    if prompt == "-":
+        prompt = standard_input().read()
     lm = loaded(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    print(prompt, end="", flush=True)
     if arguments.beams > 1:
         options: Any = {"beams": arguments.beams, "stop": arguments.stop or None}
-        print(lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
+        print(prompt + lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
         return
-    show(lm, lm.stream(prompt, max_tokens=arguments.max_tokens, **sampling(arguments)))
+    show(lm, lm.stream(prompt, max_tokens=arguments.max_tokens, **sampling(arguments)), prompt)
+
+
+def standard_input() -> TextIO:
+    """Python has none where it was closed."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: there is nothing to read")
+    return sys.stdin
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -45,6 +62,7 @@ def chat(arguments: argparse.Namespace) -> None:
         return
     if lm.tokenizer is None or lm.tokenizer.chat_template is None:
         raise ValueError(f"{arguments.model} has no chat template: use fastlm generate")
+    standard_input()
     past = Past()
     print(f"{lm!r}\nAn empty line ends the talk.")
     while True:
@@ -99,17 +117,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def sampling(arguments: argparse.Namespace) -> Any:
     """The options of `LM.stream` that the command line gives."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    return {name: getattr(arguments, name) for name in names} | {"stop": arguments.stop or None}
+    return {name: getattr(arguments, name) for name in SAMPLING} | {"stop": arguments.stop or None}
 
 
-def show(lm: LM, pieces: Iterable[str]) -> str:
-    """Prints text as it comes, then its speed on standard error. Returns it."""
+def show(lm: LM, pieces: Iterable[str], before: str = "") -> str:
+    """Prints text as it comes, `before` before the first piece, then its speed on standard error. Returns it without `before`."""
     start, first, text = time.perf_counter(), 0.0, ""
     for piece in pieces:
         first = first or time.perf_counter() - start
+        print(piece if text else before + piece, end="", flush=True)
         text += piece
-        print(piece, end="", flush=True)
+    if not text:
+        print(before, end="")
     seconds = time.perf_counter() - start
     print()
     assert lm.tokenizer is not None

@@ -149,10 +149,9 @@ def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argpar
         return  # no room for a prompt and what follows
     print("\nIt writes:")
     length = min(300, arguments.context * 4)
-    sys.stdout.write(_opening(lm))
+    print(_opening(lm), end="")
     for piece in continuation(lm, length, arguments.seed):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        print(piece, end="", flush=True)
     print()
 
 

@@ -288,6 +288,52 @@ def test_quantize(kind, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("abc")
 
 
+@pytest.fixture
+def letters(tmp_path):
+    """A folder with a model of eight letters."""
+    tokenizer = fastlm.Tokenizer.characters("abcdefgh")
+    model = models.create(models.GPTConfig(tokenizer.vocab_size, context=64, d_model=32, n_layer=1, n_head=2))
+    fastlm.LM(model, tokenizer).save(tmp_path / "letters")
+    return tmp_path / "letters"
+
+
+def test_refused_generation_prints_nothing(letters, capsys):
+    """What is wrong is found before the prompt is printed; what a beam search would not look at is refused."""
+    wrong = {
+        "top_k must be": ["--top-k", "-1"],
+        "characters that are not in the vocabulary": ["--stop", "xyz"],
+        "--temperature, --top-k must be left out with --beams 2": ["--beams", "2", "--temperature", "0.5", "--top-k", "5"],
+    }
+    for message, options in wrong.items():
+        prompt = "30" if "--stop" in options else "abc"
+        assert main(["generate", str(letters), prompt, *options]) == 2
+        printed = capsys.readouterr()
+        assert (message in printed.err, printed.out) == (True, "")
+    assert main(["generate", str(letters), "abc", "--beams", "2", "--max-tokens", "4"]) == 0
+    assert re.fullmatch("abc[a-h]{4}\n", capsys.readouterr().out)
+    assert main(["generate", str(letters), "abc", "--max-tokens", "4"]) == 0
+    assert re.fullmatch("abc[a-h]{4}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["generate", "-"], ["chat"]])
+def test_closed_standard_input(arguments, letters, capsys, monkeypatch):
+    lm = fastlm.load(letters)
+    lm.tokenizer.chat_template = "a"
+    lm.save(letters)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([arguments[0], str(letters), *arguments[1:]]) == 2
+    assert capsys.readouterr().err == "fastlm: standard input is closed: there is nothing to read\n"
+
+
+def test_closed_standard_output(text, tmp_path):
+    """Training goes on without one."""
+    run = ["train", str(text), "--out", str(tmp_path / "run"), "--steps", "2", *SMALL]
+    closed = command(*run, preexec_fn=lambda: os.close(1))
+    assert "Traceback" not in closed.communicate(timeout=120)[1]
+    assert closed.returncode == 0
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
 def test_chat(tmp_path, capsys, monkeypatch):
     """One-shot and interactive; a talk longer than the context forgets its beginning."""
     letters = "".join(chr(c) for c in range(32, 127)) + "\n"
