@@ -69,6 +69,11 @@ def train_text(text: str | None, arguments: argparse.Namespace) -> tuple[LM, boo
         corpus = prepare(text, lambda t: tokenizer.encode(t, special_tokens=False), out / "tokens", size, arguments.held_out)
         if len(corpus.train) <= arguments.context:
             raise ValueError(f"the text has only {len(corpus.train)} tokens to train on, the context is {arguments.context}")
+        most = max(len(corpus.train), 1024)  # a row begins at a token: more would be the same ones again
+        if arguments.batch > most:
+            raise ValueError(
+                f"--batch must be at most {most:,}: the text has {len(corpus.train):,} tokens to train on, got {arguments.batch:,}"
+            )
         tokenizer.save(out / "tokenizer")
     else:
         tokenizer, corpus = Tokenizer.from_folder(out / "tokenizer"), open_corpus(out / "tokens")

@@ -204,6 +204,15 @@ def test_refused_options_leave_no_run(text, tmp_path, capsys):
     assert main(begin) == 0
 
 
+def test_batch_that_the_text_does_not_fill(text, tmp_path, capsys):
+    """It was put together of the same rows, for minutes, before anything was said."""
+    assert main(["train", str(text), "--out", str(tmp_path / "run"), "--batch", str(10**9)]) == 2
+    assert "--batch must be at most 20,594: the text has 20,594 tokens to train on, got 1,000,000,000" in capsys.readouterr().err
+    text.write_text("A small text may fill the usual batch with the same rows.")
+    small = ["--steps", "1", *SMALL, "--batch", "100"]
+    assert main(["train", str(text), "--out", str(tmp_path / "run"), *small]) == 0
+
+
 def test_text_that_begins_with_blank_lines(tmp_path, capsys):
     """The prompt that is suggested at the end is the first word there is, wherever it stands."""
     text, out = tmp_path / "late.txt", tmp_path / "run"
