@@ -470,6 +470,9 @@ def main(
     found = peers.find(against)
     versions = {k: v for k, (_, v) in found.items()}
     path = Path(output) if output else default_output()
+    table, picture = path.with_suffix(".md"), Path(plot) if plot else path.with_suffix(".png")
+    if path in (table, picture):
+        raise ValueError(f"[bench] the lines must go to a file of another name than the table and the plot, {table} and {picture}.")
     todo = rows
     if not again:
         mine = ["ours", *([AVX2] if not quick and backend.isa() == "avx512" else [])]
@@ -502,7 +505,6 @@ def main(
         results.append(path, row.record(versions))
     if done:
         lines = results.read(path)
-        table, picture = path.with_suffix(".md"), Path(plot) if plot else path.with_suffix(".png")
         table.write_text(report.markdown(lines))
         print(f"{len(todo) - done} rows are left; written to {path} and {table}")
         if report.draw(lines, picture):

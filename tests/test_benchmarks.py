@@ -122,6 +122,8 @@ def test_a_plot_that_is_asked_for_and_not_drawn(measured, capsys, monkeypatch, t
         (["--against", "numpi"], "no peer is called numpi; there are numpy, torch, "),
         (["--minutes", "0"], "minutes must be above 0, got 0."),
         (["--minutes", "nan"], "minutes must be above 0, got nan."),
+        (["--json", "out.md"], "another name than the table and the plot, out.md and out.png."),
+        (["--plot", "out.jsonl"], "another name than the table and the plot, out.md and out.jsonl."),
         (["--table", "none.jsonl"], "no such file: none.jsonl"),
         (["--table", "latin.jsonl"], "line 1 of latin.jsonl is not a measurement"),
     ],
@@ -131,7 +133,14 @@ def test_the_command_refuses(options, message, capsys, tmp_path, monkeypatch):
     (tmp_path / "latin.jsonl").write_bytes(b'{"op": "caf\xe9"}\n')
     assert main(["bench", "rms_norm", "--quick", "--json", "out.jsonl", *options]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["latin.jsonl"]
+
+
+def test_the_command_lists_cases(capsys):
+    assert main(["bench", "--list", "--case", "8192x768"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"layer_norm 8192x768", "rms_norm 8192x768"} <= set(lines)
+    assert all("8192x768" in line for line in lines)
 
 
 def test_every_target_is_a_case():

@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--case", metavar="NAME", action="append", help="only cases whose name contains this; may be repeated")
     p.add_argument("--against", metavar="PEER", action="append", help="only this peer; may be repeated (default: all installed)")
     p.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contestant (default: 5)")
-    p.add_argument("--list", action="store_true", help="only list the operations, or the cases of those named")
+    p.add_argument("--list", action="store_true", help="only list the operations, or the cases of those named, or of --case")
 
     p = command("plan", "what a published model costs: parameters, FLOPs, memory, and a layout over devices", "plan:run")
     p.add_argument("name", metavar="NAME", help="a preset, as in fastlm.models.PRESETS, or glam-1.2t")

@@ -21,10 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise RuntimeError(f"[bench] {a.plot} is not drawn: {report.NOT_DRAWN}")
         return 0
     if a.list:
-        names = a.ops or harness.operations()
+        names, chosen = a.ops or harness.operations(), a.case or ()
         print(
-            "\n".join(f"{op} {harness.label(op, i)}" for op, cases in harness.selected(names).items() for i in cases)
-            if a.ops
+            "\n".join(f"{op} {harness.label(op, i)}" for op, cases in harness.selected(names, chosen).items() for i in cases)
+            if a.ops or chosen
             else "\n".join(names)
         )
         return 0
