@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 # ImportError is what fastlm._C raises for a FASTLM_ISA or FASTLM_NUM_THREADS that cannot be.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, NotImplementedError, OverflowError, ImportError)
@@ -19,10 +23,11 @@ LARGEST = (1 << 63) - 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         if arguments.threads:
-            from fastlm import backend
+            with unbroken():
+                from fastlm import backend
 
             backend.set_num_threads(arguments.threads)
         return int(arguments.run(arguments) or 0)
@@ -38,6 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"fastlm: {message}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C comes at the end: within NumPy's import it would be an ImportError, and tracebacks of NumPy's."""
+    pressed = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():  # where there are no handlers, and no Ctrl-C
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 class _Help(argparse.HelpFormatter):
@@ -64,8 +90,10 @@ def parser() -> argparse.ArgumentParser:
         def call(arguments: argparse.Namespace) -> int:
             import importlib
 
-            module, function = run.split(":")
-            return int(getattr(importlib.import_module(f"fastlm.cli.{module}"), function)(arguments) or 0)
+            name, function = run.split(":")
+            with unbroken():
+                module = importlib.import_module(f"fastlm.cli.{name}")
+            return int(getattr(module, function)(arguments) or 0)
 
         p = commands.add_parser(
             name,

@@ -270,6 +270,20 @@ def test_interrupted_training_goes_on(text, tmp_path):
     assert len(losses(whole)) == 400
 
 
+def test_interrupted_import(monkeypatch, capsys):
+    """Ctrl-C while a command's module is imported comes after it: NumPy's import makes an ImportError of it."""
+    imported = []
+
+    def module(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        imported.append(name)
+
+    monkeypatch.setattr("importlib.import_module", module)
+    assert main(["info"]) == 130
+    assert imported == ["fastlm.cli.info"]
+    assert capsys.readouterr().err == "\nfastlm: stopped\n"
+
+
 def test_convert_llama2c(tmp_path, capsys):
     """stories260K as a folder, and the first words that llama2.c prints for it."""
     source = DATA / "stories260k"
