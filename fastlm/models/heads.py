@@ -35,6 +35,8 @@ def first(x: Any) -> Any:
 class Summary(Module):
     """act(dense(first token)): (B, T, C) -> (B, C). Activation: tanh (BERT's pooler), or one of ops.linear."""
 
+    pools = True  # once a sequence, see models/plan.py
+
     def __init__(self, d_model: int, activation: str) -> None:
         self.dense = Linear(d_model, d_model)
         self.activation = activation
@@ -71,6 +73,8 @@ class MaskedLM(Head):
 
 class NextSentence(Head):
     """Whether the second segment follows the first, from the pooled state. n_label: the reference's ALBERT has as many as it has labels."""
+
+    pools = True
 
     def __init__(self, d_model: int, n_label: int = 2) -> None:
         self.out = Linear(d_model, n_label)
@@ -136,6 +140,8 @@ class SequenceClassifier(Head):
     problem: None, "regression", "single_label_classification" or "multi_label_classification", as Hugging Face has it. None: one
     label is regression; integers as targets are single labels, floats several.
     """
+
+    pools = True
 
     def __init__(self, d_model: int, n_label: int, summary: Module | None = None, problem: str | None = None) -> None:
         if problem is not None and problem not in PROBLEMS:
@@ -223,6 +229,8 @@ def _within(answers: Any, length: int) -> Any:
 
 class MultipleChoice(Head):
     """One of K continuations: a score each, from its summary. ids (B, K, T); inside, the K are sequences of the batch."""
+
+    pools = True
 
     def __init__(self, d_model: int, summary: Module | None = None) -> None:
         self.summary = summary

@@ -50,6 +50,7 @@ class Shape:
     experts: int = 0
     context: int = 2048  # the longest
     usual_context: int = 2048  # what it was trained on, where that is not the longest
+    pooled: int = 0  # parameters of products that a sequence has once, of an encoder's pooler
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def shape_of(name: str) -> Shape:
 
 def shape_of_model(model: Any) -> Shape:
     """The Shape of a declared model, read off its parts. A model with experts says `active_parameters()` itself; a part that more
-    than one layer goes through says how many, `times`; an attention of another kind has `n_head`, `n_kv_head`, `head_dim`, `sees`
-    and may say what it keeps, `cached`, and how many `products` it has."""
+    than one layer goes through says how many, `times`, one that a sequence goes through once `pools`; an attention of another kind has
+    `n_head`, `n_kv_head`, `head_dim`, `sees` and may say what it keeps, `cached`, and how many `products` it has."""
     c, layers = model.config, list(_blocks(model))
     attentions = [(part, times) for block, times in layers for part in _used(block) if hasattr(part, "n_kv_head")]
     n_layer = sum(times for _, times in layers)
@@ -83,14 +84,15 @@ def shape_of_model(model: Any) -> Shape:
     active = int(model.active_parameters()) if hasattr(model, "active_parameters") else total
     blocks = sum(times * part.weight.size for block, times in layers for part in _linears(block))
     once = sum(part.weight.size for part in _linears(model)) - sum(p.weight.size for b, _ in layers for p in _linears(b))
+    pooled = sum(part.weight.size for part in _pooled(model))
     tied = model.token_embedding.weight.size if not isinstance(model, Encoder) and model.head is None else 0
     kept = sum(times * _left(block) for block, times in layers)
     scores = tuple(_scores(part) for part, times in attentions for _ in range(times))
     experts = sum(p.size for k, p in parameters.items() if ".experts." in k)
     context = int(c.context)
     return Shape(
-        total, active, blocks + once + tied, n_layer, c.n_head, scores, kept, getattr(c, "n_expert", 1), experts, context,
-        getattr(c, "usual_context", context),
+        total, active, blocks + once - pooled + tied, n_layer, c.n_head, scores, kept, getattr(c, "n_expert", 1), experts, context,
+        getattr(c, "usual_context", context), pooled,
     )  # fmt: skip
 
 
@@ -142,6 +144,15 @@ def _linears(module: Module) -> Iterator[Linear]:
     return (part for part in _used(module) if isinstance(part, Linear))
 
 
+def _pooled(module: Module) -> Iterator[Linear]:
+    if getattr(module, "pools", False):
+        yield from _linears(module)
+        return
+    for _, part in module.parts():
+        if isinstance(part, Module):
+            yield from _pooled(part)
+
+
 def flops(shape: Shape, context: int) -> float:
     """Of one token's forward pass, on average over a sequence of `context`: 2 a parameter, and the scores. Training takes 3 times.
     For an encoder-decoder, of a source token and a target token together."""
@@ -150,7 +161,7 @@ def flops(shape: Shape, context: int) -> float:
         w = min(a.window or context, context)
         seen = (w * (w + 1) / 2 + (context - w) * w) / context if a.causal else float(w)  # keys that a query sees, on average
         scores += 2 * a.products * a.heads * seen
-    return 2 * shape.multiplied + scores
+    return 2 * (shape.multiplied + shape.pooled / context) + scores
 
 
 def cache_bytes(shape: Shape, context: int) -> float:

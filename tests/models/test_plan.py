@@ -40,7 +40,10 @@ def test_windows_and_groups():
     assert plan.flops(banded, 10) == pytest.approx(4 * np.mean(seen))
     bert = plan.shape_of("bert-base-uncased")
     assert plan.cache_bytes(bert, 512) == 0
-    assert plan.flops(bert, 512) == 2 * bert.multiplied + 12 * 4 * 768 * 512
+    assert (bert.multiplied, bert.pooled) == (12 * 12 * 768 * 768, 768 * 768)  # a pooler, for one token of a sequence
+    assert plan.flops(bert, 512) == 2 * (bert.multiplied + 768 * 768 / 512) + 12 * 4 * 768 * 512
+    task = plan.shape_of_model(models.declare(models.preset("roberta-base", head="sequence_classification")))
+    assert (task.multiplied, task.pooled) == (bert.multiplied, 768 * 768 + 2 * 768)
 
 
 def test_glam():
