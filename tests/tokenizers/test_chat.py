@@ -74,10 +74,10 @@ def test_a_template_may_refuse() -> None:
     ids=lambda t: t[:24],
 )
 def test_broken_and_hostile_templates(template: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine takes longer, the template does not
     with pytest.raises(TokenizerError, match=r"\[chat\]"):
         chat(template)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_messages_are_checked() -> None:
