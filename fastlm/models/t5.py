@@ -284,7 +284,14 @@ def hf_found(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, An
 
 
 def hf_read(tensors: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
-    """`wi_1` of a gated feed-forward is its `up`, which the others call `wi`."""
+    """`wi_1` of a gated feed-forward is its `up`, which the others call `wi`. ValueError where the stacks read embeddings of their own,
+    as an untied Switch of the reference does that was trained from the start; published ones have copies of the shared one."""
+    shared = tensors.get("shared.weight")
+    own = [n for n in list(HF_TIED)[:2] if n in tensors and (shared is None or not np.array_equal(tensors[n], shared))]
+    if own:
+        raise ValueError(
+            f"the weights have {', '.join(own)} that differ from shared.weight: fastlm has one embedding for both stacks."
+        )
     return {name.replace(".wi_1.", ".wi."): tensor for name, tensor in tensors.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import fastlm
 from fastlm import generate, hub, models, ops
-from fastlm.checkpoint import read_safetensors
+from fastlm.checkpoint import read_safetensors, write_safetensors
 from fastlm.models import convert
 from fastlm.models.base import names
 from fastlm.models.switch import sparse
@@ -232,3 +232,13 @@ def test_gated_experts(tmp_path):
 def test_refuses_a_scale_without_a_tie():
     with pytest.raises(ValueError, match="scaled must be what tied is, False"):
         models.declare(models.preset("switch-base-8", tied=False))
+
+
+def test_refuses_embeddings_of_its_own_for_a_stack(tmp_path):
+    """What the reference makes of tie_word_embeddings false from the start; published models have copies of the shared one."""
+    hub.save(load("untied"), None, tmp_path / "a")
+    tensors = dict(read_safetensors(tmp_path / "a"))
+    name = "decoder.embed_tokens.weight"
+    write_safetensors(tmp_path / "a" / "model.safetensors", tensors | {name: tensors[name] + 1})
+    with pytest.raises(ValueError, match=rf"have {name} that differ from shared.weight: fastlm has one embedding for both stacks"):
+        hub.load_folder_or_gguf(tmp_path / "a")
