@@ -51,7 +51,10 @@ class ExpertLM(WithExperts, CausalLM):
         raise NotImplementedError(f"{type(self).__name__} defines no auxiliary_loss")
 
     def loss(self, ids: Any, targets: Any, ignore_index: int = -100) -> Tensor:
-        """Mean cross-entropy of the next token and the auxiliary loss, a scalar. Then `expert_counts` and `dropped` are its."""
+        """Mean cross-entropy of the next token and the auxiliary loss, a scalar. Then `expert_counts` and `dropped` are its.
+
+        Tokens whose targets are left out count among those of the auxiliary loss, padding too, as in the reference without an
+        attention mask."""
         ids = as_ids("ids", ids)
         targets = as_ids("targets", targets, ids.shape)
         context = Context(*ids.shape, device=self.device)
