@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fastlm.tokenizers import build
-from fastlm.tokenizers.errors import TokenizerError, typed
+from fastlm.tokenizers.errors import TokenizerError, check_unicode, typed
 from fastlm.tokenizers.sentencepiece import backend_from_sentencepiece
 
 ROLES = ("bos", "eos", "unk", "pad", "mask", "cls", "sep")
@@ -45,6 +48,32 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"[from_folder] {path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def write(folder: Path, files: Mapping[str, str | None]) -> None:
+    """Writes files, each into a temporary one that is renamed over it; removes those that are None. All are encoded before the first
+    is written."""
+    encoded = {}
+    for name, text in files.items():
+        check_unicode(f"[save] {name}:", text or "")
+        encoded[name] = None if text is None else text.encode("utf-8")
+    if folder.exists() and not folder.is_dir():
+        raise TokenizerError(f"[save] {folder} is a file: give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in encoded.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        temporary = folder / f".{name}.{secrets.token_hex(6)}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def has_tokenizer(folder: Path) -> bool:

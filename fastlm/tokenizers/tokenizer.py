@@ -148,9 +148,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which the transformers library reads too; and
-        generation_config.json where more than eos ends a text."""
+        generation_config.json where more than eos ends a text. Each file appears whole or not at all. What another tokenizer has left
+        in the folder and would be read with this one goes: its chat template, special tokens and ends of a text."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -161,14 +161,31 @@ class Tokenizer:
         config.pop("chat_template", None)
         config.update({f"{role}_token": token for role, token in self.special.items()})
         with typed("[save] tokenizer.json"):
-            (target / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        if self.end_ids != (() if self.eos_id is None else (self.eos_id,)):
-            ends = {"eos_token_id": list(self.end_ids), "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
-            known = {k: v for k, v in ends.items() if v is not None}
-            (target / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
-        if self.chat_template is not None:
-            (target / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+            vocabulary = self.backend.to_str(pretty=True)
+        files: dict[str, str | None] = {
+            "tokenizer.json": vocabulary,
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            "generation_config.json": self._generation(target / "generation_config.json"),
+            "chat_template.jinja": self.chat_template,
+            "special_tokens_map.json": None,
+            "added_tokens.json": None,
+        }
+        folders.write(target, files)
+
+    def _generation(self, path: Path) -> str | None:
+        """generation_config.json, where one is there or more than eos ends a text: what it holds, with the ids that this tokenizer has."""
+        given = folders.read_object(path)
+        alone = self.end_ids == (() if self.eos_id is None else (self.eos_id,))
+        if alone and not given:
+            return None
+        given.pop("eos_token_id", None)
+        ends = {
+            "eos_token_id": self.eos_id if alone else list(self.end_ids),
+            "bos_token_id": self.bos_id,
+            "pad_token_id": self.pad_id,
+        }
+        given |= {k: v for k, v in ends.items() if v is not None}
+        return json.dumps(given, indent=2) + "\n" if given else None
 
     def __repr__(self) -> str:
         roles = ", ".join(f"{role}={token!r}" for role, token in self.special.items())

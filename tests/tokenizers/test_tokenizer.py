@@ -102,6 +102,49 @@ def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def test_saved_over_another(tmp_path: Path) -> None:
+    """Nothing of the tokenizer that was in the folder is read with the new one: its template, special tokens and ends were."""
+    old = make("trained").with_special({"pad": "a"})
+    old.chat_template, old.end_ids = "of the old", (7, 0)
+    old.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"mask_token": "b"}')
+    (tmp_path / "added_tokens.json").write_text('{"[OLD]": 999}')
+    ends = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends | {"temperature": 0.6}))
+    new = make("trained")
+    new.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert (again.special, again.end_ids, again.chat_template) == (new.special, new.end_ids, None)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    characters = Tokenizer.characters("abc")  # no token ends a text
+    characters.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).end_ids == ()
+
+
+def test_saving_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is whole, the old or the new: each was emptied before it was written."""
+    tokenizer = make("trained")
+    tokenizer.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    wider = tokenizer.with_special({"pad": "[PAD]"})
+    wider.chat_template = "caf\udce9"
+    with pytest.raises(TokenizerError, match=r"\[save\] chat_template\.jinja: text must be Unicode"):
+        wider.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    wider.chat_template = None
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        wider.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is a file: give a folder"):
+        wider.save(tmp_path / "tokenizer.json")
+
+
 def test_llama2c() -> None:
     tokenizer = make("tok512")
     assert tokenizer.vocab_size == 512
