@@ -17,6 +17,10 @@ from fastlm.tokenizers.errors import TokenizerError, check_unicode, typed
 from fastlm.tokenizers.sentencepiece import backend_from_sentencepiece
 
 ROLES = ("bos", "eos", "unk", "pad", "mask", "cls", "sep")
+FURTHER = (
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+)  # what holds further roles: token by key, or a list without roles
 _LARGEST = 256 << 20  # bytes of one file
 
 
@@ -111,6 +115,7 @@ def backend_from_folder(folder: Path) -> tuple[Backend, dict[str, str], list[int
             f"[from_folder] no tokenizer in {folder}: expected tokenizer.json, vocab.json + merges.txt, tokenizer.model or vocab.txt"
         )
     _add_from_config(backend, config)
+    special |= {k: v for k, v in _further_roles(config, special_map).items() if k not in special}
     special = {role: token for role, token in special.items() if _known(backend, token)}
     wanted = {side: config.get(f"add_{side}_token") for side in ("bos", "eos")}
     if str(config.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama", "Gemma")) and any(
@@ -118,6 +123,26 @@ def backend_from_folder(folder: Path) -> tuple[Backend, dict[str, str], list[int
     ):
         build.surround(backend, *(special.get(side) if wanted[side] else None for side in ("bos", "eos")))
     return backend, special, _ends(folder, backend, special), _template(folder, config), config
+
+
+def named(role: Any) -> bool:
+    """Whether a role can be one of a token: its key, `eot_token`, must be no setting, as `add_bos_token` is."""
+    return isinstance(role, str) and role.isidentifier() and not role.startswith("add_")
+
+
+def _further_roles(*sources: dict[str, Any]) -> dict[str, str]:
+    """The tokens of roles beyond ROLES, {"eot": "<|eot|>"}, by the keys that Hugging Face has for them: `eot_token`, beside the others
+    or in an object of further ones."""
+    found: dict[str, str] = {}
+    for source in sources:
+        further = [source.get(key) for key in FURTHER]
+        for entries in (source, *(entries for entries in further if isinstance(entries, dict))):
+            for key, value in entries.items():
+                value = value.get("content") if isinstance(value, dict) else value
+                role = key.removesuffix("_token")
+                if role != key and role not in ROLES and named(role) and isinstance(value, str) and value:
+                    found.setdefault(role, value)
+    return found
 
 
 def _bpe_files(folder: Path) -> tuple[Path, Path] | None:

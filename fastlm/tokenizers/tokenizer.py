@@ -32,12 +32,15 @@ class Tokenizer:
         chat_template: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`special` maps a role (bos, eos, unk, pad, mask) to its token; `ends` are the ids that end a text (eos if not given)."""
+        """`special` maps a role (bos, eos, unk, pad, mask, cls, sep, or one of yours) to its token; `ends` are the ids that end a text
+        (eos if not given)."""
         self.backend = backend
         self.special = dict(special or {})
         self.chat_template = chat_template
         self._config = dict(config or {})
         for role, token in self.special.items():
+            if not folders.named(role):
+                raise TokenizerError(f"[tokenizer] a role must be a word that does not begin with add_, got {role!r}")
             if backend.token_to_id(token) is None:
                 raise TokenizerError(f"[tokenizer] the {role} token {token!r} is not in the vocabulary")
         self.bos_id = self._role("bos")
@@ -77,8 +80,9 @@ class Tokenizer:
         return cls(character_backend(text))
 
     def with_special(self, roles: Mapping[str, str], more: Sequence[str] = ()) -> Tokenizer:
-        """The same vocabulary with special tokens behind it, in the order given: `roles` maps pad, mask, cls, sep ... to a token; `more`
-        have no role. What is there already keeps its id."""
+        """The same vocabulary with special tokens behind it, in the order given: `roles` maps pad, mask, cls, sep ... to a token, and
+        any other role, "eot", which templates and transformers know as eot_token; `more` have no role. What is there already keeps its
+        id."""
         backend = Backend.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*roles.values(), *more)])
         return Tokenizer(backend, {**self.special, **roles}, self.end_ids, self.chat_template, self._config)
@@ -159,7 +163,11 @@ class Tokenizer:
         if not str(config["tokenizer_class"]).endswith("Fast"):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the slow classes want their own files
         config.pop("chat_template", None)
-        config.update({f"{role}_token": token for role, token in self.special.items()})
+        roles = {f"{role}_token": token for role, token in self.special.items()}
+        config.update(roles)
+        for key in folders.FURTHER:  # a role that was given another token since
+            if isinstance(held := config.get(key), dict):
+                config[key] = {k: roles.get(k, token) for k, token in held.items()}
         with typed("[save] tokenizer.json"):
             vocabulary = self.backend.to_str(pretty=True)
         files: dict[str, str | None] = {

@@ -102,6 +102,32 @@ def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def test_roles_of_other_names_are_saved(tmp_path: Path) -> None:
+    """They were written, and left out when read."""
+    tokenizer = make("trained").with_special({"pad": "[PAD]", "eot": "[E]"})
+    tokenizer.chat_template = "{{ eot_token }}{{ pad_token }}"
+    tokenizer.save(tmp_path / "a")
+    again = Tokenizer.from_folder(tmp_path / "a")
+    assert again.special == tokenizer.special
+    assert again.chat([{"role": "user", "content": ""}]) == "[E][PAD]"
+    path = tmp_path / "a" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"add_bos_token": True, "image_token": None, "lost_token": "[not there]", "video": "[E]"}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):  # as transformers 4 and 5 write them
+        found = {k: v for k, v in config.items() if k != "eot_token"} | {key: {"eot_token": {"content": "[E]"}}}
+        path.write_text(json.dumps(found))
+        again = Tokenizer.from_folder(tmp_path / "a")
+        assert again.special == tokenizer.special
+        again.with_special({"eot": "[F]"}).save(tmp_path / "b")
+        assert Tokenizer.from_folder(tmp_path / "b").special["eot"] == "[F]"
+        assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())[key] == {"eot_token": "[F]"}
+    path.write_text(json.dumps(config | {"extra_special_tokens": ["[E]"]}))
+    assert Tokenizer.from_folder(tmp_path / "a").special == tokenizer.special
+    for role in ("add_bos", "", "end of turn"):
+        with pytest.raises(TokenizerError, match=f"a role must be a word that does not begin with add_, got '{role}'"):
+            tokenizer.with_special({role: "[X]"})
+
+
 def test_saved_over_another(tmp_path: Path) -> None:
     """Nothing of the tokenizer that was in the folder is read with the new one: its template, special tokens and ends were."""
     old = make("trained").with_special({"pad": "a"})
