@@ -85,7 +85,10 @@ class Tokenizer:
         id."""
         backend = Backend.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*roles.values(), *more)])
-        return Tokenizer(backend, {**self.special, **roles}, self.end_ids, self.chat_template, self._config)
+        ends = self.end_ids
+        if (eos := backend.token_to_id(roles["eos"]) if "eos" in roles else None) is not None:  # in the place of the eos that was
+            ends = (*(eos if i == self.eos_id else i for i in ends), eos)
+        return Tokenizer(backend, {**self.special, **roles}, ends, self.chat_template, self._config)
 
     # Text and ids
 

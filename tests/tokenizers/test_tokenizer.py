@@ -102,6 +102,18 @@ def test_saved_and_read_again(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def test_another_eos_ends_a_text(tmp_path: Path) -> None:
+    """The old one did, and the new one did not before it was saved and loaded."""
+    tokenizer = make("trained").with_special({"eos": "</s>"})
+    assert tokenizer.end_ids == (tokenizer.eos_id,) == (tokenizer.id("</s>"),)
+    tokenizer.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).end_ids == tokenizer.end_ids
+    tokenizer.end_ids = (7, *tokenizer.end_ids)
+    assert tokenizer.with_special({"eos": "[E]"}).end_ids == (7, tokenizer.vocab_size)
+    assert tokenizer.with_special({"pad": "[P]"}).end_ids == tokenizer.end_ids
+    assert Tokenizer.characters("ab").with_special({"eos": "[E]"}).end_ids == (2,)
+
+
 def test_roles_of_other_names_are_saved(tmp_path: Path) -> None:
     """They were written, and left out when read."""
     tokenizer = make("trained").with_special({"pad": "[PAD]", "eot": "[E]"})
