@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -116,7 +117,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], special_tokens: bool = False) -> str:
         """The text of ids; special tokens are left out unless asked for, and so are ids that have no token."""
-        numbers = [int(i) for i in ids]
+        try:
+            numbers = [operator.index(i) for i in ids]
+        except TypeError:
+            raise TypeError(f"[decode] ids must be a list of integers, got {ids!r:.80}") from None
         bad = next((i for i in numbers if not 0 <= i < 2**32), None)
         if bad is not None:
             raise TokenizerError(f"[decode] ids must be from 0 to {2**32 - 1}, got {bad}")
@@ -129,7 +133,11 @@ class Tokenizer:
 
     def token(self, id: int) -> str | None:
         """The token of an id as the vocabulary writes it, None if there is none."""
-        return self.backend.id_to_token(int(id)) if 0 <= id < 2**32 else None
+        try:
+            number = operator.index(id)
+        except TypeError:
+            raise TypeError(f"[decode] id must be an integer, got {id!r:.80}") from None
+        return self.backend.id_to_token(number) if 0 <= number < 2**32 else None
 
     def id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it, None if there is none."""

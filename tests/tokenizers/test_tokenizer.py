@@ -7,6 +7,7 @@ import random
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastlm.tokenizers import Tokenizer, TokenizerError
@@ -338,6 +339,13 @@ def test_refusals(tmp_path: Path) -> None:
         tokenizer.encode("\ud800")
     with pytest.raises(TokenizerError, match="ids must be from 0 to 4294967295, got -1"):
         tokenizer.decode([-1])
+    for bad in ([1.7], [1, 2.0], ["1"], [None], [[1, 2]], np.array([1.5]), np.array([[1, 2]]), 3, "12"):
+        with pytest.raises(TypeError, match=r"\[decode\] ids must be a list of integers, got"):  # fractions were cut off
+            tokenizer.decode(bad)  # type: ignore[arg-type]
+    for read in (tokenizer.token, tokenizer.decode_stream().put):
+        with pytest.raises(TypeError, match=r"\[decode\] id must be an integer, got 1\.7"):
+            read(1.7)  # type: ignore[arg-type]
+    assert tokenizer.decode(np.array([5, 6])) == tokenizer.decode([5, 6]) == tokenizer.token(5) + tokenizer.token(np.int64(6))
     assert tokenizer.decode([299, 10**6]) == tokenizer.decode([299])
     assert (tokenizer.token(-1), tokenizer.token(10**12), tokenizer.id("no such")) == (None, None, None)
     with pytest.raises(TokenizerError, match="no chat template"):
