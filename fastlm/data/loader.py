@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlm.data.objectives.base import philox
 from fastlm.data.objectives.causal import Causal
 
 
@@ -18,6 +19,7 @@ class Order:
     def __init__(self, count: int, batch: int, seed: int = 0) -> None:
         if batch < 1 or count < 1:
             raise ValueError(f"[loader] batch and the number of examples must be at least 1, got {batch} and {count}.")
+        philox(seed, 0)  # refuses what is none at once
         self.count, self.size, self.seed = count, batch, seed
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
@@ -33,7 +35,7 @@ class Order:
 
     def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            self._order, self._epoch = self.draw(np.random.Generator(np.random.Philox(key=[self.seed, epoch]))), epoch
+            self._order, self._epoch = self.draw(philox(self.seed, epoch)), epoch
         return self._order
 
     def draw(self, generator: np.random.Generator) -> NDArray[np.int64]:

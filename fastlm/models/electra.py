@@ -19,6 +19,7 @@ from fastlm.models.base import as_ids, check_config
 from fastlm.models.bert import Block, Embeddings
 from fastlm.models.encoder import Encoder
 from fastlm.nn import Context, Linear
+from fastlm.ops import check
 from fastlm.tensor import data, no_grad
 
 
@@ -92,7 +93,7 @@ def joint_loss(
         rows = ops.embedding(asked, np.ascontiguousarray(data(x)).reshape(-1, x.shape[-1]))
         logits = data(generator.need_head()(generator, rows))
     if uniforms is None:
-        chosen = np.random.Generator(np.random.Philox(key=[seed, 0])).random(len(asked), np.float32)
+        chosen = check.philox("electra", seed, 0).random(len(asked), np.float32)
     else:
         chosen = np.asarray(uniforms, np.float32).reshape(-1)[asked]
     replaced = ids.copy()

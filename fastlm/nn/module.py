@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastlm import backend
+from fastlm.ops import check
 from fastlm.tensor import Tensor
 
 Self = TypeVar("Self", bound="Module")
@@ -119,14 +120,14 @@ def count_parameters(module: Module) -> int:
 def initialise(module: Module, seed: int = 0) -> None:
     """Allocates and draws every declared parameter. Parameter number i has the Philox stream with the key (seed, i), so its
     values depend on the seed and on its place alone."""
+    check.philox("create", seed, 0)  # also where nothing is drawn
     for i, p in enumerate(module.named_parameters().values()):
         spec = p.data
         if not isinstance(spec, Declared):
             continue
         array = backend.empty(spec.shape)
         if spec.std:
-            generator = np.random.Generator(np.random.Philox(key=[seed, i]))
-            generator.standard_normal(out=array, dtype=np.float32)
+            check.philox("create", seed, i).standard_normal(out=array, dtype=np.float32)
             array *= np.float32(spec.std)
             array += np.float32(spec.value)
         else:

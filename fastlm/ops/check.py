@@ -127,3 +127,12 @@ def integer(op: str, name: str, x: Any, what: str) -> int:
         except TypeError:
             pass
     raise TypeError(f"[{op}] {name} must be {what}, got {x!r:.80}.")
+
+
+def philox(op: str, seed: Any, stream: int) -> np.random.Generator:
+    """The generator with the key (seed, stream), or an error. The seed's 64 bits count, -1 is 2^64 - 1; of a list with one beyond
+    2^63 NumPy would make floats."""
+    value = integer(op, "seed", seed, "an integer of 64 bits")
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"[{op}] seed must be an integer of 64 bits, got {value}.")
+    return np.random.Generator(np.random.Philox(key=np.array([value & ((1 << 64) - 1), stream], np.uint64)))

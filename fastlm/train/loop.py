@@ -304,6 +304,7 @@ def evaluate(
     part of a Corpus; at most `limit` batches. What is drawn is drawn from the seed, the same every time. Labelled: over its examples.
     """
     limit = None if limit is None else _whole("limit", limit, 1, "evaluate")
+    seed = _whole("seed", seed, -(1 << 63), "evaluate")
     if isinstance(data, Labelled):
         whole = source(model, replace(data, validation=data), None, batch, context, seed, limit)
     else:

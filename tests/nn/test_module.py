@@ -25,6 +25,26 @@ def test_names_are_in_the_order_of_definition():
     assert names == ["b"] + [f"parts_.{i}.{p}.weight" for i in (0, 1) for p in ("gate", "up", "down")] + ["a"]
 
 
+def test_seeds_are_64_bits():
+    """Those from 2^63 on went through float64, so that neighbours drew the same and the last ones what the platform makes of them;
+    larger ones were an OverflowError, and fractions were cut off."""
+
+    def drawn(seed):
+        module = Pair()
+        initialise(module, seed)
+        return b"".join(p.data.tobytes() for p in module.named_parameters().values())
+
+    assert len({drawn(seed) for seed in (0, 1, 1 << 63, (1 << 63) + 1, (1 << 64) - 2, (1 << 64) - 1)}) == 6
+    assert drawn(-1) == drawn((1 << 64) - 1)
+    assert drawn(np.uint64(1 << 63)) == drawn(1 << 63) == drawn(-(1 << 63))
+    for seed in (1 << 64, -(1 << 63) - 1):
+        with pytest.raises(ValueError, match=rf"\[create\] seed must be an integer of 64 bits, got {seed}"):
+            drawn(seed)
+    for seed in (1.5, None, "1", True):
+        with pytest.raises(TypeError, match=rf"\[create\] seed must be an integer of 64 bits, got {seed!r}"):
+            drawn(seed)
+
+
 def test_freeze_and_train():
     model = Pair()
     initialise(model)

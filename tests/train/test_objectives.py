@@ -102,6 +102,20 @@ def test_draws_have_streams_of_their_own():
         data.Masked(VOCABULARY)(text(2, 9), numbers=[1, 2, 3])
 
 
+def test_seeds_are_64_bits():
+    """Those from 2^63 on went through float64."""
+    rows, made = text(1, 400), data.Masked(VOCABULARY)
+    seeds = (0, 1 << 63, (1 << 63) + 1, (1 << 64) - 1)
+    assert len({made(rows, seed).ids.tobytes() for seed in seeds}) == 4
+    assert len({data.Loader(rows[0], 4, 8, seed).batch(1).ids.tobytes() for seed in seeds}) == 4
+    same(made(rows, -1), made(rows, (1 << 64) - 1))
+    for seed in (1 << 64, -(1 << 63) - 1, 1.5, None, True):
+        with pytest.raises(ValueError, match=rf"\[data\] seed must be an integer of 64 bits, got {seed!r}"):
+            made(rows, seed)
+        with pytest.raises(ValueError, match=rf"\[data\] seed must be an integer of 64 bits, got {seed!r}"):
+            data.Loader(rows[0], 4, 8, seed)
+
+
 # Causal
 
 

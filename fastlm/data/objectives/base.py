@@ -159,6 +159,14 @@ class Objective(Protocol):
     def __call__(self, rows: Any, seed: int = 0, step: Any = 0, numbers: Any = None) -> Any: ...
 
 
+def philox(seed: Any, stream: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:
+    """The generator with the key (seed, stream). Of a list that holds a seed beyond 2^63 NumPy would make floats."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"[data] seed must be an integer of 64 bits, got {seed!r:.60}.")
+    key = np.array([int(seed) & ((1 << 64) - 1), stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array(counter, np.uint64)))
+
+
 def draws(seed: int, step: Any, numbers: Any, count: int, stream: int = 0) -> list[np.random.Generator]:
     """One generator a row, of the Philox stream (seed, step, number). step: one for all, or (count,); numbers: 0, 1 ... if None.
     stream: tells apart what is drawn for different ends."""
@@ -167,10 +175,7 @@ def draws(seed: int, step: Any, numbers: Any, count: int, stream: int = 0) -> li
     if numbers.shape != (count,):
         raise ValueError(f"[objective] numbers must be (B,) = ({count},), one for each row, got {numbers.shape}.")
     # The counter's last word is that of objectives: other users of the seed count from 0.
-    return [
-        np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, int(n), int(s), 1]))
-        for n, s in zip(numbers, steps, strict=True)
-    ]
+    return [philox(seed, stream, (0, int(n), int(s), 1)) for n, s in zip(numbers, steps, strict=True)]
 
 
 def as_rows(op: str, rows: Any, size: int, shortest: int = 1) -> list[Ints]:
