@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 VERSION = 1
 _PIECE = 1 << 20  # characters encoded at a time
+_SHARED = 1 << 12  # characters before and behind a cut that are in both pieces
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def prepare(
 ) -> Corpus:
     """Encodes a text into `folder`: tokens.bin and manifest.json. The last part of the text is held out.
 
-    text: the text itself (read a file with Path.read_text). encode: text -> ids below vocab_size. validation: the share of the
-    characters held out. Atomic: the folder appears complete or not at all; one that is there is replaced if it holds a corpus.
+    text: the text itself (read a file with Path.read_text). encode: text -> ids below vocab_size; the two parts have the ids that it
+    gives of each, [CLS] at the beginning and [SEP] at the end where it puts them there. validation: the share of the characters held
+    out. Atomic: the folder appears complete or not at all; one that is there is replaced if it holds a corpus.
     Raises ValueError for an empty text, a share outside [0, 1), an id outside the vocabulary, or a folder of something else.
     """
     target = Path(folder)
@@ -62,16 +64,14 @@ def prepare(
         counts = []
         with open(staging / "tokens.bin", "wb") as file:
             for part in (text[:cut], text[cut:]):
-                count = 0
-                for piece in _pieces(part):
-                    ids = np.asarray(encode(piece))
-                    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                        raise ValueError(f"[prepare] encode must give a list of integers, got {ids.dtype} {ids.shape}.")
-                    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-                        raise ValueError(f"[prepare] ids must be from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}.")
-                    file.write(ids.astype(dtype).tobytes())
-                    count += ids.size
-                counts.append(count)
+                before = file.tell()
+                for ids in _encoded(part, lambda piece: _checked(encode(piece), vocab_size)) if part else ():
+                    if ids is None:  # the pieces do not fit: what is written of this part is void
+                        file.seek(before)
+                        file.truncate()
+                    else:
+                        file.write(ids.astype(dtype).tobytes())
+                counts.append((file.tell() - before) // dtype.itemsize)
             file.flush()
             os.fsync(file.fileno())
         manifest = {"version": VERSION, "dtype": dtype.str, "train": counts[0], "validation": counts[1]}
@@ -91,15 +91,56 @@ def prepare(
     return open_corpus(target)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that end at the end of a line before a word, where no usual tokenizer joins what is on both sides."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
-            end += 1
-        yield text[start:end]
-        start = end
+def _checked(given: Any, vocab_size: int) -> NDArray[Any]:
+    """What encode gave, as an array of ids."""
+    ids = np.asarray(given)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"[prepare] encode must give a list of integers, got {ids.dtype} {ids.shape}.")
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(f"[prepare] ids must be from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}.")
+    return ids
+
+
+def _encoded(text: str, encode: Callable[[str], NDArray[Any]]) -> Iterator[NDArray[Any] | None]:
+    """The ids of encode(text), a piece at a time: what it puts around a text, or at its beginning, stands there once.
+
+    Neighbouring pieces share some text. Its ids alone end as the left piece does and begin as the right one; where both hold at once,
+    what is further away does not matter, and one goes over into the other. Where nothing does, None, and then the whole text at once.
+    """
+    cuts = list(_cuts(text))
+    left = encode(text[: cuts[0] + _SHARED] if cuts else text)
+    start = 0  # of what is taken from the left piece
+    for number, cut in enumerate(cuts):
+        right = encode(text[max(0, cut - _SHARED) : cuts[number + 1] + _SHARED if number + 1 < len(cuts) else len(text)])
+        shared = encode(text[max(0, cut - _SHARED) : cut + _SHARED])
+        ends, begins = _common(left[::-1], shared[::-1]), _common(right, shared)
+        middle = (len(shared) - ends + begins) // 2
+        stop = len(left) - len(shared) + middle
+        if ends + begins < len(shared) + len(shared) // 4 or stop < start:
+            yield None
+            yield encode(text)
+            return
+        yield left[start:stop]
+        left, start = right, middle
+    yield left[start:]
+
+
+def _common(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """How many ids two lists begin with together."""
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
+
+
+def _cuts(text: str) -> Iterator[int]:
+    """Where a text is cut: at the ends of lines before a word."""
+    at = _PIECE
+    while at < len(text):
+        if text[at - 1] == "\n" and not text[at].isspace():
+            yield at
+            at += _PIECE
+        else:
+            at += 1
 
 
 def open_corpus(folder: str | os.PathLike[str]) -> Corpus:

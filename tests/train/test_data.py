@@ -9,6 +9,7 @@ import pytest
 
 from fastlm import data
 from fastlm.data import corpus as corpus_module
+from fastlm.tokenizers import Tokenizer, build
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(400))
 
@@ -39,11 +40,46 @@ def test_pieces_do_not_change_the_tokens(tmp_path, monkeypatch):
         return encode(text)
 
     monkeypatch.setattr(corpus_module, "_PIECE", 100)
+    monkeypatch.setattr(corpus_module, "_SHARED", 10)
     corpus = data.prepare(TEXT, remember, tmp_path / "tokens", 256, validation=0)
-    assert "".join(seen) == TEXT
-    assert len(seen) > 50
-    assert all(piece.endswith("\n") for piece in seen)
-    assert len(corpus.train) == len(TEXT)
+    pieces = [piece for piece in seen if len(piece) > 20]
+    assert len(pieces) > 50
+    assert max(map(len, seen)) < 200
+    assert all(piece[9] == "\n" and not piece[10].isspace() for piece in seen[1:])
+    assert corpus.train.tolist() == encode(TEXT)
+
+
+def pieces_of(maker, text):
+    """A tokenizer of the library, which puts something around a text or before it."""
+    if maker == "words":
+        backend = build.word_piece({t: i for i, t in enumerate(["[UNK]", "[CLS]", "[SEP]", *sorted(set(text.lower().split()))])})
+        return Tokenizer(backend)
+    if maker == "bos and eos":
+        bpe = Tokenizer.train_bpe([text], 300)
+        build.surround(bpe.backend, "<|endoftext|>", "<|endoftext|>")
+        return bpe
+    letters = ["<unk>", "\u2581", *sorted(set(text) - {" "})]  # sentencepiece's, with a space before the text
+    return Tokenizer(build.scored_pieces({t: i for i, t in enumerate(letters)}, {}, "<unk>"))
+
+
+@pytest.mark.parametrize("maker", ["words", "bos and eos", "space before", "of its length", "by its place"])
+def test_a_text_is_encoded_as_a_whole(tmp_path, monkeypatch, maker):
+    """Every piece had its own [CLS] and [SEP], bos, or space. What depends on text that is far away is encoded at once."""
+    text = "".join(f"The {i * i} words\nof line {i},  and more.\n\n" for i in range(200))
+    if maker == "of its length":
+        whole = lambda text: [len(text) % 251] * 3 + encode(text)  # noqa: E731
+    elif maker == "by its place":
+        whole = lambda text: [(ord(c) + i // 40) % 256 for i, c in enumerate(text)]  # noqa: E731
+    else:
+        whole = pieces_of(maker, text).encode
+    monkeypatch.setattr(corpus_module, "_PIECE", 500)
+    monkeypatch.setattr(corpus_module, "_SHARED", 60)
+    longest = []
+    corpus = data.prepare(text, lambda t: longest.append(len(t)) or whole(t), tmp_path / "tokens", 1000)
+    cut = round(len(text) * 0.9)
+    assert corpus.train.tolist() == whole(text[:cut])
+    assert corpus.validation.tolist() == whole(text[cut:])
+    assert (max(longest) < 800) == (maker not in ("of its length", "by its place"))
 
 
 def test_prepare_refuses(tmp_path):
