@@ -17,6 +17,7 @@ FASTLM_INLINE vi seti(int32_t x) { return _mm256_set1_epi32(x); }
 FASTLM_INLINE vi tail_mask(int64_t n) { return _mm256_cmpgt_epi32(seti(n >= W ? int32_t(W) : int32_t(n)), iota()); }
 
 FASTLM_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+FASTLM_INLINE vf load_halves(const float* p) { return load(p); }
 FASTLM_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 FASTLM_INLINE vf load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, tail_mask(n)); }
 FASTLM_INLINE void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, tail_mask(n), v); }

@@ -18,6 +18,7 @@ FASTLM_INLINE vi seti(int32_t x) { return vdupq_n_s32(x); }
 FASTLM_INLINE vi iota() { return vi{0, 1, 2, 3}; }
 
 FASTLM_INLINE vf load(const float* p) { return vld1q_f32(p); }
+FASTLM_INLINE vf load_halves(const float* p) { return load(p); }
 FASTLM_INLINE void store(float* p, vf v) { vst1q_f32(p, v); }
 FASTLM_INLINE vf load_n(const float* p, int64_t n) {
     if (n >= W) return load(p);

@@ -22,6 +22,7 @@ FASTLM_INLINE vf load(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+FASTLM_INLINE vf load_halves(const float* p) { return load(p); }
 FASTLM_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 FASTLM_INLINE vf load_n(const float* p, int64_t n) {
     vf v = zero();

@@ -42,7 +42,8 @@ FASTLM_INLINE vi table_of(const uint8_t* packed) { return repeat16(packed + kLos
 
 // A unit of S vectors of rows, which lie in one panel, so that all distances are constants. A first byte, looked up, and a second
 // one become a bfloat16; what is interleaved with what puts the values in order.
-template <int kSize, int S> struct Unit {
+// kHalves: lines are read by halves, which one stream of float32 from memory likes better, and the caches do not.
+template <int kSize, int S, bool kHalves = false> struct Unit {
     using L = Layout<kSize>;
     const uint8_t *codes, *values;
 
@@ -52,7 +53,10 @@ template <int kSize, int S> struct Unit {
           values(panel + L::values(0, row % kLosslessPanel / kGroup) + 4 * (row % kGroup)) {}
     FASTLM_MEMBER void advance() { codes += L::kBytes, values += L::kBytes; }
 
-    static FASTLM_MEMBER vi words(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
+    static FASTLM_MEMBER vi words(const uint8_t* p) {
+        const auto* at = reinterpret_cast<const float*>(p);
+        return as_int(kHalves ? load_halves(at) : load(at));
+    }
 
     // f(k, s, v) for 8 values of k, exceptions apart.
     template <class F> FASTLM_MEMBER void decode(vi table, const F& f) const {
@@ -85,8 +89,9 @@ template <int kSize, int S> struct Unit {
 };
 
 // w (8, S, W) = a unit with its exceptions, whose entries come next; returns k of the exception after them. Not inlined: rare.
-template <int kSize, int S> __attribute__((noinline)) int64_t patched(float* w, Unit<kSize, S> unit, const uint8_t* packed,
-                                                                      int64_t lane, int64_t begin, const LosslessEntry** next) {
+template <int kSize, int S, bool kHalves> __attribute__((noinline)) int64_t patched(float* w, Unit<kSize, S, kHalves> unit,
+                                                                                    const uint8_t* packed, int64_t lane,
+                                                                                    int64_t begin, const LosslessEntry** next) {
     unit.decode(table_of(packed), [&](int k, int s, vf v) FASTLM_LAMBDA { store(w + (k * S + s) * W, v); });
     int64_t soonest = kLosslessEnd;
     for (int s = 0; s < S; ++s) {
@@ -100,11 +105,11 @@ template <int kSize, int S> __attribute__((noinline)) int64_t patched(float* w, 
 }
 
 // S vectors of rows, from `row` on, a multiple of S W, walk along k together.
-template <int kSize, int S> struct Decoder {
+template <int kSize, int S, bool kHalves = false> struct Decoder {
     static_assert(kLosslessPanel % (S * W) == 0, "vectors that walk together lie in one panel");
     const uint8_t* packed;
     vi table;
-    Unit<kSize, S> unit;
+    Unit<kSize, S, kHalves> unit;
     int64_t lane, soonest = kLosslessEnd;  // soonest: k of the first exception of all
     const LosslessEntry* next[S];
 
@@ -167,7 +172,7 @@ template <int kSize> struct Lossless {
     template <int M>
     void fused(const float* a, int64_t depth, int64_t column, int64_t columns, float* sum, int64_t ld, const float* bias) const {
         constexpr int S = vectors(M);
-        Decoder<kSize, S> decoder(packed, where, K, column);
+        Decoder<kSize, S, kSize == 4 && M == 1> decoder(packed, where, K, column);
         vf acc[M][S];
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
