@@ -105,7 +105,6 @@ class LM:
         The model can then not be trained; `save` writes the quantised weights as float32, which no file of the hub's kind can hold
         otherwise, LOSSLESS ones as they were. `to("float32")` and `to("bfloat16")` undo it.
         """
-        generate.forget(self.model)
         storage.quantize(self.model, kind, activations)
         return self
 
@@ -120,7 +119,6 @@ class LM:
         if device in ("float32", "bfloat16") and dtype is None:
             device, dtype = self.model.device, device
         where = backend.device(device)
-        generate.forget(self.model)
         if where is None and self.model.device is None and dtype is not None:
             storage.convert(self.model, dtype)
         else:

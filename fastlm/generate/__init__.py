@@ -11,7 +11,6 @@ A prompt gives the same ids, from the same bits, alone and in a batch, at any nu
 
 from fastlm.generate.beam import BeamSettings, beam_search
 from fastlm.generate.engine import Output, generate, steps
-from fastlm.generate.kept import forget
 from fastlm.generate.past import Past
 from fastlm.generate.settings import Continues, Settings, ids_of
 from fastlm.generate.source import Reading
@@ -24,7 +23,6 @@ __all__ = [
     "Reading",
     "Settings",
     "beam_search",
-    "forget",
     "generate",
     "ids_of",
     "steps",

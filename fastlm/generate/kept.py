@@ -162,9 +162,3 @@ def unchanged(a: list[Any], b: list[Any]) -> bool:
 
 
 _PLAIN = (int, float, bool, str)
-
-
-def forget(model: Module) -> None:
-    """What is kept holds arrays of the model: to be called where these are replaced, so that their memory is given back."""
-    with _lock:
-        model.__dict__.pop("_shelf", None)

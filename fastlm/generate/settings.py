@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastlm.ops.check import LEAST, MOST
+
 if TYPE_CHECKING:
     from fastlm.backend import Array
     from fastlm.nn import Cache
-
-
-LEAST, MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 
 
 class Continues(Protocol):

@@ -78,8 +78,13 @@ class LanguageModel(Module):
         as the matrices are. Quantised matrices stay what they are; dtype is that of the rest. Raises RuntimeError that says why where
         there is no GPU, ValueError for a dtype or weights without a value.
         """
+        self.forget()
         place_model(self, backend.device(device), dtype)
         return self
+
+    def forget(self) -> None:
+        """Drops what generation keeps from call to call (fastlm/generate/kept.py): it holds arrays that are about to be replaced."""
+        self.__dict__.pop("_shelf", None)
 
 
 class CausalLM(LanguageModel):

@@ -65,6 +65,7 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
         raise ValueError(f"[quantize] {ROW} weights are multiplied with int8 activations alone, got 'float32'.")
     activations = activations or ("int8" if kind == ROW else "float32" if kind == LOSSLESS else activations_of(model))
     _check(activations)
+    model.forget()
     if kind == LOSSLESS:
         _without_loss(model, activations)
         return
@@ -104,6 +105,7 @@ def convert(model: LanguageModel, dtype: str) -> None:
     """Every matrix as "float32" or "bfloat16", in place; vectors stay float32. What `load(..., dtype=)` gives."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"[to] dtype must be 'float32' or 'bfloat16', got {dtype!r}. Quantised kinds: lm.quantize.")
+    model.forget()
     target: Any = np.float32 if dtype == "float32" else BFLOAT16
     for name, p in model.named_parameters().items():
         if p.ndim > 1 and p.dtype != target:

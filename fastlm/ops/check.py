@@ -12,6 +12,7 @@ from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, on_device
 
 _FLOAT32 = np.dtype(np.float32)
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of float32's normal numbers
 
 
 def array(op: str, name: str, x: Any, dtype: Any = _FLOAT32, ndim: int | None = None, at_least: int = 0) -> Array:

@@ -14,7 +14,6 @@ from fastlm.ops import check
 from fastlm.tensor import data
 
 _WORD = (1 << 64) - 1
-_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of numbers that float32 divides by
 _WHY = {
     -1: "has nan",
     -2: "is all -inf: no token is possible",
@@ -72,7 +71,7 @@ def sample(
             ("repetition_penalty", repetition_penalty),
         )
     )
-    if not 0 <= temperature <= _MOST:
+    if not 0 <= temperature <= check.MOST:
         raise ValueError(f"[sample] temperature must be at least 0 (0: greedy) and finite in float32, got {temperature}.")
     if not 0 <= top_p <= 1:
         raise ValueError(f"[sample] top_p must be from 0 to 1 (1: off), got {top_p}.")
@@ -81,7 +80,7 @@ def sample(
     if not isinstance(top_k, (int, np.integer)) or top_k < 0:
         raise ValueError(f"[sample] top_k must be an integer of at least 0 (0: off), got {top_k!r}.")
     top_k = int(min(top_k, V))  # a kernel's integers end
-    if not _LEAST <= repetition_penalty <= _MOST:
+    if not check.LEAST <= repetition_penalty <= check.MOST:
         raise ValueError(
             f"[sample] repetition_penalty must be greater than 0 (1: off) and finite in float32, got {repetition_penalty}."
         )

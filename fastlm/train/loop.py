@@ -27,8 +27,6 @@ from fastlm.train.recorded import HostStep
 from fastlm.train.schedule import default_lr, warmup_cosine
 from fastlm.train.sources import Cost, Data, cost, means, source
 
-_FINITE = float(np.finfo(np.float32).max)  # of what kernels take as float32
-
 
 @dataclass(frozen=True)
 class Step:
@@ -119,11 +117,11 @@ def train(
     warmup, seed = _whole("warmup", warmup, 0), _whole("seed", seed, -(1 << 63))
     eval_every, save_every = _whole("eval_every", eval_every, 0), _whole("save_every", save_every, 0)
     eval_batches = None if eval_batches is None else _whole("eval_batches", eval_batches, 1)
-    peak = check.number("train", "lr", default_lr(model.config.d_model) if lr is None else lr, 0.0, _FINITE, above=0.0)
-    last = peak / 10 if min_lr is None else check.number("train", "min_lr", min_lr, 0.0, _FINITE)
+    peak = check.number("train", "lr", default_lr(model.config.d_model) if lr is None else lr, 0.0, check.MOST, above=0.0)
+    last = peak / 10 if min_lr is None else check.number("train", "min_lr", min_lr, 0.0, check.MOST)
     clip = None if clip is None else check.number("train", "clip", clip, 0.0, above=0.0)
-    eps = check.number("train", "eps", eps, 0.0, _FINITE, above=0.0)  # 0 gives nan where a gradient has been 0 from the start
-    weight_decay = check.number("train", "weight_decay", weight_decay, 0.0, _FINITE)
+    eps = check.number("train", "eps", eps, 0.0, check.MOST, above=0.0)  # 0 gives nan where a gradient has been 0 from the start
+    weight_decay = check.number("train", "weight_decay", weight_decay, 0.0, check.MOST)
     if np.shape(betas) != (2,) or not all(check.number("train", "betas", beta, 0.0, 1.0) < 1 for beta in betas):
         raise ValueError(f"[train] betas must be two numbers from 0 to below 1, got {betas!r}.")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):

@@ -14,7 +14,7 @@ import pytest
 from fastlm import backend, generate, ops
 from fastlm.generate import Settings, engine, kept, recorded
 from fastlm.lm import LM
-from fastlm.models.quantize import quantize
+from fastlm.models.quantize import convert, quantize
 from tests.generate.test_recorded import EVERY, PROMPTS, SETTINGS, tiny
 
 LONG = [[(7 * i * i + 3 * i) % 97 for i in range(n)] for n in (45, 31, 1)]
@@ -219,7 +219,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             generate.generate(model, [[1, 2]] * length)
             assert [s.cache.batch for s in model._shelf.sessions] == kept_ones
     lm = LM(model)
-    for change in (lambda: lm.to("bfloat16"), lambda: lm.quantize("Q8_0")):
+    for change in (lambda: model.to("cpu", "bfloat16"), lambda: convert(model, "float32"), lambda: lm.quantize("Q8_0")):
         lm.generate_ids([1, 2])
         old = weakref.ref(model.blocks[0].mlp.up.weight.data)
         change()

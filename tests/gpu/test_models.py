@@ -259,7 +259,7 @@ def test_a_talk(name, quick):
             if at == count - 1:
                 break
         prompt = prompt + expected
-        assert len(past) >= len(prompt) - 1
+        assert len(past) in (len(prompt) - 1, len(prompt))  # whether the last id was read ahead
     assert why_not(model) == []
 
 
