@@ -30,7 +30,7 @@ the operation is made of other operations' kernels. *matmul's*: on a device the 
 """
 
 
-ELSEWHERE = {"lossless_matmul": "matmul's"}  # a form for the host alone: whose twins do its work
+ELSEWHERE = {"fast_inner_product": "matmul's", "lossless_matmul": "matmul's"}  # a form for the host alone: whose twins do its work
 
 
 def sources(op: str, twin: str) -> str:

@@ -76,6 +76,18 @@ bool has_vnni() {
 #endif
 }
 
+bool adds_beside_fma() {
+#if defined(__x86_64__)
+    static const bool beside = [] {
+        const char* wish = std::getenv("FASTLM_FAST_INNER_PRODUCT");
+        return __builtin_cpu_is("amd") && !(wish && std::string(wish) == "0");
+    }();
+    return beside && active == Isa::avx512;
+#else
+    return false;
+#endif
+}
+
 void set_vnni(bool on) { vnni = on; }
 
 void choose_isa() {

@@ -18,6 +18,9 @@ void choose_isa();                      // at import: FASTLM_ISA, else the best
 // avx512. FASTLM_VNNI=0 turns it off.
 bool has_vnni();
 void set_vnni(bool on);  // off, or whatever the CPU has
+// Whether the cores add floats beside their multiply-adds, on units of their own, at the full width of the instruction set in use:
+// AMD's with AVX-512. FASTLM_FAST_INNER_PRODUCT=0 says no.
+bool adds_beside_fma();
 std::string cpu_name();
 std::vector<std::string> cpu_features();
 

@@ -17,7 +17,7 @@ from fastlm.backend import Array
 from fastlm.models import heads
 from fastlm.models.base import check_config
 from fastlm.models.encoder import Encoder
-from fastlm.nn import EVERYTHING, MLP, Attention, Context, Embedding, LayerNorm, Module
+from fastlm.nn import EVERYTHING, MLP, Attention, Context, Embedding, LayerNorm, Module, make_fast
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Block(Module):
         self.attention_norm = LayerNorm(c.d_model, c.eps)
         self.mlp = MLP(c.d_model, c.d_ff, c.activation)
         self.mlp_norm = LayerNorm(c.d_model, c.eps)
+        make_fast(self.attention, self.mlp)
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
         x = self.attention_norm(self.attention(x, context, layer, residual=x))

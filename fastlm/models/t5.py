@@ -21,7 +21,7 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.models.base import Id, check_config
 from fastlm.models.encoder_decoder import EncoderDecoder
-from fastlm.nn import MLP, Attention, Context, CrossAttention, Embedding, GatedMLP, Linear, Module, RMSNorm, parameter
+from fastlm.nn import MLP, Attention, Context, CrossAttention, Embedding, GatedMLP, Linear, Module, RMSNorm, make_fast, parameter
 from fastlm.nn.attention import CAUSAL, EVERYTHING, Sees
 from fastlm.tensor import Tensor
 
@@ -143,6 +143,7 @@ class EncoderBlock(Module):
         self.attention_norm = RMSNorm(c.d_model, c.eps)
         self.mlp: Module = feed_forward or mlp(c)
         self.mlp_norm = RMSNorm(c.d_model, c.eps)
+        make_fast(self.attention, self.mlp)
 
     def __call__(self, x: Any, context: Context, layer: int) -> Any:
         x = self.attention(self.attention_norm(x), context, layer, residual=x)

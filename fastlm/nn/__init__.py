@@ -2,7 +2,7 @@
 
 from fastlm.nn.attention import CAUSAL, EVERYTHING, Attention, CrossAttention, FusedAttention, Sees
 from fastlm.nn.cache import Cache, Context, cache_dtype
-from fastlm.nn.linear import Embedding, Linear
+from fastlm.nn.linear import Embedding, Linear, make_fast
 from fastlm.nn.memory import Memory, Padding
 from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.module import Declared, Module, count_parameters, initialise, parameter
@@ -36,6 +36,7 @@ __all__ = [
     "check_recompute",
     "count_parameters",
     "initialise",
+    "make_fast",
     "parameter",
     "recompute",
     "rope_scaling",

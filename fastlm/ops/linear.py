@@ -19,7 +19,7 @@ from fastlm.tensor import Spare, accumulator, data, keep, leaf, needs_grad, reco
 ACTIVATIONS: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
 
-def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Any:
+def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None, fast: bool = False) -> Any:
     """act(x W^T + b) + residual.
 
     x: (..., K) float32. weight: (N, K) float32, bfloat16, float16 or a QuantizedArray; all but float32 are frozen: they
@@ -27,6 +27,9 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     bias: (N,) float32. activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu". residual: (..., N) float32.
     On a device x, bias and residual may be bfloat16, then weight too; bfloat16 weights are trained there, with float32 gradients.
     A QuantizedArray lies there as it is in the file.
+    fast: float32 weights, and others that stand for float32, are multiplied by Winograd's inner product where this CPU gains
+    (kernels/fast_inner_product): about as exact, with other bits than without. For layers that whole sequences go through, since one
+    row alone does not gain.
     Returns (..., N) float32: a Tensor where an input is one. Raises TypeError for a dtype, ValueError for a shape.
     """
     xd = check.array("linear", "x", data(x), at_least=1)
@@ -52,7 +55,9 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     y = backend.empty_like(xd, shape)
     recorded = recording(x, weight, bias, residual)
     z = backend.empty_like(y) if recorded and kind else None
-    if isinstance(wd, QuantizedArray):
+    if fast and (plain := fast_weight(xd, wd)) is not None:
+        _C.fast_inner_product(y, z, xd, plain, bd, rd, kind)
+    elif isinstance(wd, QuantizedArray):
         multiply(y, z, xd, wd, bd, rd, M, kind)
     elif M == 1 and not recorded and wd.dtype == np.float32 and (wt := backend.turned([wd])) is not None:
         _C.matmul(y, z, xd, wt, bd, rd, 1, M, N, K, 0, 0, False, False, 0, False, kind)
@@ -91,6 +96,16 @@ def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None,
     # The activation's output is computed again from z, not kept for the next layer.
     again = remade(y, lambda: _activated(z, kind)) if z is not None and not want_residual else None
     return record(y, (x, weight, bias, residual), backward, reuses=True, remade=again)
+
+
+def fast_weight(x: Array, weight: Any) -> Array | None:
+    """The weight in float32 where x W^T can be had by the fast inner product, else None."""
+    if not (_C.has_fast_inner_product() and isinstance(x, np.ndarray) and x.size and math.prod(weight.shape)):
+        return None
+    if isinstance(weight, QuantizedArray):  # so that it has the bits of its plain copy
+        exact = weight.kind != ROW and weight.activations == "float32" and (weight.kind != LOSSLESS or weight.value_bytes == 4)
+        return weight.dequantize() if exact else None
+    return weight if isinstance(weight, np.ndarray) and weight.dtype == np.float32 else None
 
 
 def _activated(z: Array, kind: int) -> Array:

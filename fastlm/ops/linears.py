@@ -15,7 +15,7 @@ from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.gated import gated
-from fastlm.ops.linear import linear, packed
+from fastlm.ops.linear import fast_weight, linear, packed
 from fastlm.ops.matmul import STORAGE, product
 from fastlm.tensor import data, recording, wrap
 
@@ -23,8 +23,8 @@ _FEW = 12  # rows: above, a launch costs nothing beside its product; packing x o
 _F32 = np.dtype(np.float32)
 
 
-def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None) -> list[Any]:
-    """[linear(x, weight, bias) for each], with the same bits.
+def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None, fast: bool = False) -> list[Any]:
+    """[linear(x, weight, bias, fast=fast) for each], with the same bits.
 
     For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So are those of plain
     arrays and those with x rounded to 8 bits, for any number of rows: x is packed or rounded once. Else, and where a gradient is wanted,
@@ -34,10 +34,12 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
     if not weights or len(biases) != len(weights):
         raise ValueError(f"[linears] weights must be one or more, biases as many, got {len(weights)} and {len(biases)}.")
     xd, ws, bs = data(x), [data(w) for w in weights], [data(b) for b in biases]
-    if recording(x, *weights, *biases) or not _together(xd, ws, bs):
-        return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    exact = fast and isinstance(ws[0], QuantizedArray) and ws[0].activations == "float32"
+    if recording(x, *weights, *biases) or exact or not _together(xd, ws, bs):
+        return [linear(x, w, b, fast=fast) for w, b in zip(weights, biases, strict=True)]
     first = ws[0]
-    one = xd.size == xd.shape[-1] and first.dtype == _F32 and all(b is None for b in bs)
+    fast = fast and fast_weight(xd, first) is not None
+    one = not fast and xd.size == xd.shape[-1] and first.dtype == _F32 and all(b is None for b in bs)
     if one and (wt := backend.turned(ws)) is not None:
         ends = list(itertools.accumulate(w.shape[0] for w in ws))
         y = backend.empty((*xd.shape[:-1], ends[-1]))
@@ -49,6 +51,8 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None)
     elif isinstance(first, QuantizedArray):
         multiply = _C.int8_matmuls if first.activations == "int8" else _C.quantized_matmuls
         multiply(ys, xd, [packed(w) for w in ws], bs, FORMATS[first.kind][0])
+    elif fast:
+        _C.fast_inner_products(ys, xd, ws, bs)
     else:
         _C.matmuls(ys, xd, ws, bs, STORAGE[first.dtype])
     return [wrap(y, x, *weights, *biases) for y in ys]
