@@ -16,6 +16,7 @@ from fastlm.models.encoder import Encoder
 from fastlm.models.encoder_decoder import EncoderDecoder
 from fastlm.models.xlnet import XLNet
 from fastlm.nn import cache_dtype
+from fastlm.ops import check
 
 if TYPE_CHECKING:
     from fastlm.generate import Output
@@ -228,8 +229,7 @@ class LM:
             one: Array = self.embed([texts], batch_tokens)[0]
             return one
         given = _several("embed", "texts", "a str, or a list of them or of lists of ids", texts)
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"[embed] batch_tokens must be an integer of at least 1, got {batch_tokens!r}")
+        batch_tokens = check.integer("embed", "batch_tokens", batch_tokens, 1, wrong=ValueError)
         if given and all(isinstance(text, str) for text in given):
             ids = self._need_tokenizer().encode_batch(given)
         else:

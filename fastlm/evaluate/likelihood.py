@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlm import ops
 from fastlm.backend import Array
+from fastlm.ops import check
 
 if TYPE_CHECKING:
     from fastlm.models.base import CausalLM
@@ -39,11 +40,11 @@ def negative_log_likelihood(
         raise ValueError(f"[perplexity] ids must be at least 2 ids in one list, got shape {array.shape} of {array.dtype}")
     longest = model.config.context
     context = longest if context is None else context
-    if not isinstance(context, (int, np.integer)) or not 2 <= context <= longest:
-        raise ValueError(f"[perplexity] context must be an integer from 2 to the model's {longest}, got {context!r}")
+    what = f"an integer from 2 to the model's {longest}"
+    context = check.integer("perplexity", "context", context, 2, longest, what, ValueError)
     stride = max(context // 2, 1) if stride is None else stride
-    if not isinstance(stride, (int, np.integer)) or not 1 <= stride <= context:
-        raise ValueError(f"[perplexity] stride must be an integer from 1 to context = {context}, got {stride!r}")
+    what = f"an integer from 1 to context = {context}"
+    stride = check.integer("perplexity", "stride", stride, 1, context, what, ValueError)
     vocab = model.config.vocab_size
     if int(array.min()) < 0 or int(array.max()) >= vocab:
         raise ValueError(f"[perplexity] ids must be from 0 to {vocab - 1}, got {int(array.min())} to {int(array.max())}")

@@ -16,7 +16,8 @@ from fastlm import ops
 from fastlm.backend import Array
 from fastlm.generate.engine import Output, check_eos, check_prompt, prefill, stepper
 from fastlm.generate.processors import active, exhausted, process
-from fastlm.generate.settings import Continues, ids_of, number, penalty, whole
+from fastlm.generate.settings import Continues, ids_of, number, penalty
+from fastlm.ops import check
 
 _STEEPEST = 6.0  # of length_penalty: up to 2^20 ids, float32 holds length^length_penalty
 _NEVER = np.float32(-1e9)  # the reference's score of what must not win
@@ -37,7 +38,7 @@ class BeamSettings:
 
     def __post_init__(self) -> None:
         for name, low in (("beams", 1), ("max_tokens", 0), ("min_tokens", 0), ("no_repeat_ngram", 0)):
-            whole(name, getattr(self, name), low)
+            object.__setattr__(self, name, check.integer("generate", name, getattr(self, name), low, wrong=ValueError))
         number("length_penalty", self.length_penalty, -_STEEPEST, _STEEPEST)
         penalty("repetition_penalty", self.repetition_penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":

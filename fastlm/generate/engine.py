@@ -15,8 +15,9 @@ from fastlm.generate.ondevice import DeviceDecoder
 from fastlm.generate.past import Past
 from fastlm.generate.processors import active, check_possible, process
 from fastlm.generate.recorded import Decoder
-from fastlm.generate.settings import Continues, Settings, whole
+from fastlm.generate.settings import Continues, Settings
 from fastlm.nn import Cache
+from fastlm.ops import check
 
 CHUNK = 512  # positions of a prompt read at a time: bounds the memory, and is large enough for full speed
 PIECES = 128  # positions of a small model's prompt up to which recorded readers take it: see fastlm/generate/kept.py
@@ -287,6 +288,4 @@ def _seeds(seeds: Any, count: int) -> list[int]:
             raise ValueError(f"[generate] seed must be one number or {count}, one for each prompt, got {len(seeds)}")
     else:
         seeds = [seeds] * count
-    for seed in seeds:
-        whole("seed", seed, 0)
-    return list(seeds)
+    return [check.integer("generate", "seed", seed, 0, wrong=ValueError) for seed in seeds]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastlm.ops import check
 from fastlm.ops.check import LEAST, MOST
 
 if TYPE_CHECKING:
@@ -41,18 +42,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, low in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("no_repeat_ngram", 0)):
-            whole(name, getattr(self, name), low)
+            object.__setattr__(self, name, check.integer("generate", name, getattr(self, name), low, wrong=ValueError))
         number("temperature", self.temperature, 0.0, MOST)
         number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         number("min_p", self.min_p, 0.0, 1.0)
         penalty("repetition_penalty", self.repetition_penalty)
         object.__setattr__(self, "eos", ids_of("eos", self.eos))
-
-
-def whole(name: str, value: Any, low: int) -> None:
-    """Refuses what is not an integer of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"[generate] {name} must be an integer of at least {low}, got {value!r}")
 
 
 def number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:

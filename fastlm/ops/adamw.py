@@ -88,7 +88,7 @@ def adamw_step(
     else:
         decays = [check.number(op, "weight_decay", weight_decay, low=0.0)] * len(parameters)
     if not _is_there(op, "step", step, there, np.int32):
-        step = check.integer(op, "step", step, "an integer, 1 for the first step")
+        step = check.integer(op, "step", step, what="an integer, 1 for the first step")
         if not 1 <= step < 1 << 63:
             raise ValueError(f"[{op}] step must be 1 for the first step and count upwards, below 2**63, got {step}.")
     lr = lr if _is_there(op, "lr", lr, there, np.float32) else check.number(op, "lr", lr, low=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any
@@ -12,6 +13,7 @@ from fastlm import _C, backend
 from fastlm.backend import BFLOAT16, Array, contiguous, on_device
 
 _FLOAT32 = np.dtype(np.float32)
+WORD = (1 << 64) - 1
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of float32's normal numbers
 
 
@@ -120,20 +122,29 @@ def real(op: str, name: str, x: Any) -> float:
     raise TypeError(f"[{op}] {name} must be a number, got {type(x).__name__}.")
 
 
-def integer(op: str, name: str, x: Any, what: str) -> int:
-    """x as an int, or a TypeError that says `what` it must be. Nothing is cut off: 2.0 is refused as 2.5 is."""
+def integer(
+    op: str, name: str, x: Any, low: int | None = None, high: int | None = None, what: str = "", wrong: type[Exception] = TypeError
+) -> int:
+    """x as an int, or an error that says what it must be: `wrong` where it is no integer, ValueError where it is below low or above
+    high. Nothing is cut off: 2.0 is refused as 2.5 is. what: "an integer of at least LOW" where it says nothing else."""
+    value = None
     if not isinstance(x, (bool, np.bool_)):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
-    raise TypeError(f"[{op}] {name} must be {what}, got {x!r:.80}.")
+        with contextlib.suppress(TypeError):
+            value = operator.index(x)
+    above = value is not None and high is not None and value > high
+    if value is not None and not above and (low is None or value >= low):
+        return value
+    what = what or (f"an integer of at most {high}" if above else f"an integer of at least {low}")
+    same = value is None and isinstance(x, (float, np.floating)) and float(x).is_integer() and (low is None or x >= low)
+    advice = f" Give {int(x)}." if same else ""
+    raise (wrong if value is None else ValueError)(f"[{op}] {name} must be {what}, got {x!r:.80}.{advice}")
 
 
-def philox(op: str, seed: Any, stream: int) -> np.random.Generator:
-    """The generator with the key (seed, stream), or an error. The seed's 64 bits count, -1 is 2^64 - 1; of a list with one beyond
-    2^63 NumPy would make floats."""
-    value = integer(op, "seed", seed, "an integer of 64 bits")
-    if not -(1 << 63) <= value < 1 << 64:
-        raise ValueError(f"[{op}] seed must be an integer of 64 bits, got {value}.")
-    return np.random.Generator(np.random.Philox(key=np.array([value & ((1 << 64) - 1), stream], np.uint64)))
+def seed(op: str, value: Any, wrong: type[Exception] = TypeError) -> int:
+    """A seed as an int. Its 64 bits count: -1 is 2^64 - 1."""
+    return integer(op, "seed", value, -(1 << 63), WORD, "an integer of 64 bits", wrong)
+
+
+def philox(op: str, key: Any, stream: int) -> np.random.Generator:
+    """The generator with the key (seed, stream), or an error. Of a list that holds a seed beyond 2^63 NumPy would make floats."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed(op, key) & WORD, stream], np.uint64)))

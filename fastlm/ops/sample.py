@@ -138,7 +138,7 @@ def top_k(values: Any, k: int) -> tuple[Array, Array]:
     """
     xd = check.array("top_k", "values", data(values), at_least=1)
     _, N = _two_axes("top_k", "values", xd)
-    k = check.integer("top_k", "k", k, f"an integer from 1 to N = {N}")
+    k = check.integer("top_k", "k", k, what=f"an integer from 1 to N = {N}")
     if not 1 <= k <= N:
         raise ValueError(f"[top_k] k must be from 1 to N = {N}, got {k}. values is {xd.shape}.")
     shape = *xd.shape[:-1], k

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,15 @@ def train(
     arguments that cannot be.
     """
     _check_model(model)
+    whole = partial(check.integer, "train", low=1, high=check.WORD, wrong=ValueError)
     longest = int(getattr(model, "max_tokens", model.config.context))
-    context = (longest if longest < 1 << 16 else 512) if context is None else _whole("context", context, 1)
+    context = (longest if longest < 1 << 16 else 512) if context is None else whole("context", context)
     if context > longest:
         raise ValueError(f"[train] context must be from 1 to the model's {longest}, got {context}.")
-    steps, batch, accumulate = _whole("steps", steps, 1), _whole("batch", batch, 1), _whole("accumulate", accumulate, 1)
-    warmup, seed = _whole("warmup", warmup, 0), _whole("seed", seed, -(1 << 63))
-    eval_every, save_every = _whole("eval_every", eval_every, 0), _whole("save_every", save_every, 0)
-    eval_batches = None if eval_batches is None else _whole("eval_batches", eval_batches, 1)
+    steps, batch, accumulate = whole("steps", steps), whole("batch", batch), whole("accumulate", accumulate)
+    warmup, seed = whole("warmup", warmup, low=0), check.seed("train", seed, ValueError)
+    eval_every, save_every = whole("eval_every", eval_every, low=0), whole("save_every", save_every, low=0)
+    eval_batches = None if eval_batches is None else whole("eval_batches", eval_batches)
     peak = check.number("train", "lr", default_lr(model.config.d_model) if lr is None else lr, 0.0, check.MOST, above=0.0)
     last = peak / 10 if min_lr is None else check.number("train", "min_lr", min_lr, 0.0, check.MOST)
     clip = None if clip is None else check.number("train", "clip", clip, 0.0, above=0.0)
@@ -241,14 +243,6 @@ def _wake(model: Any) -> None:
             p.requires_grad = False
 
 
-def _whole(name: str, value: Any, low: int, op: str = "train") -> int:
-    """value as an int; one of NumPy, which JSON does not take, would fail when the first checkpoint is written."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value < 1 << 64:
-        allowed = f"of at least {low}" if low >= 0 else "of 64 bits"
-        raise ValueError(f"[{op}] {name} must be an integer {allowed}, got {value!r}.")
-    return int(value)
-
-
 def _place(model: Any, device: Any, dtype: str) -> bool:
     """Puts the model where it is trained; whether it computes in bfloat16 there."""
     if dtype not in backend.DTYPES:
@@ -301,8 +295,8 @@ def evaluate(
     """Mean loss of the objective (default: the next token) over a token array, in windows that do not overlap, or over the held-out
     part of a Corpus; at most `limit` batches. What is drawn is drawn from the seed, the same every time. Labelled: over its examples.
     """
-    limit = None if limit is None else _whole("limit", limit, 1, "evaluate")
-    seed = _whole("seed", seed, -(1 << 63), "evaluate")
+    limit = None if limit is None else check.integer("evaluate", "limit", limit, 1, wrong=ValueError)
+    seed = check.seed("evaluate", seed, ValueError)
     if isinstance(data, Labelled):
         whole = source(model, replace(data, validation=data), None, batch, context, seed, limit)
     else:

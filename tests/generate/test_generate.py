@@ -255,6 +255,15 @@ def test_refusals_of_beams_and_seeds() -> None:
         generate.generate(m, [[1]], Settings(temperature=1.0), seeds=-1)
 
 
+def test_integers_may_be_numpys() -> None:
+    """As training takes them; they were refused as no integers."""
+    m, settings = model("gpt2"), Settings(max_tokens=np.int64(3), top_k=np.int32(5), temperature=1.0)  # type: ignore[arg-type]
+    assert type(settings.max_tokens) is int
+    found = generate.generate(m, [[1]], settings, seeds=[np.uint64(7)])  # type: ignore[list-item]
+    assert found == generate.generate(m, [[1]], Settings(max_tokens=3, top_k=5, temperature=1.0), seeds=7)
+    assert BeamSettings(beams=np.int64(2)).beams == 2  # type: ignore[arg-type]
+
+
 def test_an_exhausted_vocabulary_is_refused() -> None:
     """Where processors forbid every id, greedy gave id 0 again and again, and beams nothing, as if these had been chosen."""
     m = models.create(models.GPTConfig(5, context=16, d_model=8, n_layer=1, n_head=1), 0)

@@ -296,6 +296,8 @@ def test_refuses(corpus, tmp_path):
         ({"clip": math.nan}, "clip must be greater than 0"),
         ({"seed": 1.5}, r"seed must be an integer of 64 bits, got 1\.5"),
         ({"seed": 1 << 64}, "seed must be an integer of 64 bits"),
+        ({"batch": 4.0}, r"batch must be an integer of at least 1, got 4\.0\. Give 4\."),
+        ({"batch": 1 << 64}, "batch must be an integer of at most 18446744073709551615, got 18446744073709551616"),
         ({"eval_every": -1}, "eval_every must be an integer of at least 0, got -1"),
         ({"eval_every": 1, "eval_batches": 0}, "eval_batches must be an integer of at least 1, got 0"),
         ({"save_every": 1.5, "out": tmp_path}, r"save_every must be an integer of at least 0, got 1\.5"),
