@@ -39,8 +39,8 @@ class BeamSettings:
     def __post_init__(self) -> None:
         for name, low in (("beams", 1), ("max_tokens", 0), ("min_tokens", 0), ("no_repeat_ngram", 0)):
             object.__setattr__(self, name, check.integer("generate", name, getattr(self, name), low, wrong=ValueError))
-        number("length_penalty", self.length_penalty, -_STEEPEST, _STEEPEST)
-        penalty("repetition_penalty", self.repetition_penalty)
+        object.__setattr__(self, "length_penalty", number("length_penalty", self.length_penalty, -_STEEPEST, _STEEPEST))
+        object.__setattr__(self, "repetition_penalty", penalty("repetition_penalty", self.repetition_penalty))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"[generate] early_stopping must be True, False or 'never', got {self.early_stopping!r}")
         object.__setattr__(self, "eos", ids_of("eos", self.eos))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from fastlm.ops import check
 from fastlm.ops.check import LEAST, MOST
 
 if TYPE_CHECKING:
     from fastlm.backend import Array
     from fastlm.nn import Cache
+
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 class Continues(Protocol):
@@ -43,25 +47,25 @@ class Settings:
     def __post_init__(self) -> None:
         for name, low in (("max_tokens", 0), ("min_tokens", 0), ("top_k", 0), ("no_repeat_ngram", 0)):
             object.__setattr__(self, name, check.integer("generate", name, getattr(self, name), low, wrong=ValueError))
-        number("temperature", self.temperature, 0.0, MOST)
-        number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        number("min_p", self.min_p, 0.0, 1.0)
-        penalty("repetition_penalty", self.repetition_penalty)
+        object.__setattr__(self, "temperature", number("temperature", self.temperature, 0.0, MOST))
+        object.__setattr__(self, "top_p", number("top_p", self.top_p, 0.0, 1.0, open_low=True))
+        object.__setattr__(self, "min_p", number("min_p", self.min_p, 0.0, 1.0))
+        object.__setattr__(self, "repetition_penalty", penalty("repetition_penalty", self.repetition_penalty))
         object.__setattr__(self, "eos", ids_of("eos", self.eos))
 
 
-def number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    """Refuses what is not a number in the range."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or (open_low and value == low):
+def number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
+    """The value, a number in the range; NumPy's as Python's."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not low <= value <= high or (open_low and value == low):
         limits = f"{'above' if open_low else 'at least'} {low} and at most {high}"
         raise ValueError(f"[generate] {name} must be a number {limits}, got {value!r}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
-def penalty(name: str, value: Any) -> None:
-    """Refuses what is not a number above 0 that logits of float32 can be divided by."""
-    number(name, value, 0.0, MOST, open_low=True)
-    number(name, value, LEAST, MOST)
+def penalty(name: str, value: Any) -> float:
+    """The value, a number above 0 that logits of float32 can be divided by."""
+    positive = isinstance(value, _NUMBERS) and value > 0
+    return number(name, value, LEAST if positive else 0.0, MOST, open_low=not positive)
 
 
 def ids_of(name: str, value: Any) -> tuple[int, ...]:

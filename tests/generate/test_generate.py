@@ -255,13 +255,18 @@ def test_refusals_of_beams_and_seeds() -> None:
         generate.generate(m, [[1]], Settings(temperature=1.0), seeds=-1)
 
 
-def test_integers_may_be_numpys() -> None:
-    """As training takes them; they were refused as no integers."""
+def test_numbers_may_be_numpys() -> None:
+    """As training takes them; they were refused as no integers and no numbers."""
     m, settings = model("gpt2"), Settings(max_tokens=np.int64(3), top_k=np.int32(5), temperature=1.0)  # type: ignore[arg-type]
     assert type(settings.max_tokens) is int
     found = generate.generate(m, [[1]], settings, seeds=[np.uint64(7)])  # type: ignore[list-item]
     assert found == generate.generate(m, [[1]], Settings(max_tokens=3, top_k=5, temperature=1.0), seeds=7)
-    assert BeamSettings(beams=np.int64(2)).beams == 2  # type: ignore[arg-type]
+    assert BeamSettings(beams=np.int64(2), length_penalty=np.float32(0.5)) == BeamSettings(beams=2, length_penalty=0.5)  # type: ignore[arg-type]
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        value = getattr(Settings(**{name: np.float32(0.75)}), name)
+        assert (type(value), value) == (float, 0.75)
+        with pytest.raises(ValueError, match=f"{name} must be a number .*, got True"):
+            Settings(**{name: True})
 
 
 def test_an_exhausted_vocabulary_is_refused() -> None:
