@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,10 @@ class Head(Module):
         """x (B, T, C), targets as the task has them -> a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
-    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
-        """The means that the loss adds up, for sequences of `length`: the targets of each, the others' left out, and over how many it
-        is taken. What is evaluated in batches weighs each by its own number."""
-        return [(targets, int((np.asarray(targets) != -100).sum()))]
+    def means(self, model: Any, x: Any, targets: Any) -> list[tuple[Callable[[], Tensor], int]]:
+        """The means that the loss adds up, and over how many targets each is taken. What is evaluated in batches weighs each by its own
+        number."""
+        return [(partial(self.loss, model, x, targets), int((np.asarray(targets) != -100).sum()))]
 
 
 @dataclass(frozen=True)

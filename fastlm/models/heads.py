@@ -15,6 +15,7 @@ A head turns hidden states (B, T, C) into logits and, with targets, into a loss:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,9 @@ class Pretraining(Head):
         loss: Tensor = ops.add(self.tokens.loss(model, x, tokens), self.sentences.loss(model, x, sentences))
         return loss
 
-    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
-        tokens, sentences = (np.asarray(t) for t in targets)
-        return [
-            ((tokens, np.full_like(sentences, -100)), int((tokens != -100).sum())),
-            ((np.full_like(tokens, -100), sentences), int((sentences != -100).sum())),
-        ]
+    def means(self, model: Any, x: Any, targets: Any) -> list[tuple[Callable[[], Tensor], int]]:
+        tokens, sentences = targets
+        return self.tokens.means(model, x, tokens) + self.sentences.means(model, x, sentences)
 
 
 class ReplacedToken(Head):
@@ -178,9 +176,11 @@ class SequenceClassifier(Head):
             return "regression"
         return f"{'single' if targets.dtype.kind in 'iu' else 'multi'}_label_classification"
 
-    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
+    def means(self, model: Any, x: Any, targets: Any) -> list[tuple[Callable[[], Tensor], int]]:
         array = np.asarray(targets)
-        return [(targets, array.size)] if self.problem_of(array) == "regression" else super().means(targets, length)
+        if self.problem_of(array) == "regression":
+            return [(partial(self.loss, model, x, targets), array.size)]
+        return super().means(model, x, targets)
 
 
 class TokenClassifier(Head):
@@ -208,23 +208,23 @@ class QuestionAnswering(Head):
         return self.out(x)
 
     def loss(self, model: Any, x: Any, targets: Any) -> Tensor:
-        B, T, _ = x.shape
-        wanted = _within(labels_of(targets, (B, 2)), T)
-        start, end = (
-            ops.cross_entropy(ops.reshape(part, (B, T)), wanted[:, i].copy())
-            for i, part in enumerate(ops.split(self(model, x), (1, 1)))
-        )
+        (start, _), (end, _) = self._ends(model, x, targets)
         loss: Tensor = ops.scale(ops.add(start, end), 0.5)
         return loss
 
-    def means(self, targets: Any, length: int) -> list[tuple[Any, int]]:
-        wanted = _within(np.asarray(targets), length)
-        return [(np.where(part, wanted, -100), int((wanted != -100)[..., part].sum())) for part in ([True, False], [False, True])]
+    def means(self, model: Any, x: Any, targets: Any) -> list[tuple[Callable[[], Tensor], int]]:
+        return [(partial(ops.scale, mean, 0.5), n) for mean, n in self._ends(model, x, targets)]
 
-
-def _within(answers: Any, length: int) -> Any:
-    """Answers (B, 2), -100 for what is not among `length` positions."""
-    return np.where((answers < 0) | (answers >= length), -100, answers)
+    def _ends(self, model: Any, x: Any, targets: Any) -> list[tuple[Any, int]]:
+        """The mean over the starts and that over the ends, each with how many there are among the positions."""
+        B, T, _ = x.shape
+        wanted = labels_of(targets, (B, 2))
+        wanted = np.where((wanted < 0) | (wanted >= T), np.int32(-100), wanted)
+        parts = ops.split(self(model, x), (1, 1))
+        return [
+            (ops.cross_entropy(ops.reshape(part, (B, T)), column.copy()), int((column != -100).sum()))
+            for part, column in zip(parts, wanted.T, strict=True)
+        ]
 
 
 class MultipleChoice(Head):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,8 +166,7 @@ def _answered(data: Labelled) -> Labelled:
 def means(model: Any, batch: Any) -> list[tuple[Callable[[], Any], int]]:
     """The means that a batch's loss adds up, each with how many targets it is over: of an encoder each of its head's, else one."""
     if isinstance(model, Encoder):
-        head, x = model.need_head(), model.run(batch.ids, batch.mask, batch.segments)
-        return [(partial(head.loss, model, x, targets), n) for targets, n in head.means(batch.targets, x.shape[1])]
+        return model.need_head().means(model, model.run(batch.ids, batch.mask, batch.segments), batch.targets)
     fields = batch._asdict()
     return [(lambda: model.loss(**fields), int((np.asarray(batch.targets) != IGNORED).sum()))]
 

@@ -12,8 +12,9 @@ import fastlm
 from fastlm import data, hub, models
 from fastlm.cli.objectives import guess
 from fastlm.models.albert import AlbertConfig
-from fastlm.models.bert import BertConfig
+from fastlm.models.bert import Bert, BertConfig
 from fastlm.models.electra import ElectraConfig
+from fastlm.models.heads import MaskedLM, NextSentence, QuestionAnswering
 from fastlm.models.t5 import T5Config
 from fastlm.models.xlnet import XLNetConfig
 from fastlm.train import Distilled, Electra, evaluate, sources, student_of, teacher, train
@@ -294,6 +295,28 @@ def test_tokens_and_sentences_are_two_means():
     objective = RUNS["next"][1]
     found = [evaluate(model, CORPUS, batch, 24, objective=objective) for batch in (1, 2, 5, 100)]
     assert found == pytest.approx(found[:1] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["pretraining", "question_answering"])
+def test_a_batch_of_two_means_is_run_once(head, monkeypatch):
+    """The body, and each part of the head, which was computed for each of the means."""
+    model = models.create(BertConfig(**ENCODER, head=head), 3)
+    calls = []
+
+    def count(cls, name):
+        method = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *given: (calls.append(cls.__name__), method(self, *given))[1])
+
+    count(Bert, "hidden")
+    if head == "pretraining":
+        count(MaskedLM, "__call__")
+        count(NextSentence, "__call__")
+        evaluate(model, CORPUS, 4, 24, 1, RUNS["next"][1])
+        assert calls == ["Bert", "MaskedLM", "NextSentence"]
+    else:
+        count(QuestionAnswering, "__call__")
+        evaluate(model, data.Labelled(np.full((7, 6), 8), [[0, 1]] * 7), 4, 24, 1)
+        assert calls == ["Bert", "QuestionAnswering"]
 
 
 # Distillation
