@@ -18,6 +18,7 @@ from fastlm.nn.module import Declared
 from fastlm.tensor import Tensor
 
 _WIDE = {"float32": "float32", "int8": "int16"}  # what the head has where the other matrices have the first
+_SAFE = 65504.0  # float16's largest number: where none is larger, neither is a block's scale
 _TABLES = ("token_embedding", "tokens")  # embeddings of tokens, which may also be the head; those of positions stay
 
 
@@ -57,7 +58,7 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
     Q8_ROW, which knows int8 activations alone, is for the matrices that these are for, of any length; the others become Q8_0. LOSSLESS
     leaves every bit of float32 and bfloat16 matrices: those of experts, and those whose exponents are too many, stay as they are. Raises
     ValueError for a kind, for Q8_ROW with float32 activations, for a model without a matrix that can be quantised, and, with the
-    parameter's name, for weights that are not finite.
+    parameter's name, for weights that are not finite or so large that float16 does not hold a block's scale; nothing is quantised then.
     """
     if kind not in MADE:
         raise ValueError(f"[quantize] kind must be one of {', '.join(MADE)}, got {kind!r}.")
@@ -73,13 +74,17 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
     found = [(name, p, k) for name, p, k in chosen if k == ROW or p.shape[-1] % FORMATS[k][1] == 0]
     if not found:
         raise ValueError("[quantize] the model has no matrix whose rows are a multiple of 32 long.")
-    for name, p, _ in found:  # before the first is replaced: its numbers would be lost
-        _check_finite(name, p.data)
+    for name, p, k in found:  # before the first is replaced: its numbers would be lost
+        _check_numbers(name, p.data, k)
+    before = [(p, p.data) for _, p, _ in found if isinstance(p.data, QuantizedArray)]  # few bytes: these are kept until all is done
     for name, p, k in found:
         try:
-            p.data = quantized(_float(name, p.data), k).with_activations(activations if rounds(name) else _WIDE[activations])
-        except ValueError as error:
-            raise ValueError(f"[quantize] {name}: {str(error).removeprefix('[quantize] ')}") from None
+            p.data = _made(name, p.data, k).with_activations(activations if rounds(name) else _WIDE[activations])
+        except ValueError:
+            for q, w in before:
+                q.data = w
+            raise
+    for _, p, _ in found:
         p.requires_grad, p.grad = False, None
 
 
@@ -140,13 +145,26 @@ def _check(activations: str) -> None:
         raise ValueError(f"[activations] must be 'float32' or 'int8', got {activations!r}.")
 
 
-def _check_finite(name: str, w: Any) -> None:
-    """ValueError for a plain matrix of the host that holds a number that is not finite."""
-    if not isinstance(w, np.ndarray):
+def _check_numbers(name: str, w: Any, kind: str) -> None:
+    """ValueError for a plain matrix of the host that has no blocks of this kind."""
+    if isinstance(w, QuantizedArray):
         return
+    w = _float(name, w) if not isinstance(w, np.ndarray) else w
     bad = np.flatnonzero(~np.isfinite(w).reshape(-1, w.shape[-1]).all(axis=1))
     if bad.size:
         raise ValueError(f"[quantize] {name}: every number must be finite, and in row {bad[0]} not all are. Nothing was quantised.")
+    if w.size and max(w.max(), -w.min()) > _SAFE:
+        _made(name, w, kind)
+
+
+def _made(name: str, w: Any, kind: str) -> QuantizedArray:
+    """The blocks of a matrix."""
+    numbers = _float(name, w)
+    try:
+        return quantized(numbers, kind)
+    except ValueError as error:
+        reason = str(error).removeprefix("[quantize] ").removesuffix(".")
+        raise ValueError(f"[quantize] {name}: {reason}. Nothing was quantised: LOSSLESS keeps such numbers as they are.") from None
 
 
 def _float(name: str, w: Any) -> Any:

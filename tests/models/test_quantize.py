@@ -172,6 +172,24 @@ def test_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"blocks.0.mlp.up.weight: every number must be finite.* row 5"):
         lm.quantize("Q8_0")
     assert all(p.data is before[name] for name, p in lm.model.named_parameters().items())  # none is lost
+    lm.model.blocks[0].mlp.up.weight.data[5, 3] = 1.0
+    lm.model.blocks[-1].mlp.down.weight.data[2, 7] = 1e8  # over 127 it is more than float16 holds
+    before = {name: (p.data, p.data.copy(), p.requires_grad) for name, p in lm.model.named_parameters().items()}
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        with pytest.raises(
+            ValueError, match=r"blocks.\d.mlp.down.weight: .* scale at most 65504, row 2 has others\. Nothing was quantised"
+        ):
+            lm.quantize(kind)
+        for name, p in lm.model.named_parameters().items():
+            data, numbers, wants = before[name]
+            assert p.data is data
+            assert p.requires_grad == wants
+            np.testing.assert_array_equal(p.data, numbers)
+    assert lm.quantize("LOSSLESS").model.blocks[-1].mlp.down.weight.data.dtype == "LOSSLESS"
+    before = {name: p.data for name, p in lm.model.named_parameters().items()}
+    with pytest.raises(ValueError, match=r"mlp.down.weight: .* row 2 has others"):  # of quantised ones it is found out later
+        lm.quantize("Q8_0")
+    assert all(p.data is before[name] for name, p in lm.model.named_parameters().items())
     lm = LM(models.create(models.preset("gpt2", n_layer=1, d_model=48, n_head=3, vocab_size=100, d_ff=80), seed=0))
     with pytest.raises(ValueError, match="no matrix whose rows are a multiple of 32"):
         lm.quantize("Q8_0")
