@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -56,14 +57,20 @@ def report(name: str, shape: plan.Shape, devices: int, context: int, memory: flo
     return [*rows, ("layout", parts), ("each device", kinds(found.memory))]
 
 
-def step(name: str, layers: int | None, width: int | None, context: int) -> str:
-    """Creates the reduced model and does one forward and backward pass; what came out."""
+def reduced(name: str, layers: int | None, width: int | None) -> Any:
+    """The Config of the model that a step is made of, or a ValueError where that is too much."""
     config = plan.reduced(models.PRESETS[name], layers, width)
     if issubclass(models.module_of(config).Model, Encoder):
         config = dataclasses.replace(config, head="masked_lm")
     count = count_parameters(models.declare(config))
     if count > 500_000_000:
         raise ValueError(f"[plan] a step here is for small models, got {count:,} parameters. Give --layers 2 --width 64.")
+    return config
+
+
+def step(name: str, layers: int | None, width: int | None, context: int) -> str:
+    """Creates the reduced model and does one forward and backward pass; what came out."""
+    config = reduced(name, layers, width)
     model = models.create(config)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(context, config.context, 128) + 1), dtype=np.int32)
     start = time.perf_counter()
@@ -77,7 +84,7 @@ def step(name: str, layers: int | None, width: int | None, context: int) -> str:
     seconds = time.perf_counter() - start
     square = sum(float(np.square(p.grad_buffer()).sum()) for p in model.named_parameters().values())
     return (
-        f"{config.n_layer} layers, width {config.d_model}, {count:,} parameters: loss {loss.item():.4f} "
+        f"{config.n_layer} layers, width {config.d_model}, {count_parameters(model):,} parameters: loss {loss.item():.4f} "
         f"(ln {config.vocab_size} = {math.log(config.vocab_size):.4f}), gradient norm {math.sqrt(square):.4g}, {seconds * 1e3:.0f} ms"
     )
 
@@ -88,7 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
     context = arguments.context or shape.usual_context
     if context > shape.context:
         raise ValueError(f"[plan] context must be at most {shape.context:,}, that of {name}, got {context:,}.")
+    with_step = arguments.layers is not None or arguments.width is not None
+    if with_step:
+        reduced(name, arguments.layers, arguments.width)  # what cannot be is refused before anything is printed
     for label, text in report(name, shape, arguments.devices, context, arguments.memory * 1e9):
         print(f"{label:<14} {text}")
-    if arguments.layers is not None or arguments.width is not None:
+    if with_step:
         print(f"{'a step here':<14} {step(name, arguments.layers, arguments.width, context)}")

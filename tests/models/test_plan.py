@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -218,6 +220,22 @@ def test_reduced_wiring(name):
     assert (config.n_layer, config.d_model) == (2, 64)
     assert count_parameters(models.declare(config)) < 3_000_000
     assert "nan" not in step(name, 2, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "15"], "width must be a multiple of 16, got 15"),
+        (["--layers", "11000"], "n_layer must be an integer from 1 to 10000, got 11000"),
+        (["--width", "8192"], "a step here is for small models, got .* parameters"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_first(options, message, capsys):
+    """The report was printed before."""
+    assert main(["plan", "gpt2", *options]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"fastlm: .*{message}.*\n", error)
 
 
 def test_command(capsys):
