@@ -38,10 +38,11 @@ FASTLM_INLINE Units units(const AttentionInputs& p) {
     return {p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f, float(size), float(unit), float(-127.0 / unit)};
 }
 
+// Vectors of columns in a block of a sum over keys or rows, which has 4 rows at most: its chains stay in registers.
 #if defined(FASTLM_ISA_AVX512) || defined(FASTLM_ISA_NEON)
-constexpr int kBlockVectors = 4;  // 32 registers: 6 x 4 chains
+constexpr int kBlockVectors = 4;  // 32 registers: 4 x 4 chains
 #else
-constexpr int kBlockVectors = 2;  // 16 registers: 6 x 2
+constexpr int kBlockVectors = 2;  // 16 registers: 4 x 2
 #endif
 
 FASTLM_INLINE int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
