@@ -53,8 +53,8 @@ void bind_sampling(py::module_& m) {
         launch(sampling_kernels().top_k, p);
         return first_negative(p.indices, p.R, p.k);
     });
-    m.def("argmax", [](const py::array& index, const py::array& x) {
-        const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x)};
+    m.def("argmax", [](const py::array& index, const py::array& x, bool token) {
+        const Argmax p{data<int32_t>(index), f32(x), rows(x), last(x), token};
         launch(sampling_kernels().argmax, p);
         return first_negative(p.index, p.R, 1);
     });

@@ -138,7 +138,7 @@ def _advance(
                 decoder.ids[:, 0] = choose(logits, rows, settings)
             ids = decoder.ids[:, 0].tolist()
         if min(ids) < 0:
-            choose(logits, rows, settings)  # raises: a row of logits is nan
+            choose(logits, rows, settings)  # raises: a row of logits has nan, or no token is possible
 
 
 def generate(
@@ -184,7 +184,7 @@ def _decoder(model: Continues, cache: Cache, rows: Sequence[_Row], settings: Set
         if key is None:
             return None, []
         if key == "greedy":
-            return lambda logits, out: ops.argmax(logits, out=out), []
+            return lambda logits, out: ops.argmax(logits, out=out, token=True), []
         seeds = backend.put(np.zeros(len(rows), np.uint64), device)
         steps = backend.put(np.zeros(len(rows), np.int64), device)
 
@@ -227,9 +227,9 @@ def choose(logits: Array, rows: Sequence[_Row], settings: Settings) -> list[int]
                 min_tokens=s.min_tokens,
                 eos=s.eos,
             )
-            check_possible(scores, row.index, len(row.output.ids))
+            check_possible(scores, row.index, row.ids, len(row.output.ids), s.no_repeat_ngram, s.min_tokens, s.eos)
     if s.temperature == 0.0:
-        chosen = ops.argmax(logits)
+        chosen = ops.argmax(logits, token=True)
     else:
         chosen = ops.sample(
             logits,

@@ -43,15 +43,18 @@ def active(repetition_penalty: float, no_repeat_ngram: int, min_tokens: int) -> 
     return repetition_penalty != 1.0 or no_repeat_ngram > 0 or min_tokens > 0
 
 
-def check_possible(scores: Array, index: int, new: int) -> None:
-    """ValueError where `process` left no id to choose: of a row (V,) that is all -inf, argmax is id 0. Prompt `index` has `new` ids."""
-    if np.max(scores) == -np.inf:
+def check_possible(
+    scores: Array, index: int, ids: Sequence[int], new: int, no_repeat_ngram: int, min_tokens: int, eos: Sequence[int]
+) -> None:
+    """ValueError where `process` left no id to choose of a row (V,); where it forbade none, the model's logits are to blame, and whoever
+    chooses says so. Prompt `index` has `new` ids."""
+    if np.max(scores) == -np.inf and ((no_repeat_ngram and _would_repeat(ids, no_repeat_ngram)) or (new < min_tokens and eos)):
         raise ValueError(exhausted(new, f" of prompt {index}"))
 
 
 def exhausted(new: int, of: str = "") -> str:
     """What is said where nothing can follow `new` ids."""
     return (
-        f"[generate] no id is possible after {new} new ones{of}: no_repeat_ngram and min_tokens forbid the whole vocabulary. "
+        f"[generate] no id is possible after {new} new ones{of}: no_repeat_ngram and min_tokens forbid all that the logits allow. "
         "Lower max_tokens or min_tokens, or raise no_repeat_ngram."
     )

@@ -113,20 +113,21 @@ def sample(
     return token
 
 
-def argmax(logits: Any, out: Array | None = None) -> Any:
+def argmax(logits: Any, out: Array | None = None, token: bool = False) -> Any:
     """The index of the greatest value over the last axis, ties to the lowest index: (..., V) float32 -> (...) int32, in `out` if given.
 
-    Raises ValueError where a row has nan or V is 0; on a device a row with nan gets -1.
+    token: what is chosen is a token, and a row that is all -inf has none; else its index is 0. Raises ValueError where a row has nan or,
+    with `token`, is all -inf, and where V is 0; on a device such rows get -1 and -2.
     """
     xd = check.array("argmax", "logits", data(logits), at_least=1)
     _two_axes("argmax", "logits", xd)
     index = _tokens("argmax", out, xd.shape[:-1], xd)
     if on_device(xd):
-        kernels(xd).argmax(index, xd)
+        kernels(xd).argmax(index, xd, token)
         return index
-    bad = _C.argmax(index, xd)
+    bad = _C.argmax(index, xd, token)
     if bad >= 0:
-        _refuse("argmax", "logits", bad, -1)
+        _refuse("argmax", "logits", bad, int(index.reshape(-1)[bad]))
     return index
 
 

@@ -35,6 +35,7 @@ struct Argmax {
     int32_t* index;  // (R,) lowest index of the greatest value, or kSampleNan
     const float* x;  // (R, N)
     int64_t R, N;    // N >= 1
+    bool token;      // kSampleNothing where every value is -inf, as in Sample
 };
 
 struct SamplingKernels {

@@ -438,7 +438,9 @@ void argmax(const Argmax& p) {
         for (int64_t r = begin; r < end; ++r) {
             const float* x = p.x + r * p.N;
             float greatest;
-            p.index[r] = scan(w.most, &greatest, x, p.N, kBlock) ? first_equal(w.most, x, p.N, greatest) : kSampleNan;
+            if (!scan(w.most, &greatest, x, p.N, kBlock)) p.index[r] = kSampleNan;
+            else if (p.token && greatest == -INFINITY) p.index[r] = kSampleNothing;
+            else p.index[r] = first_equal(w.most, x, p.N, greatest);
         }
     });
 }

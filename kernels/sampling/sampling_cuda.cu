@@ -280,7 +280,7 @@ template <class T> __device__ void sample(int* token, float* row, const T* logit
     if (threadIdx.x == 0) token[b] = found;
 }
 
-template <class T> __device__ void argmax(int* index, const T* x, int V) {
+template <class T> __device__ void argmax(int* index, const T* x, int V, int token) {
     FASTLM_SHARED(float, floats, 32);
     FASTLM_SHARED(int, numbers, 32);
     const Room room{nullptr, nullptr, floats, numbers};
@@ -294,7 +294,8 @@ template <class T> __device__ void argmax(int* index, const T* x, int V) {
     }
     bad = over_block(bad, numbers, add<int>);
     most = over_block(most, floats, greater);
-    const int found = bad ? kNan : first_of([&](int i) { return to_float(row[i]); }, V, most, room);
+    const bool nothing = token && most == -INFINITY;
+    const int found = bad ? kNan : nothing ? kNothing : first_of([&](int i) { return to_float(row[i]); }, V, most, room);
     if (threadIdx.x == 0) index[blockIdx.x] = found;
 }
 
@@ -307,7 +308,9 @@ template <class T> __device__ void argmax(int* index, const T* x, int V) {
         sample<T>(token, row, logits, uniform, previous, begin, V, {top_k, limit, rest, temperature, floor, penalty});             \
     }                                                                                                                              \
     FASTLM_KERNEL(sample_##suffix)                                                                                                 \
-    FASTLM_GLOBAL void __launch_bounds__(THREADS) argmax_##suffix(int* index, const T* x, int V) { argmax<T>(index, x, V); }       \
+    FASTLM_GLOBAL void __launch_bounds__(THREADS) argmax_##suffix(int* index, const T* x, int V, int token) {                      \
+        argmax<T>(index, x, V, token);                                                                                             \
+    }                                                                                                                              \
     FASTLM_KERNEL(argmax_##suffix)
 FASTLM_FORMS(float, fp32)
 FASTLM_FORMS(bfloat16, bf16)

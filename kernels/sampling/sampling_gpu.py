@@ -52,13 +52,13 @@ def sample(
     gpu.triton("sample", (B,), named, plain=plain, warps=16, fused=False, BLOCK=4096)
 
 
-def argmax(gpu: Any, index: Any, x: Any) -> None:
+def argmax(gpu: Any, index: Any, x: Any, token: bool) -> None:
     V = x.shape[-1]
-    named = {"index": index, "x": x, "V": V}
+    named = {"index": index, "x": x, "V": V, "token": int(token)}
     if gpu.twin == "cuda":
         gpu.cuda(f"argmax_{_suffix(x)}", (index.size,), 512 if V > 8192 else 256, list(named.values()))
         return
-    gpu.triton("argmax", (index.size,), named, plain=("V",), warps=8, BLOCK=4096)
+    gpu.triton("argmax", (index.size,), named, plain=("V", "token"), warps=8, BLOCK=4096)
 
 
 def top_k(gpu: Any, values: Any, indices: Any, x: Any) -> None:

@@ -213,11 +213,13 @@ def sample_penalise(row, logits, previous, begin, V, penalty, BLOCK: tl.constexp
 
 
 @triton.jit
-def argmax(index, x, V, BLOCK: tl.constexpr):
+def argmax(index, x, V, token, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     greatest, bad = _scan(x, r * V, V, BLOCK)
     if bad > 0:
         tl.store(index + r, -1)
+    elif (token > 0) & (greatest == float("-inf")):
+        tl.store(index + r, -2)
     else:
         tl.store(index + r, _first(x, r * V, V, greatest, BLOCK))
 
@@ -275,7 +277,7 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
         yield "sample_copy", {"y": "*fp32", "x": f, "n": "i32"}, {"BLOCK": BLOCK}, {"num_warps": 4, "num_stages": 3}
         types = {"row": "*fp32", "logits": f, "previous": "*i32", "begin": "*i64", "V": "i32", "penalty": "fp32"}
         yield "sample_penalise", types, {"BLOCK": 256}, {"num_warps": 4, "num_stages": 3}
-        yield "argmax", {"index": "*i32", "x": f, "V": "i32"}, {"BLOCK": BLOCK}, {"num_warps": 8, "num_stages": 3}
+        yield "argmax", {"index": "*i32", "x": f, "V": "i32", "token": "i32"}, {"BLOCK": BLOCK}, {"num_warps": 8, "num_stages": 3}
         types = {"values": "*fp32", "indices": "*i32", "x": f, "V": "i32", "k": "i32"}
         yield "top_k", types, {"BLOCK": 2048}, {"num_warps": 8, "num_stages": 3}
     types = {"u": "*fp64", "seeds": "*u64", "steps": "*i64", "B": "i32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     "switch": {**T5, "n_expert": 5, "n_sparse": 1, "n_encoder_sparse": 1},
 }
 EVERY = sorted(TINY)
+GREEDY, DRAWN = Settings(max_tokens=40), Settings(max_tokens=40, temperature=1.0, top_k=1)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
 SETTINGS = {
     "greedy": Settings(max_tokens=14),
@@ -333,3 +335,40 @@ def test_recording_alone() -> None:
     with pytest.raises(ZeroDivisionError):
         backend.Recording(lambda: 1 // 0)
     assert not backend.recording()
+
+
+def counting(end: int, infinite: bool) -> Any:
+    """A model that answers id i with i + 1, and `end` with logits that are all -inf, or all nan."""
+    module = importlib.import_module("fastlm.models.llama")
+    size = 64
+    model = models.create(
+        module.Config(vocab_size=size, context=64, d_model=size, n_layer=2, n_head=2, n_kv_head=2, d_ff=48, tied=False)
+    )
+    for name, p in model.named_parameters().items():
+        p.data[...] = 1 if "norm" in name else 0  # every block adds nothing
+    model.token_embedding.weight.data[...] = np.eye(size, dtype=np.float32)
+    model.head.weight.data[...] = np.roll(np.eye(size, dtype=np.float32), 1, axis=0)
+    model.head.weight.data[:, end] = -3e38  # times the root of 64
+    if not infinite:
+        model.token_embedding.weight.data[end] = np.nan
+    return model
+
+
+@pytest.mark.parametrize("record", ["1", "0"])
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN, replace(GREEDY, repetition_penalty=1.1)], ids=["greedy", "drawn", "processed"])
+@pytest.mark.parametrize("infinite", [True, False])
+def test_logits_without_a_token_are_refused(infinite: bool, settings: Settings, small: bool, record: str, monkeypatch: Any) -> None:
+    """Greedy went on with id 0 where all were -inf."""
+    monkeypatch.setenv("FASTLM_RECORD", record)
+    monkeypatch.setattr("fastlm.generate.kept.SMALL", 4 << 20 if small else 0)
+    message = "logits row {} is all -inf: no token is possible" if infinite else "logits row {} has nan"
+    for end in (2, 3, 4, 5, 20):  # read in the prompt's pass, recorded, compared with the recording, then run by itself, ahead
+        found: list[Any] = []
+        with pytest.raises(ValueError, match=message.format(0)):
+            list(generate.steps(counting(end, infinite), [[2]], settings, outputs=found))
+        assert found[0].ids == list(range(3, end + 1))
+    found = []
+    with pytest.raises(ValueError, match=message.format(1)):
+        list(generate.steps(counting(20, infinite), [[2], [9]], settings, outputs=found))
+    assert [o.ids for o in found] == [list(range(3, 14)), list(range(10, 21))]

@@ -91,6 +91,9 @@ def test_argmax(on, N):
     np.testing.assert_array_equal(ops.argmax(on.put(x)).numpy(), np.argmax(x, axis=-1))
     x[2, N // 2] = np.nan
     assert ops.argmax(on.put(x)).numpy().tolist() == [np.argmax(x[0]), N - 1, -1]
+    x[1] = -np.inf
+    assert ops.argmax(on.put(x)).numpy().tolist() == [np.argmax(x[0]), 0, -1]
+    assert ops.argmax(on.put(x), token=True).numpy().tolist() == [np.argmax(x[0]), -2, -1]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

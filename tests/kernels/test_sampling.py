@@ -231,6 +231,22 @@ def test_not_finite(isa, V, settings):
         ops.argmax(np.array([0, np.nan, 1], np.float32))
 
 
+@pytest.mark.parametrize("N", [1, 16, 130, 2000])
+def test_argmax_of_a_token(isa, N):
+    """As at temperature 0, a row that is all -inf has none; without `token` its greatest is the first."""
+    x = np.random.default_rng(N).standard_normal((3, N)).astype(np.float32)
+    np.testing.assert_array_equal(ops.argmax(x, token=True), np.argmax(x, axis=-1))
+    x[1] = -np.inf
+    assert ops.argmax(x)[1] == 0
+    with pytest.raises(ValueError, match=r"\[argmax\] logits row 1 is all -inf: no token is possible"):
+        ops.argmax(x, token=True)
+    x[1, -1] = np.inf
+    assert ops.argmax(x, token=True)[1] == N - 1
+    x[1, -1] = np.nan
+    with pytest.raises(ValueError, match=r"\[argmax\] logits row 1 has nan"):
+        ops.argmax(x, token=True)
+
+
 def test_extreme_but_finite(isa):
     """Sums that overflow, and infinities of one sign, are not mistaken for nan."""
     x = np.full((1, 300), 3e38, np.float32)
