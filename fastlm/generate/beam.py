@@ -104,6 +104,7 @@ def beam_search(
 
 def _log_probabilities(logits: Array, prompt: list[int], running: list[_Beam], s: BeamSettings) -> Array:
     """(beams, V): log softmax first, the processors after, as the reference has it."""
+    ops.argmax(logits, token=True)  # refuses rows with nan, and rows of -inf, whose log softmax is nan
     scores: Array = ops.log_softmax(logits)
     if active(s.repetition_penalty, s.no_repeat_ngram, s.min_tokens):
         for row, beam in zip(scores, running, strict=True):

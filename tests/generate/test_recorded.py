@@ -372,3 +372,6 @@ def test_logits_without_a_token_are_refused(infinite: bool, settings: Settings, 
     with pytest.raises(ValueError, match=message.format(1)):
         list(generate.steps(counting(20, infinite), [[2], [9]], settings, outputs=found))
     assert [o.ids for o in found] == [list(range(3, 14)), list(range(10, 21))]
+    for beams in (1, 3):
+        with pytest.raises(ValueError, match=message.format(0)):
+            generate.beam_search(counting(9, infinite), [2], generate.BeamSettings(beams, max_tokens=30))
