@@ -383,7 +383,8 @@ class LM:
         self._run(prompts, max_tokens, given, put)
         return ["".join(piece) + text.finish() for piece, text in zip(pieces, texts, strict=True)]
 
-    def _stream(self, prompt: list[int], max_tokens: int, options: Options) -> Iterator[str]:
+    def _stream(self, prompt: list[int], max_tokens: int, options: Options, ids: list[int] | None = None) -> Iterator[str]:
+        """The text in pieces; `ids` is given each id before the piece that it makes."""
         tokenizer, given, stops = self._prepare(options)
         beams, seed, rest = _split(given)
         if beams != 1:
@@ -392,6 +393,8 @@ class LM:
         model, starts = self._reading([prompt])
         past = rest.pop("past", None)
         for _, id in generate.steps(model, starts, generate.Settings(max_tokens=max_tokens, **rest), seed, past=past):
+            if ids is not None:
+                ids.append(id)
             piece = text.put(id)
             if piece:
                 yield piece

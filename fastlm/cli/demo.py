@@ -109,4 +109,4 @@ def fetch() -> Path:
 def speak(path: Path, question: str) -> None:
     lm = load(path)
     print(f"{lm!r}\n{backend.num_threads()} threads, {backend.isa()}\n\nyou> {question}\n")
-    show(lm, lm.chat_stream(question, max_tokens=160))
+    show(lm, lm._chat_ids(question), 160, {})

@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +42,7 @@ def generate(arguments: argparse.Namespace) -> None:
         options: Any = {"beams": arguments.beams, "stop": arguments.stop or None}
         print(prompt + lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
         return
-    show(lm, lm.stream(prompt, max_tokens=arguments.max_tokens, **sampling(arguments)), prompt)
+    show(lm, lm._encode(prompt), arguments.max_tokens, sampling(arguments), prompt)
 
 
 def standard_input() -> TextIO:
@@ -92,7 +91,7 @@ def shorten(lm: LM, messages: list[dict[str, str]], max_tokens: int) -> None:
 
 
 def answer(lm: LM, messages: list[dict[str, str]], arguments: argparse.Namespace, past: Past | None = None) -> str:
-    return show(lm, lm.chat_stream(messages, max_tokens=arguments.max_tokens, past=past, **sampling(arguments)))
+    return show(lm, lm._chat_ids(messages), arguments.max_tokens, sampling(arguments) | {"past": past})
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -120,22 +119,23 @@ def sampling(arguments: argparse.Namespace) -> Any:
     return {name: getattr(arguments, name) for name in SAMPLING} | {"stop": arguments.stop or None}
 
 
-def show(lm: LM, pieces: Iterable[str], before: str = "") -> str:
-    """Prints text as it comes, `before` before the first piece, then its speed on standard error. Returns it without `before`."""
-    start, first, text = time.perf_counter(), 0.0, ""
-    for piece in pieces:
-        first = first or time.perf_counter() - start
+def show(lm: LM, prompt: list[int], max_tokens: int, options: Any, before: str = "") -> str:
+    """Prints what follows a prompt as it comes, `before` before the first piece, then its speed on standard error. Returns it without
+    `before`."""
+    start, first, known, text = time.perf_counter(), 0.0, 0, ""
+    ids: list[int] = []
+    for piece in lm._stream(prompt, max_tokens, options, ids):
+        if not text:
+            first, known = time.perf_counter() - start, len(ids)
         print(piece if text else before + piece, end="", flush=True)
         text += piece
     if not text:
         print(before, end="")
     seconds = time.perf_counter() - start
     print()
-    assert lm.tokenizer is not None
-    count = len(lm.tokenizer.encode(text, special_tokens=False)) if text else 0
-    if count > 1:
-        rate = (count - 1) / max(seconds - first, 1e-9)
-        print(f"[{count} tokens, first after {first:.2f} s, then {rate:.1f} tokens/s]", file=sys.stderr)
+    if len(ids) > known > 0:
+        rate = (len(ids) - known) / max(seconds - first, 1e-9)
+        print(f"[{len(ids)} tokens, first after {first:.2f} s, then {rate:.1f} tokens/s]", file=sys.stderr)
     return text
 
 

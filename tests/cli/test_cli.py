@@ -293,6 +293,8 @@ def test_convert_llama2c(tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", str(target), "", "--temperature", "0", "--max-tokens", "20"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+    assert main(["generate", str(target), "Once upon", "--temperature", "0", "--max-tokens", "20"]) == 0
+    assert "[20 tokens, first after" in capsys.readouterr().err  # the text alone begins with a space, in a token of its own
     assert main(["convert", str(source / "stories260K.bin"), str(target)]) == 2
     assert "not empty" in capsys.readouterr().err
 
