@@ -97,9 +97,12 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
         found = sorted(folder.glob("*.gguf"))
         if len(found) == 1:
             return _load_gguf(found[0], dtype)
-        raise FileNotFoundError(
-            f"[load] {folder} has no config.json" + (f", and {len(found)} .gguf files: name one" if found else "")
-        )
+        said = f"[load] {folder} has no config.json"
+        if found:
+            raise FileNotFoundError(f"{said}, and {len(found)} .gguf files: name one")
+        if others := [p for p in sorted(folder.glob("*.bin")) if not p.name.startswith(("pytorch_model", "tok"))]:
+            raise FileNotFoundError(f"{said}: a model of llama2.c is made a folder by `fastlm convert {others[0]} OUT`")
+        raise FileNotFoundError(f"{said}: expected a folder with config.json and *.safetensors, or a .gguf file")
     raw = read_json(config_path)
     tensors = dict(read_safetensors(folder))
     kind = raw["model_type"] if "model_type" in raw else _guess_type(raw, tensors)

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FASTLM_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:  # not "[Errno 2] No such ...: 'name'"
+            message = f"{error.filename}: {error.strerror}"
         print(f"fastlm: {message}", file=sys.stderr)
         return 2
 

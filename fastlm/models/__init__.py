@@ -4,6 +4,7 @@ GGUF's architecture, `PRESETS` a published configuration by its name."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,9 @@ def module_of(config_or_model: Any) -> ModuleType:
 def preset(name: str, **changes: Any) -> Any:
     """The Config of a published model by its name, with fields changed: preset("gpt2", n_layer=2)."""
     if name not in PRESETS:
-        raise ValueError(f"[models] preset must be one of {', '.join(PRESETS)}, got {name!r}.")
+        near = [p for p in PRESETS if p.startswith(f"{name}-")] or difflib.get_close_matches(str(name).lower(), PRESETS, 4)
+        advice = f" The nearest: {', '.join(near)}." if near else ""
+        raise ValueError(f"[models] preset must be one of {', '.join(PRESETS)}, got {name!r:.60}.{advice}")
     fields = [field.name for field in dataclasses.fields(PRESETS[name])]
     if unknown := [key for key in changes if key not in fields]:
         raise ValueError(f"[models] {name} has no {', '.join(unknown)}; its fields are {', '.join(fields)}.")

@@ -88,6 +88,7 @@ def test_errors_are_one_line(arguments, capsys, tmp_path, monkeypatch):
     captured = capsys.readouterr()
     assert captured.err.startswith("fastlm: ")
     assert captured.err.count("\n") == 1
+    assert "[Errno" not in captured.err
     monkeypatch.setenv("FASTLM_DEBUG", "1")
     with pytest.raises((ValueError, OSError)):
         main(arguments)
@@ -297,6 +298,10 @@ def test_convert_llama2c(tmp_path, capsys):
     assert "[20 tokens, first after" in capsys.readouterr().err  # the text alone begins with a space, in a token of its own
     assert main(["convert", str(source / "stories260K.bin"), str(target)]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert main(["generate", str(source), ""]) == 2
+    assert f"has no config.json: a model of llama2.c is made a folder by `fastlm convert {source}" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), ""]) == 2
+    assert "has no config.json: expected a folder with config.json and *.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", cli._KINDS)

@@ -252,6 +252,9 @@ def test_command(capsys):
     ("arguments", "message"),
     [
         (["gpt-5"], "preset must be one of"),
+        (["LLaMA3-8B"], "got 'LLaMA3-8B'. The nearest: llama-3-8b"),
+        (["palm"], "got 'palm'. The nearest: palm-8b, palm-62b, palm-540b."),
+        (["zzzz"], "got 'zzzz'.\n"),
         (["gpt2", "--context", "2048"], "context must be at most 1,024"),
         (["gpt2", "--width", "50"], "width must be a multiple of 16, got 50"),
         (["palm-540b", "--layers", "2"], "a step here is for small models"),
