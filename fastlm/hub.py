@@ -100,6 +100,8 @@ def _load_folder(folder: Path, dtype: str | None) -> tuple[LanguageModel, Tokeni
         said = f"[load] {folder} has no config.json"
         if found:
             raise FileNotFoundError(f"{said}, and {len(found)} .gguf files: name one")
+        if (folder / "model" / "config.json").exists():  # where `fastlm train --out` was told to write
+            raise FileNotFoundError(f"{said}, its folder 'model' has: give {folder / 'model'}")
         if others := [p for p in sorted(folder.glob("*.bin")) if not p.name.startswith(("pytorch_model", "tok"))]:
             raise FileNotFoundError(f"{said}: a model of llama2.c is made a folder by `fastlm convert {others[0]} OUT`")
         raise FileNotFoundError(f"{said}: expected a folder with config.json and *.safetensors, or a .gguf file")

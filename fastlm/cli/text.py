@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from fastlm.cli import parser
 from fastlm.generate import Past
 from fastlm.lm import LM, load
+from fastlm.models.encoder_decoder import EncoderDecoder
 
 
 def loaded(arguments: argparse.Namespace) -> LM:
@@ -38,11 +39,12 @@ def generate(arguments: argparse.Namespace) -> None:
     if prompt == "-":
         prompt = standard_input().read()
     lm = loaded(arguments)
+    before = "" if isinstance(lm.model, EncoderDecoder) else prompt  # of a source nothing is gone on with
     if arguments.beams > 1:
         options: Any = {"beams": arguments.beams, "stop": arguments.stop or None}
-        print(prompt + lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
+        print(before + lm.generate(prompt, max_tokens=arguments.max_tokens, **options))
         return
-    show(lm, lm._encode(prompt), arguments.max_tokens, sampling(arguments), prompt)
+    show(lm, lm._encode(prompt), arguments.max_tokens, sampling(arguments), before)
 
 
 def standard_input() -> TextIO:

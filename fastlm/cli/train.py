@@ -22,8 +22,9 @@ from fastlm.data import Corpus, open_corpus, prepare
 from fastlm.lm import LM
 from fastlm.models import CausalLM
 from fastlm.nn import count_parameters
+from fastlm.ops import check
 from fastlm.tokenizers import Tokenizer
-from fastlm.train import checkpoints, evaluate, read_log, train
+from fastlm.train import checkpoints, default_lr, evaluate, read_log, train
 
 # What a run is; --resume takes these from the run's folder.
 SETTINGS = """text objective whole_word copies tokenizer vocab_size model layers heads width context batch accumulate steps
@@ -33,6 +34,10 @@ SETTINGS = """text objective whole_word copies tokenizer vocab_size model layers
 def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     backend.device(arguments.device)  # says at once that there is none
+    if arguments.device == "cpu" and arguments.dtype != "float32":
+        raise ValueError(f"--dtype must be float32 on the CPU, got {arguments.dtype}: bfloat16 is trained on a GPU, --device cuda")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
     if arguments.resume:
         if not (out / "run.json").exists():
             raise FileNotFoundError(f"{out} holds no run to go on with: {out / 'run.json'} is missing")
@@ -41,12 +46,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("train needs a text file (or --resume with the --out of a run)")
     elif (out / "run.json").exists():
         raise ValueError(f"{out} holds a run: go on with it by --resume, or give another --out")
+    check_numbers(arguments)
     lm, finished = train_text(None if arguments.resume else read(arguments.text), arguments)
     if not finished:
         return 130
     if isinstance(lm.model, CausalLM):
         print(f"\nTry: fastlm generate {shlex.quote(str(out / 'model'))} {shlex.quote(_word(lm, open_corpus(out / 'tokens')))}")
     return 0
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """ValueError for those that `train` and `prepare` would refuse, before anything is read, written or printed."""
+    if arguments.lr is not None:
+        check.number("train", "--lr", arguments.lr, 0.0, check.MOST, above=0.0)
+    check.integer("train", "--warmup", arguments.warmup, 0, wrong=ValueError)
+    check.number("train", "--weight-decay", arguments.weight_decay, 0.0, check.MOST)
+    check.number("train", "--clip", arguments.clip, 0.0)
+    if not 0 <= arguments.held_out < 1:
+        raise ValueError(f"[train] --held-out must be from 0 to below 1, got {arguments.held_out}.")
 
 
 def go_on(arguments: argparse.Namespace, run: dict[str, Any]) -> None:
@@ -139,14 +156,23 @@ def report(lm: LM, model: Any, corpus: Corpus, objective: Any, arguments: argpar
     """What came out: losses beside the baseline, plot, model folder, sample."""
     out = Path(arguments.out)
     print(f"\ntrained in {clock(seconds)}")
+    held = None
     if objectives.holds_out(model, corpus, objective, arguments):
         held = evaluate(model, corpus, arguments.batch, arguments.context, objective=objective, seed=arguments.seed)
-        per_token = f", perplexity {math.exp(held):.2f} a token" if objective is None else ""
+        perplexity = math.inf if held > 709 else math.exp(held)  # nan stays
+        per_token = f", perplexity {perplexity:.2f} a token" if objective is None else ""
         print(f"held-out   loss {held:.4f} (by frequency {guess:.4f}){per_token}, over the whole held-out text")
-    picture = plot(read_log(out), guess, out / "loss.png")
+    records = read_log(out)
+    picture = plot(records, guess, out / "loss.png")
     print(f"plot       {picture}" if picture else "plot       none: pip install 'fastlm[plot]' draws it")
     lm.save(out / "model")
     print(f"model      {out / 'model'}, a Hugging Face folder")
+    last = held if held is not None else records[-1]["loss"] if records else 0.0
+    if not math.isfinite(last):
+        rate = default_lr(arguments.width) if arguments.lr is None else arguments.lr
+        raise ValueError(
+            f"the loss is not finite: this model is of no use. Train one with an --lr below {rate:g}, in another --out"
+        )
     if not isinstance(lm.model, CausalLM):
         objectives.show(lm, corpus, objective, arguments)
         return

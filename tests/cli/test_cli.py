@@ -188,6 +188,38 @@ def test_held_out_text_too_short_for_a_row(tmp_path, capsys, objective):
     assert "held-out   loss" not in capsys.readouterr().out
 
 
+def test_training_that_fails_says_so(text, tmp_path, capsys):
+    """It ended in "logits row 0 has nan", or in a perplexity that was no number at all, and a run's folder had 'no config.json'."""
+    out = tmp_path / "run"
+    with pytest.warns(RuntimeWarning, match="skipped: loss nan"):
+        assert main(["train", str(text), "--out", str(out), *QUICK, "--steps", "6", "--lr", "1e20"]) == 2
+    found = capsys.readouterr()
+    assert "perplexity nan" in found.out
+    assert "the loss is not finite: this model is of no use. Train one with an --lr below 1e+20, in another --out\n" in found.err
+    assert main(["generate", str(out), "3"]) == 2
+    assert f"{out} has no config.json, its folder 'model' has: give {out / 'model'}" in capsys.readouterr().err
+    assert main(["train", str(text), "--out", str(text)]) == 2
+    assert f"--out must be a folder, got the file {text}" in capsys.readouterr().err
+    assert main(["train", str(text), "--out", str(tmp_path / "other"), "--dtype", "bfloat16"]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "--dtype must be float32 on the CPU, got bfloat16" in found.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_generation_from_a_source_does_not_begin_with_it(tmp_path, capsys):
+    (tmp_path / "text").write_text(PARAGRAPHS)
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "text"), "--out", str(out), *QUICK, "--objective", "spans"]) == 0
+    lm = fastlm.load(out / "model")
+    capsys.readouterr()
+    for options in ([], ["--beams", "2"]):
+        wanted = lm.generate("green", max_tokens=6, **({"beams": 2} if options else {}))
+        extra = options or ["--temperature", "0"]
+        assert main(["generate", str(out / "model"), "green", "--max-tokens", "6", *extra]) == 0
+        assert capsys.readouterr().out == wanted + "\n"
+
+
 def test_train_with_a_context_of_one(text, tmp_path, capsys):
     """There is no room for a prompt and what follows, so nothing is written."""
     assert main(["train", str(text), "--out", str(tmp_path / "run"), *QUICK, "--context", "1"]) == 0
@@ -200,6 +232,19 @@ def test_refused_options_leave_no_run(text, tmp_path, capsys):
     begin = ["train", str(text), "--out", str(out), "--steps", "2", *SMALL]
     assert main([*begin, "--lr", "-1"]) == 2
     assert "lr must be greater than 0" in capsys.readouterr().err
+    for option, value, message in (
+        ("--lr", "nan", "--lr must be greater than 0"),
+        ("--lr", "inf", r"--lr must be from 0\.0 to 3\.4"),
+        ("--warmup", "-1", "--warmup must be an integer of at least 0, got -1"),
+        ("--clip", "nan", r"--clip must be from 0\.0 to inf, got nan"),
+        ("--weight-decay", "-1", r"--weight-decay must be from 0\.0"),
+        ("--held-out", "1", r"--held-out must be from 0 to below 1, got 1\.0"),
+    ):
+        assert main([*begin, option, value]) == 2
+        found = capsys.readouterr()
+        assert found.out == "", "nothing is said of a run that cannot be"
+        assert re.search(message, found.err)
+        assert not out.exists()
     assert main(["train", "--out", str(out), "--resume"]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert main(begin) == 0
