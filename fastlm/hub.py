@@ -57,7 +57,7 @@ def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = 
     The tokenizer is None where there is none. Raises FormatError (a ValueError) for a file that is corrupt or does not fit its own
     configuration, FileNotFoundError where nothing is found.
     """
-    path = Path(path_or_id)
+    path = _path("load", path_or_id)
     if path.is_dir():
         return _load_folder(path, dtype)
     if path.exists():
@@ -69,6 +69,13 @@ def load_folder_or_gguf(path_or_id: str | os.PathLike[str], dtype: str | None = 
     if isinstance(path_or_id, str) and _ID.fullmatch(path_or_id) and path.suffix.lower() != ".gguf":
         return _load_folder(download(path_or_id), dtype)
     raise FileNotFoundError(f"[load] no such folder or file: {path}")
+
+
+def _path(op: str, given: Any) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        what = "a folder, a .gguf file or a Hugging Face id" if op == "load" else "the path of a folder"
+        raise TypeError(f"[{op}] {what} must be given, got {given!r:.60}.")
+    return Path(given)
 
 
 def download(name: str) -> Path:
@@ -255,7 +262,7 @@ def save(model: LanguageModel, tokenizer: Tokenizer | None, folder: str | os.Pat
     Atomic: the folder is written beside its place and renamed, so a reader sees the old one or the new one. A folder that is there
     already is replaced if it holds a model or nothing, else ValueError. Weights keep their dtype (quantised ones become float32).
     """
-    target = Path(folder)
+    target = _path("save", folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"[save] {target} is a file: give a folder.")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():

@@ -73,6 +73,10 @@ class LM:
     """A language model: `model`, over ids, and `tokenizer`, or None where the folder has none; then only ids go in."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None = None) -> None:
+        if not isinstance(model, LanguageModel):
+            raise TypeError(f"[lm] model must be one of fastlm.models, got {model!r:.60}. fastlm.load reads a folder or file.")
+        if isinstance(tokenizer, (str, os.PathLike)):
+            raise TypeError(f"[lm] tokenizer must be a fastlm.Tokenizer, got {tokenizer!r:.60}. Tokenizer.from_folder reads one.")
         self.model = model
         self.tokenizer = tokenizer
 

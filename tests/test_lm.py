@@ -6,14 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fastlm
-from fastlm import _C, LM, Tokenizer, evaluate
+from fastlm import _C, LM, Tokenizer, data, evaluate, train
 from fastlm.checkpoint import convert_llama2c
 from fastlm.lm import Text, _parts
+from fastlm.train import evaluate as mean_loss
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "stories260k"
@@ -317,3 +319,33 @@ def test_embeddings_are_the_same_on_any_number_of_threads(threads: None) -> None
     np.testing.assert_array_equal(lm.embed(rows, batch_tokens=100), alone)
     with pytest.raises(ValueError, match="ids"):
         lm.embed([*rows, [10**6]])
+
+
+def test_what_is_mistaken_is_said(gpt2: LM, tmp_path: Path) -> None:
+    """These were errors of Python's own, far from what had been given."""
+    text, small = "First, Citizen. " * 40, Tokenizer.characters("abcd")
+    model: Any = gpt2.model
+    for wrong, error, message in (
+        (lambda: fastlm.load(None), TypeError, r"\[load\] a folder, a \.gguf file or a Hugging Face id must be given, got None"),  # type: ignore[arg-type]
+        (lambda: gpt2.save(None), TypeError, r"\[save\] the path of a folder must be given, got None"),  # type: ignore[arg-type]
+        (lambda: LM("gpt2"), TypeError, r"\[lm\] model must be one of fastlm\.models, got 'gpt2'\. fastlm\.load reads"),  # type: ignore[arg-type]
+        (lambda: LM(model, "folder"), TypeError, r"\[lm\] tokenizer must be a fastlm\.Tokenizer, got 'folder'"),  # type: ignore[arg-type]
+        (lambda: Tokenizer.train_bpe([text], 300.0), TypeError, r"\[train_bpe\] vocab_size must be an integer, got 300\.0"),  # type: ignore[arg-type]
+        (lambda: small.with_special("[PAD]"), TypeError, r"\[with_special\] roles must be a dict"),  # type: ignore[arg-type]
+        (lambda: data.prepare(text, small, tmp_path / "t", 4), TypeError, "encode must be a function .*, got Tokenizer"),  # type: ignore[arg-type]
+        (lambda: train(model, text, steps=1), ValueError, r"\[train\] data must be .*, got a text of 640 characters"),
+        (lambda: train(model, [1, 2] * 50, steps=1, objective=data.Causal), ValueError, r"data\.Causal\(\.\.\.\), got the class"),
+        (
+            lambda: data.Masked(small),
+            TypeError,
+            r"\[masked\] vocabulary must be a data\.Vocabulary, Vocabulary\.of.*, got Tokenizer",
+        ),  # type: ignore[arg-type]
+        (lambda: data.SentencePairs(small), TypeError, r"\[sentence_pairs\] masked must be a data\.Masked, got Tokenizer"),  # type: ignore[arg-type]
+        (lambda: data.Vocabulary.of("abc"), TypeError, r"\[vocabulary\] tokenizer must be a fastlm\.Tokenizer, got str"),
+        (lambda: mean_loss(model, np.ones(100, int), 2.5, 8), ValueError, r"\[evaluate\] batch must be an integer of at least 1"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(error, match=message):
+            wrong()
+    seeds = np.array([3, 4])
+    drawn = gpt2.generate_ids([[1, 2], [3]], max_tokens=5, temperature=1.0, seed=seeds)  # type: ignore[arg-type]
+    assert drawn == gpt2.generate_ids([[1, 2], [3]], max_tokens=5, temperature=1.0, seed=seeds.tolist())

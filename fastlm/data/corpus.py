@@ -48,6 +48,8 @@ def prepare(
     target = Path(folder)
     if not isinstance(text, str):
         raise TypeError(f"[prepare] text must be a str, got {type(text).__name__}: read a file with Path.read_text.")
+    if not callable(encode):
+        raise TypeError(f"[prepare] encode must be a function from text to ids, tokenizer.encode, got {type(encode).__name__}.")
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, np.integer)) or not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"[prepare] vocab_size must be an integer from 1 to 2^32, got {vocab_size!r}.")
     if not text:

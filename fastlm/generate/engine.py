@@ -283,7 +283,7 @@ def check_eos(model: Any, eos: Sequence[int]) -> None:
 
 
 def _seeds(seeds: Any, count: int) -> list[int]:
-    if isinstance(seeds, (list, tuple)):
+    if isinstance(seeds, (list, tuple)) or np.ndim(seeds):
         if len(seeds) != count:
             raise ValueError(f"[generate] seed must be one number or {count}, one for each prompt, got {len(seeds)}")
     else:

@@ -77,9 +77,8 @@ def sample(
         raise ValueError(f"[sample] top_p must be from 0 to 1 (1: off), got {top_p}.")
     if not 0 <= min_p <= 1:
         raise ValueError(f"[sample] min_p must be from 0 to 1 (0: off), got {min_p}.")
-    if not isinstance(top_k, (int, np.integer)) or top_k < 0:
-        raise ValueError(f"[sample] top_k must be an integer of at least 0 (0: off), got {top_k!r}.")
-    top_k = int(min(top_k, V))  # a kernel's integers end
+    top_k = check.integer("sample", "top_k", top_k, 0, what="an integer of at least 0 (0: off)", wrong=ValueError)
+    top_k = min(top_k, V)  # a kernel's integers end
     if not check.LEAST <= repetition_penalty <= check.MOST:
         raise ValueError(
             f"[sample] repetition_penalty must be greater than 0 (1: off) and finite in float32, got {repetition_penalty}."

@@ -84,6 +84,8 @@ class Tokenizer:
         """The same vocabulary with special tokens behind it, in the order given: `roles` maps pad, mask, cls, sep ... to a token, and
         any other role, "eot", which templates and transformers know as eot_token; `more` have no role. What is there already keeps its
         id."""
+        if not isinstance(roles, Mapping):
+            raise TypeError(f'[with_special] roles must be a dict such as {{"pad": "[PAD]"}}, got {roles!r:.60}')
         backend = Backend.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*roles.values(), *more)])
         ends = self.end_ids

@@ -17,6 +17,8 @@ END = "<|endoftext|>"
 def trained_bpe(texts: Iterable[str | Path], vocab_size: int, special_tokens: Sequence[str] = (END,)) -> Backend:
     """Byte-level BPE with GPT-2's word pattern. A str is a text, a Path is a file of text."""
     least = 256 + len(special_tokens)
+    if not hasattr(vocab_size, "__index__"):
+        raise TypeError(f"[train_bpe] vocab_size must be an integer, got {vocab_size!r:.60}")
     if not least <= vocab_size < 1 << 31:
         raise TokenizerError(
             f"[train_bpe] vocab_size must be at least {least}, 256 bytes and {len(special_tokens)} special tokens, and below 2^31, "
@@ -26,7 +28,7 @@ def trained_bpe(texts: Iterable[str | Path], vocab_size: int, special_tokens: Se
         texts = [texts]
     backend = build.byte_level({}, [])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=int(vocab_size),
         special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -295,6 +295,8 @@ def evaluate(
     """Mean loss of the objective (default: the next token) over a token array, in windows that do not overlap, or over the held-out
     part of a Corpus; at most `limit` batches. What is drawn is drawn from the seed, the same every time. Labelled: over its examples.
     """
+    batch = check.integer("evaluate", "batch", batch, 1, wrong=ValueError)
+    context = check.integer("evaluate", "context", context, 1, wrong=ValueError)
     limit = None if limit is None else check.integer("evaluate", "limit", limit, 1, wrong=ValueError)
     seed = check.seed("evaluate", seed, ValueError)
     if isinstance(data, Labelled):

@@ -63,6 +63,8 @@ def objective_for(model: Any, objective: Any) -> Any:
     if objective is None and "causal" not in able:
         raise ValueError(f"[train] objective must be given: {type(model).__name__}{head} learns by {fitting}.")
     objective = Causal() if objective is None else objective
+    if isinstance(objective, type):
+        raise ValueError(f"[train] objective must be one, data.{objective.__name__}(...), got the class.")
     if getattr(objective, "trains", None) not in able:
         raise ValueError(
             f"[train] objective must be one that the model can learn, {fitting} for {type(model).__name__}{head}, got "
@@ -83,6 +85,10 @@ def source(model: Any, data: Data, objective: Any, batch: int, context: int, see
         raise ValueError(f"[train] the model's vocab_size must be at least the objective's {known.size}, got {vocab_size}.")
     if isinstance(data, Documents):
         return _pairs(objective, data, data.validation, batch, context, seed, eval_batches)
+    if isinstance(data, str) and len(data) > 255 and not os.path.exists(data):  # longer than a file's name
+        raise ValueError(
+            f"[train] data must be a Corpus, its folder, or ids, got a text of {len(data):,} characters: data.prepare it."
+        )
     corpus = open_corpus(data) if isinstance(data, (str, os.PathLike)) else data
     if not isinstance(corpus, Corpus):
         tokens = np.asarray(corpus)

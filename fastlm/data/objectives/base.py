@@ -91,6 +91,9 @@ class Vocabulary:
         """That of a tokenizer (what it needs: `vocab_size`, `special_ids`, `special`, `id(token)`, `token(id)`); size: of a model with
         more rows. Sentinels are `<extra_id_0>` and so on."""
 
+        if not hasattr(tokenizer, "special_ids"):
+            raise TypeError(f"[vocabulary] tokenizer must be a fastlm.Tokenizer, got {type(tokenizer).__name__}.")
+
         def find(*tokens: str | None) -> int | None:
             return next((i for t in tokens if t is not None and (i := tokenizer.id(t)) is not None), None)
 
@@ -107,9 +110,14 @@ class Vocabulary:
             first, sentinels, continues,
         )  # fmt: skip
 
-    def need(self, objective: str, *names: str) -> None:
-        """ValueError unless these ids are there."""
-        missing = [name for name in names if getattr(self, name) is None]
+    @staticmethod
+    def need(vocabulary: Any, objective: str, *names: str) -> None:
+        """An error unless it is a Vocabulary in which these ids are there."""
+        if not isinstance(vocabulary, Vocabulary):
+            raise TypeError(
+                f"[{objective}] vocabulary must be a data.Vocabulary, Vocabulary.of(tokenizer), got {type(vocabulary).__name__}."
+            )
+        missing = [name for name in names if getattr(vocabulary, name) is None]
         if missing:
             raise ValueError(f"[{objective}] vocabulary must have {', '.join(missing)}: give Vocabulary({missing[0]}=...).")
 

@@ -32,7 +32,7 @@ class Masked:
     trains: ClassVar[str] = "masked_lm"
 
     def __post_init__(self) -> None:
-        self.vocabulary.need("masked", "mask", *(("continues",) if self.whole_word else ()))
+        Vocabulary.need(self.vocabulary, "masked", "mask", *(("continues",) if self.whole_word else ()))
         checked_rate("masked", "rate", self.rate)
         if not (self.replace >= 0 and self.random >= 0 and self.replace + self.random <= 1 + 1e-9):
             raise ValueError(f"[masked] replace and random must be shares of 1, got {self.replace} and {self.random}.")

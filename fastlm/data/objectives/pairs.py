@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlm.data.objectives.base import EncoderBatch, Ints, as_rows, draws, padded
+from fastlm.data.objectives.base import EncoderBatch, Ints, Vocabulary, as_rows, draws, padded
 from fastlm.data.objectives.masked import Masked
 
 KINDS = ("next", "order")
@@ -91,7 +91,9 @@ class SentencePairs:
     ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.masked.vocabulary.need("sentence_pairs", "cls", "sep")
+        if not isinstance(self.masked, Masked):
+            raise TypeError(f"[sentence_pairs] masked must be a data.Masked, got {type(self.masked).__name__}.")
+        Vocabulary.need(self.masked.vocabulary, "sentence_pairs", "cls", "sep")
         if self.kind not in KINDS:
             raise ValueError(f"[sentence_pairs] kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
         if not 0 <= self.short < 1:

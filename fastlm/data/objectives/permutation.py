@@ -37,7 +37,7 @@ class Permutation:
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"[permutation] style must be one of {', '.join(STYLES)}, got {self.style!r}.")
-        self.vocabulary.need("permutation", "pad", "cls", "sep", *(("mask",) if self.style == "huggingface" else ()))
+        Vocabulary.need(self.vocabulary, "permutation", "pad", "cls", "sep", *(("mask",) if self.style == "huggingface" else ()))
         if self.K < 2 or self.longest < 1:
             raise ValueError(f"[permutation] K must be at least 2 and longest at least 1, got {self.K} and {self.longest}.")
 

@@ -32,7 +32,7 @@ class SpanCorruption:
     copies: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        self.vocabulary.need("span_corruption", "eos", "pad", "first_sentinel")
+        Vocabulary.need(self.vocabulary, "span_corruption", "eos", "pad", "first_sentinel")
         checked_rate("span_corruption", "rate", self.rate, high=0.999)
         if not self.mean_span >= 1:
             raise ValueError(f"[span_corruption] mean_span must be at least 1, got {self.mean_span}.")
