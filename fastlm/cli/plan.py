@@ -48,7 +48,9 @@ def report(name: str, shape: plan.Shape, devices: int, context: int, memory: flo
     ]
     if found is None:
         need = plan.fewest_devices(shape, context, memory)
-        advice = "no number of devices up to 65,536 will do" if need is None else f"the fewest that will do: {need:,}"
+        shorter = need is None and plan.fewest_devices(shape, 1, memory) is not None
+        none = f"no number of devices up to 65,536 will do{': give a shorter --context' if shorter else ''}"
+        advice = none if need is None else f"the fewest that will do: {need:,}"
         return [*rows, ("layout", f"none fits {devices:,} devices of {quantity(memory)}B; {advice}")]
     parts = f"{found.tensor} tensor x {found.pipeline} pipeline x {found.data} data = {devices:,} devices"
     if uneven := shape.n_layer % found.pipeline:

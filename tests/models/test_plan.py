@@ -246,6 +246,12 @@ def test_command(capsys):
     assert "2 layers, width 64" in out
     assert main(["plan", "palm-540b", "--devices", "8"]) == 0
     assert "none fits 8 devices of 80GB; the fewest that will do:" in capsys.readouterr().out
+    assert main(["plan", "qwen2.5-7b"]) == 0  # activations of 131,072 tokens, which 28 heads do not split
+    assert (
+        "none fits 8 devices of 80GB; no number of devices up to 65,536 will do: give a shorter --context"
+        in capsys.readouterr().out
+    )
+    assert main(["plan", "gpt2-xl", "--memory", "1", "--context", "1"]) == 0
 
 
 @pytest.mark.parametrize(
