@@ -67,7 +67,9 @@ class Loader(Order):
             raise ValueError(f"[loader] batch and context must be at least 1, got {batch} and {context}.")
         self.objective = Causal() if objective is None else objective
         window, self.stride = self.objective.window(context), self.objective.stride(context)
-        if len(tokens) < window or window < 1:
+        if window < 1:
+            raise ValueError(f"[loader] context must be more than the {context - window} places that are no text's, got {context}.")
+        if len(tokens) < window:
             raise ValueError(f"[loader] tokens must be at least {window}, what a row of {context} reads, got {len(tokens)}.")
         shifted = self.objective.copies is None
         super().__init__(max(1, (len(tokens) - window + (1 if shifted else self.stride)) // self.stride), batch, seed)

@@ -53,6 +53,7 @@ class Distilled(Joint):
     trains = "distillation"
 
     def __init__(self, student: Encoder, temperature: float = 2.0, ce: float = 5.0, mlm: float = 2.0, cos: float = 1.0) -> None:
+        _check_encoders("distilled", student)
         if student.config.head != "masked_lm":
             raise ValueError(f"[distilled] student must have the head masked_lm, got {student.config.head!r}.")
         self.model, self.saved = student, {"": student}
@@ -80,12 +81,19 @@ class Distilled(Joint):
         return out
 
 
+def _check_encoders(op: str, *models: Any) -> None:
+    for model in models:
+        if not isinstance(model, Encoder):
+            raise TypeError(f"[{op}] a model must be an encoder of fastlm.models, got {type(model).__name__}.")
+
+
 def _rows(x: Array, there: Array) -> Array:
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[there], np.float32)
 
 
 def teacher(model: Encoder) -> Any:
     """The function that `data.Distillation` asks: (ids, mask, segments) -> logits (B, T, V), states (B, T, C)."""
+    _check_encoders("teacher", model)
     head = model.need_head()
 
     def answer(ids: Any, mask: Any = None, segments: Any = None) -> tuple[Array, Array]:
@@ -99,7 +107,10 @@ def teacher(model: Encoder) -> Any:
 def student_of(model: Encoder, layers: Sequence[int] = (0, 2, 4, 7, 9, 11), seed: int = 0) -> Encoder:
     """A DistilBERT that begins as these layers of a BERT with a masked LM head, with its embeddings and its head. No segments: that of
     the first one is added to the positions, so that all tokens are in it."""
+    _check_encoders("student_of", model)
     c = model.config
+    if not hasattr(layers, "__len__"):
+        raise TypeError(f"[student_of] layers must be numbers of layers, such as (0, 2, 4), got {layers!r:.60}.")
     if type(model).__name__ != "Bert" or c.head not in ("masked_lm", "pretraining"):
         raise ValueError(
             f"[student_of] model must be a Bert with the head masked_lm or pretraining, got {type(model).__name__}, {c.head!r}."
@@ -128,6 +139,7 @@ class Electra(Joint):
     trains = "electra"
 
     def __init__(self, discriminator: Encoder, generator: Encoder, weight: float = 50.0) -> None:
+        _check_encoders("electra", discriminator, generator)
         heads = discriminator.config.head, generator.config.head
         if heads != ("replaced_token", "masked_lm"):
             raise ValueError(

@@ -141,7 +141,7 @@ def train(
     if eval_every and batches.held_out is None:
         raise ValueError(
             "[train] eval_every needs held-out data: give a Corpus with a validation part longer than the context, for sentence pairs "
-            "one of several documents."
+            "one of several documents; or Labelled examples with a `validation`."
         )
     if recompute:
         nn.check_recompute(model)

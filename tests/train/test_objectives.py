@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastlm import data
+from fastlm import data, models, train
 from fastlm.data.objectives import pairs
 from fastlm.data.objectives.base import continuing
 from fastlm.data.objectives.masked import words
@@ -530,3 +530,44 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_mistakes_are_said_by_name():
+    """These were errors of Python's own, or of other arguments."""
+    masked, gpt = data.Masked(VOCABULARY), models.create("gpt-char")
+    bert = models.create(models.bert.BertConfig(60, context=32, d_model=32, n_layer=1, n_head=2, d_ff=64, head="masked_lm"))
+    for wrong, error, message in (
+        (lambda: data.Masked(VOCABULARY, rate="x"), ValueError, r"\[masked\] rate must be above 0\.0 and at most 1\.0, got 'x'"),
+        (
+            lambda: data.Masked(VOCABULARY, replace="x"),
+            ValueError,
+            r"\[masked\] replace and random must be shares of 1, got 'x' and 0\.1",
+        ),
+        (
+            lambda: data.Masked(VOCABULARY, copies=2.5),
+            ValueError,
+            r"\[masked\] copies must be None or at least 1, got 2\.5: an integer",
+        ),
+        (
+            lambda: data.SentencePairs(masked, ends=5),
+            TypeError,
+            r"\[sentence_pairs\] ends must be the ids .*, \(5,\), not one alone",
+        ),
+        (
+            lambda: data.Documents([[5, 6], [7, 8]]),
+            TypeError,
+            r"\[documents\] documents must be lists of sentences, and these lists of ids",
+        ),
+        (
+            lambda: data.Loader(np.arange(50), 2, 2, 0, masked),
+            ValueError,
+            r"context must be more than the 2 places that are .* got 2",
+        ),
+        (lambda: train.Distilled(gpt), TypeError, r"\[distilled\] a model must be an encoder of fastlm\.models, got GPT"),
+        (lambda: train.Electra(gpt, bert), TypeError, r"\[electra\] a model must be an encoder"),
+        (lambda: train.teacher(gpt), TypeError, r"\[teacher\] a model must be an encoder"),
+        (lambda: train.student_of(gpt), TypeError, r"\[student_of\] a model must be an encoder"),
+        (lambda: train.student_of(bert, 3), TypeError, r"\[student_of\] layers must be numbers of layers, such as .*, got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            wrong()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -215,5 +216,5 @@ def padded(rows: Sequence[NDArray[Any]], fill: int, left: bool = False) -> tuple
 
 def checked_rate(op: str, name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
     """ValueError unless low < value < high, or value = high."""
-    if not low < value <= high:
-        raise ValueError(f"[{op}] {name} must be above {low} and at most {high}, got {value}.")
+    if not isinstance(value, Real) or not low < float(value) <= high:
+        raise ValueError(f"[{op}] {name} must be above {low} and at most {high}, got {value!r:.60}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -34,10 +35,11 @@ class Masked:
     def __post_init__(self) -> None:
         Vocabulary.need(self.vocabulary, "masked", "mask", *(("continues",) if self.whole_word else ()))
         checked_rate("masked", "rate", self.rate)
-        if not (self.replace >= 0 and self.random >= 0 and self.replace + self.random <= 1 + 1e-9):
-            raise ValueError(f"[masked] replace and random must be shares of 1, got {self.replace} and {self.random}.")
-        if self.copies is not None and self.copies < 1:
-            raise ValueError(f"[masked] copies must be None or at least 1, got {self.copies}.")
+        shares = self.replace, self.random
+        if not all(isinstance(x, Real) and float(x) >= 0 for x in shares) or sum(shares) > 1 + 1e-9:
+            raise ValueError(f"[masked] replace and random must be shares of 1, got {self.replace!r} and {self.random!r}.")
+        if self.copies is not None and not (hasattr(self.copies, "__index__") and self.copies >= 1):
+            raise ValueError(f"[masked] copies must be None or at least 1, got {self.copies!r}: an integer.")
 
     def window(self, context: int) -> int:
         return context - (self.vocabulary.cls is not None) - (self.vocabulary.sep is not None)

@@ -25,7 +25,10 @@ class Documents:
     def __init__(self, documents: Sequence[Sequence[Any]], validation: Documents | None = None) -> None:
         """documents: lists of sentences, which are lists of ids; empty ones are left out."""
         self.validation = validation
-        kept = [[np.asarray(s) for s in d if len(s)] for d in documents]
+        try:
+            kept = [[np.asarray(s) for s in d if len(s)] for d in documents]
+        except TypeError:
+            raise TypeError("[documents] documents must be lists of sentences, and these lists of ids.") from None
         kept = [d for d in kept if d]
         rows = as_rows("documents", [s for d in kept for s in d], 1 << 31)
         self._set(np.concatenate(rows), [len(s) for s in rows], [len(d) for d in kept])
@@ -94,6 +97,8 @@ class SentencePairs:
         if not isinstance(self.masked, Masked):
             raise TypeError(f"[sentence_pairs] masked must be a data.Masked, got {type(self.masked).__name__}.")
         Vocabulary.need(self.masked.vocabulary, "sentence_pairs", "cls", "sep")
+        if not hasattr(self.ends, "__iter__"):
+            raise TypeError(f"[sentence_pairs] ends must be the ids that end a sentence, ({self.ends!r:.40},), not one alone.")
         if self.kind not in KINDS:
             raise ValueError(f"[sentence_pairs] kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
         if not 0 <= self.short < 1:
