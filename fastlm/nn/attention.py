@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlm import ops
+from fastlm.checkpoint.quantized import ROW, QuantizedArray
 from fastlm.nn.cache import Context
 from fastlm.nn.linear import Linear, side_by_side
 from fastlm.nn.module import Module
@@ -90,6 +91,13 @@ class Attention(Module):
         v = self.heads(v, self.n_kv_head)
         if self.position is not None:
             q, k = self.position(q, k, context)
+        if context.cache is None and self._in_8_bits(q, k, v, bias, context):
+            if context.offsets is None:
+                y = ops.int8_attention(q, k, v, scale=self.scale, lengths=context.lengths)
+            else:
+                q, k, v = (data(t)[0] for t in (q, k, v))
+                y = ops.int8_attention(q, k, v, scale=self.scale, offsets=context.offsets)[None]
+            return self.joined(y, residual)
         if context.offsets is not None:
             q, k, v = (_reshape(t, t.shape[1:]) for t in (q, k, v))
             y = ops.attention_packed(q, k, v, context.offsets, self.sees.causal, scale=self.scale, window=self.sees.window)
@@ -110,6 +118,20 @@ class Attention(Module):
             window=self.sees.window,
         )
         return self.joined(y, context.asked(residual, layer))
+
+    def _in_8_bits(self, q: Any, k: Any, v: Any, bias: Any, context: Context) -> bool:
+        """Whether heads are multiplied in 8 bits as the weights are: where all keys are seen, none is hidden or moved, and no gradient is wanted."""
+        weight = self.out.weight.data
+        return (
+            isinstance(weight, QuantizedArray)
+            and weight.kind == ROW
+            and context.device is None
+            and self.sees == EVERYTHING
+            and bias is None
+            and context.bias is None
+            and context.only_last is None
+            and not recording(q, k, v)
+        )
 
 
 class FusedAttention(Attention):

@@ -10,6 +10,7 @@ from fastlm.ops.distance_bias import distance_bias
 from fastlm.ops.distillation import cosine_distance, kl_divergence
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gated import gated
+from fastlm.ops.int8_attention import int8_attention
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -60,6 +61,7 @@ __all__ = [
     "gated_linears",
     "global_norm",
     "grouped_linear",
+    "int8_attention",
     "kl_divergence",
     "layer_norm",
     "linear",
