@@ -26,7 +26,7 @@ constexpr int64_t kGroup = 16;               // of K that lie together
 constexpr int64_t kWords = kGroup / 4;       // four of K each
 constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
 constexpr int64_t kRowsBlock = 384 << 10;    // bytes of rounded A that stay in L2 while columns of W go by
-constexpr int64_t kRowsOwn = 144 << 10;      // of those that one thread rounds, beside the x of the next ones
+constexpr int64_t kRowsOwn = 36 << 10;       // of those that one thread rounds, of a block and of the next one
 constexpr int64_t kHead = 2 * kWord;         // of a panel: the scales of its rows, and where their sums start
 constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneRounding = 1 << 15;  // numbers
@@ -48,75 +48,107 @@ struct Ends {
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity.
+// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity. And how
+// many vectors ago the first two were seen. Additions, shifts and the like alone: beside a product, which has the multipliers, they
+// cost nothing, where a comparison that gives a mask would take a product's turn.
 struct Largest {
-    vi first = seti(0), second = seti(0), third = seti(0);
+    vi first = seti(0), second = seti(0), third = seti(0), first_age = seti(0), second_age = seti(0);
     FASTLM_MEMBER void see(vf v) {
         const vi size = as_int(abs(v)), below = mini(first, size), last = mini(second, below);
+        const vi over = sra<31>(subi(first, size)), between = sra<31>(subi(second, size));  // all ones where size is larger
+        const vi older = addi(first_age, seti(1));
+        second_age = ori(andi(over, older), andi(xori(over, seti(-1)), andi(xori(between, seti(-1)), addi(second_age, seti(1)))));
+        first_age = andi(xori(over, seti(-1)), older);
         first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
     }
     FASTLM_MEMBER bool finite() const { return bits(lt(as_float(first), set(__builtin_inff()))) == kLanes; }
-    // The largest of all, taken out.
-    FASTLM_MEMBER float take() {
+    // The largest of all, taken out, and its place, the lowest where equal; of `vectors` seen. Zero: no place.
+    FASTLM_MEMBER float take(int64_t vectors, int64_t& k) {
         const float most = reduce_max(as_float(first));
-        const vm one = eq(to_float(iota()), set(float(__builtin_ctz(bits(eq(as_float(first), set(most))) & kLanes))));
+        int32_t ages[W];
+        store(reinterpret_cast<float*>(ages), as_float(first_age));
+        k = -1;
+        int lane = 0;
+        for (uint32_t here = bits(eq(as_float(first), set(most))) & kLanes; here != 0 && most != 0.0f; here &= here - 1) {
+            const int l = __builtin_ctz(here);
+            const int64_t at = (vectors - 1 - ages[l]) * W + l;
+            if (k < 0 || at < k) k = at, lane = l;
+        }
+        const vm one = eq(to_float(iota()), set(float(lane)));
         first = as_int(select(one, as_float(second), as_float(first)));
+        first_age = as_int(select(one, as_float(second_age), as_float(first_age)));
         second = as_int(select(one, as_float(third), as_float(second)));
         return most;
     }
 };
 
-// Row i of a panel of R rows. Codes are raised by 128. Two passes over a, which stays in L1: the largest magnitudes; the codes, and
-// where what is exact lies.
-void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, int64_t R, int64_t i) {
-    Ends ends = {};
-    const int64_t whole = K / W * W;
-    const auto at = [&](int64_t k) FASTLM_LAMBDA {
-        if (k < whole) return columns ? load(a + k) * load(columns + k) : load(a + k);
-        return columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k);
-    };
+// Row i of a panel of R rows, in two passes over a by groups of K: the largest magnitudes; the codes, raised by 128, and where lies
+// what is exact. A pass may be taken group by group beside a product, whose multiplications leave room for what it does.
+struct RoundRow {
+    const float *a, *columns;
+    int64_t K, R;
+    uint8_t *to, *last;  // the first group's codes; the ends
     Largest largest;
-    for (int64_t k = 0; k < whole; k += W) largest.see(at(k));
-    if (whole < K) largest.see(at(whole));
-    uint8_t* to = out + i * kGroup;
-    if (K == 0 || !largest.finite()) {
-        ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
-        for (int32_t& place : ends.place) place = int32_t(kWord + 3);  // any four bytes of the panel
-        for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
-        std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
-        return;
+    Ends ends;
+    float inverse;
+    int64_t taken[kInt8Exact];
+    bool live;  // between the passes: whether there are codes
+
+    FASTLM_MEMBER void open(const float* row, const float* g, int64_t depth, uint8_t* out, int64_t rows, int64_t i) {
+        a = row, columns = g, K = depth, R = rows;
+        to = out + i * kGroup, last = out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends));
+        largest = Largest(), ends = {}, live = false;
     }
-    const float exact[kInt8Exact] = {largest.take(), largest.take()}, most = reduce_max(as_float(largest.first));
-    float inverse = 0.0f;
-    if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
-    const vf least_exact = set(exact[kInt8Exact - 1]);
-    const vf raise = set(0x1.8p23f + 128.0f);  // after which a lane's low byte is the code, rounded to even
-    int64_t taken[kInt8Exact] = {-1, -1};
-    const auto code = [&](int64_t k, vf v) FASTLM_LAMBDA {
-        uint32_t here = bits(le(least_exact, abs(v))) & kLanes;
-        for (; __builtin_expect(here != 0, 0); here &= here - 1) {  // the lowest k where equal
-            float lanes[W];
-            store(lanes, v);
-            const int lane = __builtin_ctz(here);
-            const float size = __builtin_fabsf(lanes[lane]);
-            for (int e = 0; e < kInt8Exact; ++e) {
-                if (taken[e] >= 0 || size != exact[e]) continue;
-                taken[e] = k + lane, ends.exact[e] = lanes[lane];
-                break;
-            }
+    FASTLM_MEMBER vf at(int64_t k) const {
+        if (k + W <= K) return columns ? load(a + k) * load(columns + k) : load(a + k);
+        return columns ? load_n(a + k, K - k) * load_n(columns + k, K - k) : load_n(a + k, K - k);
+    }
+    FASTLM_MEMBER uint8_t* place(int64_t k) const { return to + k / kGroup * kGroup * R + k % kGroup; }
+
+    // After the first pass.
+    void between() {
+        if (K == 0 || !largest.finite()) {
+            ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
+            for (int32_t& e : ends.place) e = int32_t(kWord + 3);  // any four bytes of the panel
+            for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
+            std::memcpy(last, &ends, sizeof(Ends));
+            return;
         }
-        return as_int(v * set(inverse) + raise);
-    };
-    const auto place = [&](int64_t k) FASTLM_LAMBDA { return to + k / kGroup * kGroup * R + k % kGroup; };
-    int64_t k = 0;
-    for (; k < whole; k += W) store_i8(place(k), code(k, at(k)));
-    if (k < K) store_i8(place(k), code(k, at(k))), k += W;
-    for (; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
-    for (int e = 0; e < kInt8Exact; ++e) {
-        *place(taken[e]) = 128;
-        ends.place[e] = int32_t(kHead + taken[e] / 4 * kWord + taken[e] % 4);
+        for (int e = 0; e < kInt8Exact; ++e) {
+            largest.take(ceil_div(K, W), taken[e]);
+            if (taken[e] < 0) taken[e] = e ? taken[0] : 0;  // zero, wherever it is
+            else ends.exact[e] = columns ? a[taken[e]] * columns[taken[e]] : a[taken[e]];
+            ends.place[e] = int32_t(kHead + taken[e] / 4 * kWord + taken[e] % 4);
+        }
+        const float most = reduce_max(as_float(largest.first));
+        inverse = 0.0f, live = true;
+        if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
     }
-    std::memcpy(out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends)), &ends, sizeof(Ends));
+    FASTLM_MEMBER void code(int64_t k) {
+        // After this addition a lane's low byte is the code, rounded to even.
+        store_i8(place(k), as_int(at(k) * set(inverse) + set(0x1.8p23f + 128.0f)));
+    }
+    void close() {
+        int64_t k = (K + W - 1) / W * W;
+        for (; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
+        for (const int64_t t : taken) *place(t) = 128;
+        std::memcpy(last, &ends, sizeof(Ends));
+    }
+    void all() {
+        Largest found;
+        for (int64_t k = 0; k < K; k += W) found.see(at(k));
+        largest = found;
+        between();
+        if (!live) return;
+        for (int64_t k = 0; k < K; k += W) code(k);
+        close();
+    }
+};
+
+void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, int64_t R, int64_t i) {
+    RoundRow row;
+    row.open(a, columns, K, out, R, i);
+    row.all();
 }
 
 FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
@@ -130,9 +162,12 @@ struct RowsFetch {
     int64_t x_step = 0;
 };
 
-// sum (M, columns) = A panel times S vectors of rows of the weight.
-template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns, const uint8_t* a,
-                                        float* sum, int64_t ld, const float* bias, RowsFetch fetch) {
+enum class Beside { nothing, largest, codes };  // the pass of a row that goes beside a product
+
+// sum (M, columns) = A panel times S vectors of rows of the weight. Beside it a pass of `row`, a group for each group of K.
+template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
+                                                  const uint8_t* a, float* sum, int64_t ld, const float* bias, RowsFetch fetch,
+                                                  RoundRow* row) {
     const int64_t groups = groups_of(K), size = panel_bytes(K), last = (column + columns - 1) / kSide;
     const uint8_t *at[S], *panels[S], *ahead[S];
     vf d[S];
@@ -154,7 +189,20 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) dots[i][s] = start[s];
+    Largest largest;
+    const float inverse = B == Beside::codes ? row->inverse : 0.0f;
+    uint8_t* codes_at = B == Beside::codes ? row->to : nullptr;
     for (int64_t t = 0; t < kWords * groups; ++t) {  // a word at a time: two would not fit the registers
+        if (B != Beside::nothing && t % kWords == 0) {
+            const int64_t k = t * 4;
+#pragma GCC unroll 4
+            for (int64_t l = 0; l < kGroup; l += W) {
+                if (B == Beside::largest) largest.see(load(row->a + k + l) * load(row->columns + k + l));
+                if (B == Beside::codes)
+                    store_i8(codes_at + t / kWords * kGroup * row->R + l,
+                             as_int(load(row->a + k + l) * load(row->columns + k + l) * set(inverse) + set(0x1.8p23f + 128.0f)));
+            }
+        }
         if (M > kUnfetchedRows) __builtin_prefetch(x + t * fetch.x_step, 0, 2);
         const uint8_t* from = a + t / kWords * M * kGroup + t % kWords * 4;
         vi q[S];
@@ -170,6 +218,7 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
             for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], codes, q[s]));
         }
     }
+    if (B == Beside::largest) row->largest = largest;
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {  // without a way out of the loop: gcc would keep the sums on the stack
         const int64_t left = columns - s * W;
@@ -190,16 +239,20 @@ template <int M, int S> void rows_block(const uint8_t* packed, int64_t K, int64_
     }
 }
 
-using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, RowsFetch);
+using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, RowsFetch,
+                           RoundRow*);
 struct RowsChoice {
-    RowsBlock block;
+    RowsBlock block[3];  // by what goes beside
     int64_t columns;
 };
 template <int M = kTall> RowsChoice rows_choice(int64_t rows) {
     if constexpr (M > 1)
         if (rows < M) return rows_choice<M - 1>(rows);
     constexpr int S = rows_vectors(M);
-    return {rows_block<M, S>, S * W};
+    if constexpr (M > kTall / 2)
+        return {{rows_block<M, S, Beside::nothing>, rows_block<M, S, Beside::largest>, rows_block<M, S, Beside::codes>}, S * W};
+    else
+        return {{rows_block<M, S, Beside::nothing>, nullptr, nullptr}, S * W};
 }
 
 // The product, its rows cut into panels as equal as they can be.
@@ -228,22 +281,76 @@ struct RowsProduct {
         }
     }
 
-    // A tile of a panel and up to `step` columns from n on.
-    FASTLM_MEMBER void multiply(int64_t i, const uint8_t* codes, int64_t n, int64_t columns, RowsFetch fetch) const {
+    // Panels that are rounded row by row beside the product of others.
+    struct Rounding {
+        const RowsProduct& of;
+        int64_t panel, end, r;  // the next row; r is that within the panel
+        uint8_t* out;           // where the panel goes
+        bool opened = false;    // the next row has had its first pass
+        RoundRow row;
+
+        Rounding(const RowsProduct& of, int64_t begin, int64_t end, uint8_t* out) : of(of), panel(begin), end(end), r(0), out(out) {}
+        FASTLM_MEMBER Beside open() {
+            if (panel == end) return Beside::nothing;
+            if (opened) return Beside::codes;
+            const int64_t first = of.row_of(panel), rows = of.row_of(panel + 1) - first;
+            row.open(of.p.a + (first + r) * of.p.K, of.p.columns, of.p.K, out, rows, r);
+            return Beside::largest;
+        }
+        FASTLM_MEMBER void close(Beside pass) {
+            if (pass == Beside::nothing) return;
+            if (pass == Beside::largest) {
+                row.between();
+                opened = row.live;
+                if (opened) return;
+            } else {
+                row.close();
+            }
+            next();
+        }
+        FASTLM_MEMBER void next() {
+            opened = false;
+            if (++r < of.row_of(panel + 1) - of.row_of(panel)) return;
+            out += r * of.row_bytes;
+            ++panel, r = 0;
+        }
+        // What is left when there is no product any more.
+        void finish() {
+            while (panel < end) {
+                if (opened) {
+                    for (int64_t k = 0; k < of.p.K; k += W) row.code(k);
+                    row.close();
+                } else {
+                    open();
+                    row.all();
+                }
+                next();
+            }
+        }
+    };
+
+    // A tile of a panel and up to `step` columns from n on, and the next pass of `rounding`, if not null.
+    FASTLM_MEMBER void multiply(int64_t i, const uint8_t* codes, int64_t n, int64_t columns, RowsFetch fetch,
+                                Rounding* rounding = nullptr) const {
         const int64_t row = row_of(i), rows = row_of(i + 1) - row;
         float* sum = target.sum + row * p.N + n;
         target.fetch(row, n, rows, columns);
         fetch_tile(sum, p.N, rows);
-        (rows > size ? choice : shorter).block(p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr, fetch);
+        const Beside beside = rounding ? rounding->open() : Beside::nothing;
+        (rows > size ? choice : shorter)
+            .block[int(beside)](p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr, fetch,
+                                rounding ? &rounding->row : nullptr);
+        if (rounding) rounding->close(beside);
         target.finish(row, n, rows, columns);
     }
 
     // The panels [first, last), whose codes are there, times the columns of a step; the next ones are fetched meanwhile, and of x
     // what `ahead` says.
-    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, const uint8_t* x, int64_t x_step) const {
+    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, const uint8_t* x, int64_t x_step,
+                             Rounding* rounding = nullptr) const {
         RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words), x, x_step};
         for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step, fetch.x += words * x_step)
-            multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, n, least(step, p.N - n), fetch);
+            multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, n, least(step, p.N - n), fetch, rounding);
     }
 };
 
@@ -252,23 +359,29 @@ void int8_rows(const Int8Rows& p) {
     const RowsProduct product(p);
     const int64_t count = product.count, step = product.step, steps = product.steps;
     const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
-    // Blocks of panels that a thread rounds, multiplies with all columns and leaves for the next ones, whose x is fetched
-    // meanwhile.
+    // Blocks of panels that a thread multiplies with all columns, while it rounds the next one beside.
+    const int64_t threads_used = parallel ? num_threads() : 1;
     int64_t blocks = least(count, ceil_div(p.M * p.K, kRowsOwn));
     if (parallel) blocks = ceil_div(blocks, num_threads()) * num_threads();
     if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
+        const int64_t most_panels = ceil_div(count, blocks), room = ceil_div(most_panels * kTall * product.row_bytes, 64) * 64;
+        const bool beside = p.columns && p.K % kGroup == 0 && product.size > kTall / 2;
+        // Whose codes of a block lie where: a thread knows its own by their place, what another has begun it does again.
+        auto** rounded = reinterpret_cast<uint8_t**>(p.workspace);
+        std::memset(p.workspace, 0, size_t(blocks) * sizeof *rounded);
         for_pieces(parallel, blocks, 1, [&](int64_t begin, int64_t end) {
             for (int64_t block = begin; block < end; ++block) {
                 const int64_t first = block * count / blocks, last = (block + 1) * count / blocks,
-                              next = (block + 2) * count / blocks;
-                auto* codes =
-                    static_cast<uint8_t*>(scratch(size_t((product.row_of(last) - product.row_of(first)) * product.row_bytes)));
-                product.round(first, last, codes);
-                const int64_t bytes = (product.row_of(least(next, count)) - product.row_of(last)) * p.K * 4;
-                const int64_t x_step = ceil_div(bytes, (last - first) * product.words * steps);
-                const auto* x = reinterpret_cast<const uint8_t*>(p.a + product.row_of(last) * p.K);
-                for (int64_t n = 0; n < p.N; n += step, x += (last - first) * product.words * x_step)
-                    product.block(first, last, codes, n, x, x_step);
+                              next = least((block + 2) * count / blocks, count);
+                auto* memory = static_cast<uint8_t*>(scratch(size_t(2 * room)));
+                uint8_t *codes = memory + block % 2 * room, *other = memory + (block + 1) % 2 * room;
+                if (__atomic_load_n(&rounded[block], __ATOMIC_RELAXED) != codes) product.round(first, last, codes);
+                const bool goes_on = block + 1 < blocks && (block + 1) * threads_used / blocks == block * threads_used / blocks;
+                RowsProduct::Rounding rounding(product, last, beside && goes_on ? next : last, other);
+                for (int64_t n = 0; n < p.N; n += step) product.block(first, last, codes, n, nullptr, 0, &rounding);
+                if (!(beside && goes_on)) continue;
+                rounding.finish();
+                __atomic_store_n(&rounded[block + 1], other, __ATOMIC_RELAXED);
             }
         });
         return;
