@@ -19,8 +19,7 @@ namespace {
 
 const Int8AttentionKernels& kernels() {
 #if defined(__x86_64__)
-    if (has_vnni())
-        return active_isa() == Isa::avx512 ? avx512_vnni::int8_attention_kernels : avx2_vnni::int8_attention_kernels;
+    if (has_vnni()) return active_isa() == Isa::avx512 ? avx512_vnni::int8_attention_kernels : avx2_vnni::int8_attention_kernels;
 #endif
     return int8_attention_kernels();
 }

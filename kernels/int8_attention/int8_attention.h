@@ -5,9 +5,9 @@
 //     e[i, j] = 255 * 2^(t[i, j] - the largest of i),   c[i, j] = round(e[i, j])
 //     y[i]    = float(sum over j of c[i, j] v_j) * (1 / sum over j of e[i, j] / s_v[j])
 //
-// The scale of a value is part of its weight before that is rounded, so one code serves both, and the largest product of both is 255.
-// Sums of codes are integers and exact; that of the e, in sixteen lanes by j % 16, is not of the codes. s_v is at least 2^-24 of
-// the largest of the head and 2^-100. So a sequence has one result, in any batch, on any number of threads and every instruction
+// The scale of a value is part of its weight before that is rounded, so one code serves both, and the largest product of both is
+// 255. Sums of codes are integers and exact; that of the e, in sixteen lanes by j % 16, is not of the codes. s_v is at least 2^-24
+// of the largest of the head and 2^-100. So a sequence has one result, in any batch, on any number of threads and every instruction
 // set. A query that is not finite gives not-a-number, a key or value that is not gives it to all queries of its sequence and head.
 #pragma once
 

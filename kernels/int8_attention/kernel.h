@@ -21,8 +21,8 @@ constexpr int kTall = 4;
 constexpr int kTall = 2;
 #endif
 constexpr int kWide = 4, kBlock = 4;
-constexpr int64_t kGroup = 4 * W;   // keys whose weights share words of four: W words, of the keys l, W + l, 2 W + l, 3 W + l
-constexpr int64_t kSumLanes = 16;   // of the sum of weights, on every instruction set
+constexpr int64_t kGroup = 4 * W;    // keys whose weights share words of four: W words, of the keys l, W + l, 2 W + l, 3 W + l
+constexpr int64_t kSumLanes = 16;    // of the sum of weights, on every instruction set
 constexpr int64_t kPieceRows = 256;  // of queries that a piece has at most, which rounds its keys and values itself
 constexpr int64_t kAlone = 1 << 17;  // multiplications below which waking a thread costs more than it gives
 
@@ -46,10 +46,8 @@ constexpr float kLeast = 0x1p-100f;  // codes of smaller rows are zeros
 struct Scale {
     float inverse = 0.0f, scale = 0.0f;
     FASTLM_MEMBER explicit Scale(float largest) {
-        if (!(largest < __builtin_inff()))
-            scale = __builtin_nanf("");
-        else if (largest >= kLeast)
-            inverse = 127.0f / largest, scale = largest * (1.0f / 127.0f);
+        if (!(largest < __builtin_inff())) scale = __builtin_nanf("");
+        else if (largest >= kLeast) inverse = 127.0f / largest, scale = largest * (1.0f / 127.0f);
     }
 };
 constexpr float kRaise = 0x1.8p23f;  // after which a lane's low byte is the code, rounded to even
@@ -80,11 +78,11 @@ FASTLM_INLINE vf weight_of(vf x) {
 struct Head {
     int64_t n, padded, words, width;  // keys, these in whole groups; words of four of D; W-vectors of E
     float *key_scale, *log_value, *inverse_value;
-    int32_t* start;   // -128 times the sum of a key's codes: those of queries are raised by 128
-    uint8_t *k, *v;   // k: for each W keys its words. v: for each kWide vectors of E a word of each four keys
-    float* scores;    // (kBlock, padded)
+    int32_t* start;    // -128 times the sum of a key's codes: those of queries are raised by 128
+    uint8_t *k, *v;    // k: for each W keys its words. v: for each kWide vectors of E a word of each four keys
+    float* scores;     // (kBlock, padded)
     uint8_t* weights;  // the same, bytes
-    uint8_t* q;       // (kBlock, a word's bytes times words, in vectors)
+    uint8_t* q;        // (kBlock, a word's bytes times words, in vectors)
 };
 
 FASTLM_INLINE int64_t query_bytes(int64_t D) { return round_up(D, 4 * W) + W; }
@@ -184,7 +182,10 @@ void round_values(const Head& h, const float* v, int64_t stride, int64_t E) {
                 for (int i = 0; i < 4; ++i) {
                     const vf x = left >= W ? load(rows[i] + e * W) : load_n(rows[i] + e * W, left);
                     const vi code = andi(as_int(x * inverse[i] + set(kRaise)), seti(255));
-                    word = i == 0 ? code : i == 1 ? ori(word, shl<8>(code)) : i == 2 ? ori(word, shl<16>(code)) : ori(word, shl<24>(code));
+                    word = i == 0   ? code
+                           : i == 1 ? ori(word, shl<8>(code))
+                           : i == 2 ? ori(word, shl<16>(code))
+                                    : ori(word, shl<24>(code));
                 }
                 const int64_t tile = e / kWide, vectors = least(kWide, h.width - tile * kWide);
                 store_bytes(h.v + (tile * kWide * h.padded + (g / 4 + l) * 4 * vectors) * W + e % kWide * 4 * W, word);
@@ -244,8 +245,8 @@ FASTLM_INLINE void score(const Head& h, const uint8_t* q, int64_t bytes, int64_t
     }
 }
 
-template <int R> FASTLM_INLINE void scores_of(const Head& h, const uint8_t* q, int64_t bytes, const float* unit, float* scores,
-                                              vf* largest) {
+template <int R>
+FASTLM_INLINE void scores_of(const Head& h, const uint8_t* q, int64_t bytes, const float* unit, float* scores, vf* largest) {
     const int64_t vectors = ceil_div(h.n, W);
     int64_t j = 0;
     for (; j + kWide <= vectors; j += kWide) score<R, kWide>(h, q, bytes, j, unit, scores, largest);
@@ -304,15 +305,12 @@ template <int R, int N> FASTLM_INLINE void mix(const Head& h, const uint8_t* til
 #pragma GCC unroll 4
         for (int s = 0; s < N; ++s) {
             const vf x = to_float(sums[i][s]) * set(inverse[i]);
-            if (left >= (s + 1) * W)
-                store(y[i] + s * W, x);
-            else if (left > s * W)
-                store_n(y[i] + s * W, x, left - s * W);
+            if (left >= (s + 1) * W) store(y[i] + s * W, x);
+            else if (left > s * W) store_n(y[i] + s * W, x, left - s * W);
         }
 }
 
-template <int R>
-FASTLM_INLINE void mixed(const Head& h, const uint8_t* weights, const float* inverse, float* const* y, int64_t E) {
+template <int R> FASTLM_INLINE void mixed(const Head& h, const uint8_t* weights, const float* inverse, float* const* y, int64_t E) {
     for (int64_t e = 0; e < h.width; e += kWide) {
         const uint8_t* tile = h.v + e * h.padded * W;
         float* to[R];
@@ -378,8 +376,7 @@ void piece(const Int8Attention& p, int64_t b, int64_t g, int64_t first, int64_t 
         }
         for (int64_t i = 0; i < kBlock; i += kTall)
             scores_of<kTall>(h, h.q + i * bytes, bytes, unit + i, h.scores + i * h.padded, largest + i);
-        for (int64_t i = 0; i < kBlock; ++i)
-            inverse[i] = weigh(h, h.scores + i * h.padded, h.weights + i * h.padded, largest[i]);
+        for (int64_t i = 0; i < kBlock; ++i) inverse[i] = weigh(h, h.scores + i * h.padded, h.weights + i * h.padded, largest[i]);
         for (int64_t i = 0; i < kBlock; i += kTall) mixed<kTall>(h, h.weights + i * h.padded, inverse + i, y + i, p.E);
     }
 }
@@ -404,7 +401,13 @@ void forward(const Int8Attention& p) {
                 next = {p.q + b2 * p.q_batch + (s.first_query + first2 / share) * p.q_time + g2 * share * p.D,
                         p.k + b2 * p.k_batch + s.first_key * p.k_time + g2 * p.D,
                         p.v + b2 * p.v_batch + s.first_key * p.v_time + g2 * p.E,
-                        p.q_time, p.k_time, p.v_time, n / share, s.keys, share * p.D, p.E};
+                        p.q_time,
+                        p.k_time,
+                        p.v_time,
+                        n / share,
+                        s.keys,
+                        share * p.D,
+                        p.E};
             }
             piece(p, b, g, first, rows, next);
         }

@@ -26,7 +26,8 @@ constexpr int64_t kGroup = 16;               // of K that lie together
 constexpr int64_t kWords = kGroup / 4;       // four of K each
 constexpr int64_t kWord = 4 * kSide;         // bytes of a word of all lanes
 constexpr int64_t kRowsBlock = 384 << 10;    // bytes of rounded A that stay in L2 while columns of W go by
-constexpr int64_t kRowsOwn = 36 << 10;       // of those that one thread rounds, of a block and of the next one
+constexpr int64_t kRowsOwn = 144 << 10;      // of those that one thread rounds before it multiplies them
+constexpr int64_t kRowsBeside = 36 << 10;    // of those that it rounds beside a product
 constexpr int64_t kHead = 2 * kWord;         // of a panel: the scales of its rows, and where their sums start
 constexpr int64_t kAloneRows = 1 << 19;      // multiplications below which waking a thread costs more than it gives
 constexpr int64_t kAloneRounding = 1 << 15;  // numbers
@@ -48,9 +49,9 @@ struct Ends {
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity. And how
-// many vectors ago the first two were seen. Additions, shifts and the like alone: beside a product, which has the multipliers, they
-// cost nothing, where a comparison that gives a mask would take a product's turn.
+// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity. And
+// how many vectors ago the first two were seen. Additions, shifts and the like alone: beside a product, which has the multipliers,
+// they cost nothing, where a comparison that gives a mask would take a product's turn.
 struct Largest {
     vi first = seti(0), second = seti(0), third = seti(0), first_age = seti(0), second_age = seti(0);
     FASTLM_MEMBER void see(vf v) {
@@ -154,20 +155,19 @@ void round_row(const float* a, const float* columns, int64_t K, uint8_t* out, in
 FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 
 // What a block fetches for each word of W: `at` and the line after it, then `step` bytes on; null: each of its vectors kRowsAhead
-// on. And of x, if not null, a line, `x_step` bytes from one to the next.
+// on.
 struct RowsFetch {
     const uint8_t* at = nullptr;
     int64_t step = 0;
-    const uint8_t* x = nullptr;
-    int64_t x_step = 0;
 };
 
 enum class Beside { nothing, largest, codes };  // the pass of a row that goes beside a product
 
 // sum (M, columns) = A panel times S vectors of rows of the weight. Beside it a pass of `row`, a group for each group of K.
+// residual: what will be added to the tile, to be fetched, or null.
 template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
-                                                  const uint8_t* a, float* sum, int64_t ld, const float* bias, RowsFetch fetch,
-                                                  RoundRow* row) {
+                                                  const uint8_t* a, float* sum, int64_t ld, const float* bias,
+                                                  const float* residual, RowsFetch fetch, RoundRow* row) {
     const int64_t groups = groups_of(K), size = panel_bytes(K), last = (column + columns - 1) / kSide;
     const uint8_t *at[S], *panels[S], *ahead[S];
     vf d[S];
@@ -182,13 +182,15 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
         ahead[s] = fetch.at ? fetch.at + s * 64 : at[s] + kRowsAhead;
     }
     const int64_t step = fetch.at ? fetch.step : kWord;
-    const uint8_t* x = fetch.x ? fetch.x : ahead[0];
     const Ends* ends = reinterpret_cast<const Ends*>(a + M * groups * kGroup);
     vi dots[M][S];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) dots[i][s] = start[s];
+    // What comes after the products is fetched by their last words: at the first, W would have driven it out of L1 again.
+    const int64_t near = kWords * groups - M;
+    const float* added = residual ? residual : sum;
     Largest largest;
     const float inverse = B == Beside::codes ? row->inverse : 0.0f;
     uint8_t* codes_at = B == Beside::codes ? row->to : nullptr;
@@ -203,7 +205,13 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
                              as_int(load(row->a + k + l) * load(row->columns + k + l) * set(inverse) + set(0x1.8p23f + 128.0f)));
             }
         }
-        if (M > kUnfetchedRows) __builtin_prefetch(x + t * fetch.x_step, 0, 2);
+        if (M > kUnfetchedRows) {
+            const int64_t i = greatest(t - near, 0) * ld;
+            __builtin_prefetch(added + i, 0, 3);
+            __builtin_prefetch(added + i + 16, 0, 3);
+            __builtin_prefetch(sum + i, 1, 3);
+            __builtin_prefetch(sum + i + 16, 1, 3);
+        }
         const uint8_t* from = a + t / kWords * M * kGroup + t % kWords * 4;
         vi q[S];
 #pragma GCC unroll 4
@@ -239,8 +247,8 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
     }
 }
 
-using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, RowsFetch,
-                           RoundRow*);
+using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, const float*,
+                           RowsFetch, RoundRow*);
 struct RowsChoice {
     RowsBlock block[3];  // by what goes beside
     int64_t columns;
@@ -251,8 +259,7 @@ template <int M = kTall> RowsChoice rows_choice(int64_t rows) {
     constexpr int S = rows_vectors(M);
     if constexpr (M > kTall / 2)
         return {{rows_block<M, S, Beside::nothing>, rows_block<M, S, Beside::largest>, rows_block<M, S, Beside::codes>}, S * W};
-    else
-        return {{rows_block<M, S, Beside::nothing>, nullptr, nullptr}, S * W};
+    else return {{rows_block<M, S, Beside::nothing>, nullptr, nullptr}, S * W};
 }
 
 // The product, its rows cut into panels as equal as they can be.
@@ -289,7 +296,8 @@ struct RowsProduct {
         bool opened = false;    // the next row has had its first pass
         RoundRow row;
 
-        Rounding(const RowsProduct& of, int64_t begin, int64_t end, uint8_t* out) : of(of), panel(begin), end(end), r(0), out(out) {}
+        Rounding(const RowsProduct& of, int64_t begin, int64_t end, uint8_t* out)
+            : of(of), panel(begin), end(end), r(0), out(out) {}
         FASTLM_MEMBER Beside open() {
             if (panel == end) return Beside::nothing;
             if (opened) return Beside::codes;
@@ -338,18 +346,17 @@ struct RowsProduct {
         fetch_tile(sum, p.N, rows);
         const Beside beside = rounding ? rounding->open() : Beside::nothing;
         (rows > size ? choice : shorter)
-            .block[int(beside)](p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr, fetch,
-                                rounding ? &rounding->row : nullptr);
+            .block[int(beside)](p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr,
+                                p.residual ? p.residual + row * p.N + n : nullptr, fetch, rounding ? &rounding->row : nullptr);
         if (rounding) rounding->close(beside);
         target.finish(row, n, rows, columns);
     }
 
-    // The panels [first, last), whose codes are there, times the columns of a step; the next ones are fetched meanwhile, and of x
-    // what `ahead` says.
-    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, const uint8_t* x, int64_t x_step,
-                             Rounding* rounding = nullptr) const {
-        RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words), x, x_step};
-        for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step, fetch.x += words * x_step)
+    // The panels [first, last), whose codes are there, times the columns of a step; the next ones are fetched meanwhile, and rows
+    // rounded.
+    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, Rounding* rounding = nullptr) const {
+        RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words)};
+        for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step)
             multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, n, least(step, p.N - n), fetch, rounding);
     }
 };
@@ -361,11 +368,12 @@ void int8_rows(const Int8Rows& p) {
     const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
     // Blocks of panels that a thread multiplies with all columns, while it rounds the next one beside.
     const int64_t threads_used = parallel ? num_threads() : 1;
-    int64_t blocks = least(count, ceil_div(p.M * p.K, kRowsOwn));
+    // A row takes two tiles' time.
+    const bool beside = p.columns && p.K % kGroup == 0 && product.size > kTall / 2 && steps >= 2 * kTall;
+    int64_t blocks = least(count, ceil_div(p.M * p.K, beside ? kRowsBeside : kRowsOwn));
     if (parallel) blocks = ceil_div(blocks, num_threads()) * num_threads();
     if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
         const int64_t most_panels = ceil_div(count, blocks), room = ceil_div(most_panels * kTall * product.row_bytes, 64) * 64;
-        const bool beside = p.columns && p.K % kGroup == 0 && product.size > kTall / 2;
         // Whose codes of a block lie where: a thread knows its own by their place, what another has begun it does again.
         auto** rounded = reinterpret_cast<uint8_t**>(p.workspace);
         std::memset(p.workspace, 0, size_t(blocks) * sizeof *rounded);
@@ -378,7 +386,7 @@ void int8_rows(const Int8Rows& p) {
                 if (__atomic_load_n(&rounded[block], __ATOMIC_RELAXED) != codes) product.round(first, last, codes);
                 const bool goes_on = block + 1 < blocks && (block + 1) * threads_used / blocks == block * threads_used / blocks;
                 RowsProduct::Rounding rounding(product, last, beside && goes_on ? next : last, other);
-                for (int64_t n = 0; n < p.N; n += step) product.block(first, last, codes, n, nullptr, 0, &rounding);
+                for (int64_t n = 0; n < p.N; n += step) product.block(first, last, codes, n, &rounding);
                 if (!(beside && goes_on)) continue;
                 rounding.finish();
                 __atomic_store_n(&rounded[block + 1], other, __ATOMIC_RELAXED);
@@ -403,7 +411,7 @@ void int8_rows(const Int8Rows& p) {
     parallel_for(blocks * steps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t block = piece / steps, first = block * count / blocks, last = (block + 1) * count / blocks;
-            product.block(first, last, p.workspace + product.row_of(first) * product.row_bytes, piece % steps * step, nullptr, 0);
+            product.block(first, last, p.workspace + product.row_of(first) * product.row_bytes, piece % steps * step);
         }
     });
 }
