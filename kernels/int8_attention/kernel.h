@@ -34,10 +34,12 @@ FASTLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTLM_INLINE vi load_bytes(const uint8_t* p) { return as_int(load(reinterpret_cast<const float*>(p))); }
 FASTLM_INLINE void store_bytes(uint8_t* p, vi x) { store(reinterpret_cast<float*>(p), as_float(x)); }
 
-// The largest magnitude of a row of n; as integers, which order not-a-number above infinity.
+// The largest magnitude of a row of n; not-a-number where one is not finite. As integers, which order not-a-number above infinity.
 FASTLM_INLINE float largest_of(const float* x, int64_t n) {
     vi most = seti(0);
     each_vector(n, [&](int64_t c, auto lanes) FASTLM_LAMBDA { most = maxi(most, as_int(abs(lanes.load(x + c)))); });
+    constexpr uint32_t kLanes = (1u << W) - 1;
+    if ((bits(lt(as_float(most), set(__builtin_inff()))) & kLanes) != kLanes) return __builtin_nanf("");
     return reduce_max(as_float(most));
 }
 
@@ -158,8 +160,7 @@ void round_values(const Head& h, const float* v, int64_t stride, int64_t E) {
     for (int64_t j = h.n; j < h.padded; ++j) h.inverse_value[j] = 1.0f;
     for (int64_t j = 0; j < h.padded; j += W) {
         const vf largest = load(h.inverse_value + j), scale = largest * set(1.0f / 127.0f);
-        // Infinity's logarithm would make a weight of it, not the nothing that it is.
-        store(h.log_value + j, select(lt(largest, set(__builtin_inff())), log(scale) * set(1.44269504f), set(__builtin_nanf(""))));
+        store(h.log_value + j, log(scale) * set(1.44269504f));  // not-a-number stays
         store(h.scores + j, set(127.0f) / largest);
         store(h.inverse_value + j, set(1.0f) / scale);
     }
