@@ -23,6 +23,7 @@ class Sees:
 
 
 CAUSAL, EVERYTHING = Sees(causal=True), Sees(causal=False)
+_WIDE = 64  # numbers of a head from which its products in 8 bits gain more than a few percent of a model's time
 
 
 class Attention(Module):
@@ -120,15 +121,16 @@ class Attention(Module):
         return self.joined(y, context.asked(residual, layer))
 
     def _in_8_bits(self, q: Any, k: Any, v: Any, bias: Any, context: Context) -> bool:
-        """Whether heads are multiplied in 8 bits as the weights are: where all keys are seen, none is hidden or moved, and no gradient is wanted."""
+        """Whether heads are multiplied in 8 bits, as the weights are: where a query sees all keys and no gradient is wanted."""
         weight = self.out.weight.data
         return (
             isinstance(weight, QuantizedArray)
             and weight.kind == ROW
-            and context.device is None
+            and self.head_dim >= _WIDE
             and self.sees == EVERYTHING
             and bias is None
             and context.bias is None
+            and context.device is None
             and context.only_last is None
             and not recording(q, k, v)
         )

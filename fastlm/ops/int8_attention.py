@@ -13,9 +13,7 @@ from fastlm.ops.cache_append import head_view
 from fastlm.tensor import data, recording, wrap
 
 
-def int8_attention(
-    q: Any, k: Any, v: Any, *, scale: float | None = None, lengths: Any = None, offsets: Any = None
-) -> Any:
+def int8_attention(q: Any, k: Any, v: Any, *, scale: float | None = None, lengths: Any = None, offsets: Any = None) -> Any:
     """softmax(scale q k^T) v over all keys of a sequence, rounded to 8 bits as kernels/int8_attention/int8_attention.h says.
 
     q: (B, T, H, D), k: (B, S, G, D), v: (B, S, G, E) float32 on the host, H a multiple of G: query head h reads key head h // (H // G).
@@ -37,7 +35,9 @@ def int8_attention(
     qd, kd, vd = (_view(op, name, data(x), packed) for name, x in (("q", q), ("k", k), ("v", v)))
     (H, D), (G, _), E = qd.shape[lead:], kd.shape[lead:], vd.shape[-1]
     if D == 0 or G == 0 or H % G:
-        raise ValueError(f"[{op}] q must be {first.replace('S', 'T')}, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}.")
+        raise ValueError(
+            f"[{op}] q must be {first.replace('S', 'T')}, H, D) with D > 0 and H a multiple of k's {G} heads, got {qd.shape}."
+        )
     rows = qd.shape[:1] if packed else (qd.shape[0], kd.shape[1])
     check.shape(op, "k", kd, f"{first}, G, D)", (*rows, G, D), f"q is {qd.shape}.")
     check.shape(op, "v", vd, f"{first}, G, E)", (*rows, G, E), f"k is {kd.shape}.")
@@ -56,11 +56,9 @@ def int8_attention(
         check.shape(op, "lengths", lengths, "(B,)", (len(qd),))
         if len(lengths) and (lengths.min() < 0 or lengths.max() > longest):
             raise ValueError(f"[{op}] lengths must be from 0 to S = {longest}, got {lengths.min()} to {lengths.max()}.")
-    if longest > _C.int8_attention_keys or D > _C.int8_attention_depth:
-        raise ValueError(
-            f"[{op}] a sequence must have at most {_C.int8_attention_keys} keys of at most {_C.int8_attention_depth} numbers, got {longest} "
-            f"of {D}: sums of products of bytes would not fit 32 bits."
-        )
+    most, deepest = _C.int8_attention_keys, _C.int8_attention_depth
+    if longest > most or deepest < D:  # sums of products of bytes would not fit 32 bits
+        raise ValueError(f"[{op}] a sequence must have at most {most} keys of at most {deepest} numbers, got {longest} of {D}.")
     y = backend.empty((*qd.shape[:-1], E))
     _C.int8_attention(y, qd, kd, vd, lengths, offsets, longest, scale)
     return wrap(y, q, k, v)

@@ -140,16 +140,19 @@ def test_error():
 
 
 def test_encoders_have_it(monkeypatch):
-    """Where all keys are seen and the weights are Q8_ROW; not where a mask hides some, a gradient is wanted or weights are others."""
+    """Where all keys are seen and the weights are Q8_ROW; not where a mask hides some, a gradient is wanted, heads are narrow or weights
+    are others."""
     calls = []
     real = ops.int8_attention
     monkeypatch.setattr(ops, "int8_attention", lambda *a, **k: calls.append(k) or real(*a, **k))
     monkeypatch.setenv("FASTLM_RECORD", "0")
-    config = bert.BertConfig(vocab_size=50, context=40, d_model=48, n_layer=2, n_head=4, d_ff=96)
-    lm = LM(models.create(config, seed=1))
+    sizes = {"vocab_size": 50, "context": 40, "d_model": 128, "n_layer": 2, "d_ff": 96}
+    narrow = LM(models.create(bert.BertConfig(**sizes, n_head=4), seed=1)).quantize("Q8_ROW")
+    lm = LM(models.create(bert.BertConfig(**sizes, n_head=2), seed=1))
     g = np.random.default_rng(5)
     ids = g.integers(0, 50, (3, 20)).astype(np.int32)
     exact = lm.model.states(ids)
+    narrow.model.states(ids)
     assert not calls
     lm.quantize("Q8_ROW")
     states = lm.model.states(ids)
@@ -167,10 +170,10 @@ def test_encoders_have_it(monkeypatch):
     attention = lm.model.blocks[0].attention
     assert isinstance(attention, Attention)
     calls.clear()
-    attention(Tensor(g.standard_normal((1, 6, 48), np.float32), requires_grad=True), Context(1, 6), 0)
+    attention(Tensor(g.standard_normal((1, 6, 128), np.float32), requires_grad=True), Context(1, 6), 0)
     assert not calls
     with no_grad():
-        attention(g.standard_normal((1, 6, 48), np.float32), Context(1, 6), 0)
+        attention(g.standard_normal((1, 6, 128), np.float32), Context(1, 6), 0)
     assert len(calls) == 1
 
 
