@@ -62,6 +62,11 @@ struct Largest {
         first_age = andi(xori(over, seti(-1)), older);
         first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
     }
+    // Without ages, where nothing stands beside.
+    FASTLM_MEMBER void see_size(vf v) {
+        const vi size = as_int(abs(v)), below = mini(first, size), last = mini(second, below);
+        first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
+    }
     FASTLM_MEMBER bool finite() const { return bits(lt(as_float(first), set(__builtin_inff()))) == kLanes; }
     // The largest of all, taken out, and its place, the lowest where equal; of `vectors` seen. Zero: no place.
     FASTLM_MEMBER float take(int64_t vectors, int64_t& k) {
@@ -107,7 +112,7 @@ struct RoundRow {
     FASTLM_MEMBER uint8_t* place(int64_t k) const { return to + k / kGroup * kGroup * R + k % kGroup; }
 
     // After the first pass.
-    void between() {
+    void between(bool aged) {
         if (K == 0 || !largest.finite()) {
             ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
             for (int32_t& e : ends.place) e = int32_t(kWord + 3);  // any four bytes of the panel
@@ -115,15 +120,36 @@ struct RoundRow {
             std::memcpy(last, &ends, sizeof(Ends));
             return;
         }
+        float exact[kInt8Exact];
+        for (int e = 0; e < kInt8Exact; ++e) exact[e] = largest.take(ceil_div(K, W), taken[e]);
+        if (!aged) find(exact);
         for (int e = 0; e < kInt8Exact; ++e) {
-            largest.take(ceil_div(K, W), taken[e]);
             if (taken[e] < 0) taken[e] = e ? taken[0] : 0;  // zero, wherever it is
-            else ends.exact[e] = columns ? a[taken[e]] * columns[taken[e]] : a[taken[e]];
+            else if (exact[e] != 0.0f) ends.exact[e] = columns ? a[taken[e]] * columns[taken[e]] : a[taken[e]];
             ends.place[e] = int32_t(kHead + taken[e] / 4 * kWord + taken[e] % 4);
         }
         const float most = reduce_max(as_float(largest.first));
         inverse = 0.0f, live = true;
         if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
+    }
+    // Where these lie, the lowest k where equal.
+    void find(const float (&exact)[kInt8Exact]) {
+        int left = 0;
+        for (int e = 0; e < kInt8Exact; ++e) taken[e] = -1, left += exact[e] != 0.0f;
+        const vf least_exact = set(exact[left ? left - 1 : 0]);
+        for (int64_t k = 0; left > 0; k += W) {
+            const vf v = at(k);
+            for (uint32_t here = bits(le(least_exact, abs(v))) & kLanes; here != 0; here &= here - 1) {
+                float lanes[W];
+                store(lanes, abs(v));
+                const int lane = __builtin_ctz(here);
+                for (int e = 0; e < kInt8Exact; ++e) {
+                    if (taken[e] >= 0 || lanes[lane] != exact[e]) continue;
+                    taken[e] = k + lane, --left;
+                    break;
+                }
+            }
+        }
     }
     FASTLM_MEMBER void code(int64_t k) {
         // After this addition a lane's low byte is the code, rounded to even.
@@ -137,9 +163,9 @@ struct RoundRow {
     }
     void all() {
         Largest found;
-        for (int64_t k = 0; k < K; k += W) found.see(at(k));
+        for (int64_t k = 0; k < K; k += W) found.see_size(at(k));
         largest = found;
-        between();
+        between(false);
         if (!live) return;
         for (int64_t k = 0; k < K; k += W) code(k);
         close();
@@ -308,7 +334,7 @@ struct RowsProduct {
         FASTLM_MEMBER void close(Beside pass) {
             if (pass == Beside::nothing) return;
             if (pass == Beside::largest) {
-                row.between();
+                row.between(true);
                 opened = row.live;
                 if (opened) return;
             } else {
@@ -368,8 +394,8 @@ void int8_rows(const Int8Rows& p) {
     const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
     // Blocks of panels that a thread multiplies with all columns, while it rounds the next one beside.
     const int64_t threads_used = parallel ? num_threads() : 1;
-    // A row takes two tiles' time.
-    const bool beside = p.columns && p.K % kGroup == 0 && product.size > kTall / 2 && steps >= 2 * kTall;
+    // Two passes a row: with fewer columns than that takes, some rows of a block are left to be rounded before it.
+    const bool beside = p.columns && p.K % kGroup == 0 && product.size > kTall / 2 && steps >= kTall;
     int64_t blocks = least(count, ceil_div(p.M * p.K, beside ? kRowsBeside : kRowsOwn));
     if (parallel) blocks = ceil_div(blocks, num_threads()) * num_threads();
     if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
