@@ -53,6 +53,7 @@ def draw(groups: dict[Key, Group], path: str) -> bool:
     axes.plot(intensity, np.minimum(roof["gflops"], cache * intensity), "k:", label=f"cache {cache:.0f} GB/s")
     for key, what in (
         ("gflops", "GFLOP/s float32"),
+        ("fast_gflops", "GFLOP/s float32, fast inner product"),
         ("int8_scaled_gops", "Gop/s 8 bits, a scale for 32"),
         ("int8_gops", "Gop/s 8 bits"),
     ):

@@ -103,7 +103,8 @@ class LM:
         which reads them all for each id, is faster, from bfloat16 by about a third.
 
         Q8_ROW is the fastest for prompts, batches and encoders: 8 bits with one scale a row, multiplied with rows of x that are rounded
-        the same way (`activations` is "int8" then). The head and the token embedding become Q8_0.
+        the same way (`activations` is "int8" then). Encoders with heads of 64 or more attend in 8 bits, too. The
+        head and the token embedding become Q8_0.
 
         These are the weights of the linear layers, the token embedding and the head; those whose rows are no multiple of 32 long, and
         routers of experts, stay as they are. The bytes are those of ggml's reference quantisers. activations: None keeps what is set.
