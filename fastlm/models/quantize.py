@@ -169,7 +169,9 @@ def _made(name: str, w: Any, kind: str) -> QuantizedArray:
 
 def _float(name: str, w: Any) -> Any:
     if backend.device_of(w) is not None:
-        raise ValueError(f"[quantize] it is on {w.device.name}, and weights are quantised on the CPU: call lm.to('cpu') first.")
+        raise ValueError(
+            f"[quantize] {name}: it is on {w.device.name}, and weights are quantised on the CPU: call lm.to('cpu') first."
+        )
     if isinstance(w, Declared):
         raise ValueError(f"[quantize] {name} has no value yet: load or initialise the model first.")
     return w.dequantize() if isinstance(w, QuantizedArray) else np.asarray(w, np.float32)
