@@ -68,7 +68,7 @@ def attention(
         check.shape("attention", "v", vd, f"{first}, G, E{_EXTRA[extra]})", wanted, f"k is {kd.shape}.")
     scale = D**-0.5 if scale is None else check.number("attention", "scale", scale)
     bd = None if bias is None else _bias(data(bias), B, T, S, H)
-    ld = None if lengths is None else _lengths(lengths, B, S, qd)
+    ld = None if lengths is None else lengths_of("attention", lengths, B, S, qd)
     reach = _window("attention", window)
     if table is not None:
         if isinstance(table, np.ndarray):
@@ -141,13 +141,7 @@ def attention_packed(
         check.shape(op, "v", vd, "(R, G, E)", (R, G, E or D), f"k is {kd.shape}.")
     scale = D**-0.5 if scale is None else check.number(op, "scale", scale)
     reach = _window(op, window)
-    offsets = check.array(op, "offsets", offsets, dtype=np.int32, ndim=1)
-    host = offsets if isinstance(offsets, np.ndarray) else offsets.numpy()
-    lengths = np.diff(host)
-    if len(host) == 0 or host[0] != 0 or host[-1] != R or (len(lengths) and lengths.min() < 0):
-        raise ValueError(f"[{op}] offsets must grow from 0 to R = {R}, got {_shortened(host)}. q is {qd.shape}.")
-    longest = int(lengths.max(initial=0))
-    offsets = _beside(qd, offsets)
+    offsets, longest = offsets_of(op, offsets, qd)
 
     y = backend.empty((R, H, E), qd.dtype, like=qd)
     if not recording(q, k, v):
@@ -174,8 +168,15 @@ def _packed_view(name: str, x: Any) -> Array:
     return view
 
 
-def _shortened(x: Array) -> str:
-    return np.array2string(x, threshold=8, edgeitems=3)
+def offsets_of(op: str, offsets: Any, q: Array) -> tuple[Array, int]:
+    """Offsets of sequences among q's rows, where q is, and the longest sequence's length."""
+    offsets = check.array(op, "offsets", offsets, dtype=np.int32, ndim=1)
+    host = offsets if isinstance(offsets, np.ndarray) else offsets.numpy()
+    lengths = np.diff(host)
+    if len(host) == 0 or host[0] != 0 or host[-1] != q.shape[0] or lengths.min(initial=0) < 0:
+        shown = np.array2string(host, threshold=8, edgeitems=3)
+        raise ValueError(f"[{op}] offsets must grow from 0 to R = {q.shape[0]}, got {shown}. q is {q.shape}.")
+    return _beside(q, offsets), int(lengths.max(initial=0))
 
 
 def _window(op: str, window: int | None) -> int:
@@ -203,14 +204,15 @@ def _bias(x: Any, B: int, T: int, S: int, H: int) -> Array:
     return result
 
 
-def _lengths(x: Any, B: int, S: int, q: Array) -> Array:
+def lengths_of(op: str, x: Any, B: int, S: int, q: Array) -> Array:
+    """Valid keys of each of B sequences, where q is."""
     if not isinstance(x, np.ndarray) or x.dtype != _I32 or x.shape != (B,) or not x.flags.c_contiguous:
-        x = check.array("attention", "lengths", x, dtype=np.int32, ndim=1)
-        check.shape("attention", "lengths", x, "(B,)", (B,))
+        x = check.array(op, "lengths", x, dtype=np.int32, ndim=1)
+        check.shape(op, "lengths", x, "(B,)", (B,))
     if isinstance(x, np.ndarray):
         values = x.tolist()
         if values and (min(values) < 0 or max(values) > S):
-            raise ValueError(f"[attention] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
+            raise ValueError(f"[{op}] lengths must be from 0 to S = {S}, got {min(values)} to {max(values)}.")
     return _beside(q, x)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from fastlm import _C, backend
 from fastlm.backend import Array
 from fastlm.ops import check
+from fastlm.ops.attention import lengths_of, offsets_of
 from fastlm.ops.cache_append import head_view
 from fastlm.tensor import data, recording, wrap
 
@@ -46,16 +47,9 @@ def int8_attention(q: Any, k: Any, v: Any, *, scale: float | None = None, length
     if packed:
         if lengths is not None:
             raise ValueError(f"[{op}] lengths must be None with offsets, which say them.")
-        offsets = check.array(op, "offsets", offsets, dtype=np.int32, ndim=1)
-        sizes = np.diff(offsets)
-        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(qd) or sizes.min(initial=0) < 0:
-            raise ValueError(f"[{op}] offsets must grow from 0 to R = {len(qd)}, got {np.array2string(offsets, threshold=8)}.")
-        longest = int(sizes.max(initial=0))
+        offsets, longest = offsets_of(op, offsets, qd)
     elif lengths is not None:
-        lengths = check.array(op, "lengths", lengths, dtype=np.int32, ndim=1)
-        check.shape(op, "lengths", lengths, "(B,)", (len(qd),))
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > longest):
-            raise ValueError(f"[{op}] lengths must be from 0 to S = {longest}, got {lengths.min()} to {lengths.max()}.")
+        lengths = lengths_of(op, lengths, len(qd), longest, qd)
     most, deepest = _C.int8_attention_keys, _C.int8_attention_depth
     if longest > most or deepest < D:  # sums of products of bytes would not fit 32 bits
         raise ValueError(f"[{op}] a sequence must have at most {most} keys of at most {deepest} numbers, got {longest} of {D}.")
