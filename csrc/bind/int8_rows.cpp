@@ -33,10 +33,22 @@ void bind_int8_rows(py::module_& m) {
     m.def("int8_rows",
           [](const py::array& c, const py::object& z, const py::array& a, const py::array& packed, const py::object& columns,
              const py::object& bias, const py::object& residual, int64_t M, int64_t N, int64_t K, int activation) {
-              const Int8Rows p{f32(c),        f32(z), nullptr, f32(a), data<uint8_t>(packed), f32(columns), f32(bias),
-                               f32(residual), M,      N,       K,      Activation(activation)};
-              launch(rows_kernels().matmul, p, &Int8Rows::workspace, rows_kernels().workspace(M, K));
+              Int8RowsTogether p{};
+              p.each[0] = {f32(c), f32(z), f32(a), data<uint8_t>(packed), f32(columns), f32(bias), f32(residual),
+                           M,      N,      K,      Activation(activation)};
+              p.count = 1;
+              launch(rows_kernels().matmul, p, &Int8RowsTogether::workspace, rows_kernels().workspace(M, K));
           });
+    // c[i] = a packed[i]^T + bias[i], weights with the same columns.
+    m.def("int8_rows_together", [](const std::vector<py::array>& c, const py::array& a, const std::vector<py::array>& packed,
+                                   const py::object& columns, const std::vector<py::object>& bias) {
+        Int8RowsTogether p{};
+        for (size_t i = 0; i < c.size(); ++i)
+            p.each[i] = {f32(c[i]), nullptr,    f32(a),  data<uint8_t>(packed[i]), f32(columns), f32(bias[i]), nullptr,
+                         rows(a),   last(c[i]), last(a), Activation::none};
+        p.count = int64_t(c.size());
+        launch(rows_kernels().matmul, p, &Int8RowsTogether::workspace, rows_kernels().workspace(rows(a), last(a)));
+    });
 }
 
 }  // namespace fastlm

@@ -17,14 +17,16 @@ FASTLM_INLINE vi set_bytes(const uint8_t* p) {
 }
 
 // acc + the dot products of the lanes' bytes, u0 with s0 and u1 with s1. u is unsigned and below 2^Bits, s signed and above -128.
-// dot8: of one pair, u of all 8 bits.
+// dot8: of one pair, u of all 8 bits. dot16: of the two signed 16-bit numbers of each lane.
 #if defined(FASTLM_VNNI) && defined(FASTLM_ISA_AVX512)
 FASTLM_INLINE vi dot8(vi acc, vi u, vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
+FASTLM_INLINE vi dot16(vi acc, vi a, vi b) { return _mm512_dpwssd_epi32(acc, a, b); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, u0, s0), u1, s1);
 }
 #elif defined(FASTLM_VNNI)
 FASTLM_INLINE vi dot8(vi acc, vi u, vi s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
+FASTLM_INLINE vi dot16(vi acc, vi a, vi b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, u0, s0), u1, s1);
 }
@@ -40,6 +42,7 @@ FASTLM_INLINE vi dot8(vi acc, vi u, vi s) {
     const vi odd = FASTLM_I(madd_epi16)(FASTLM_I(srli_epi16)(u, 8), FASTLM_I(srai_epi16)(s, 8));
     return addi(acc, addi(even, odd));
 }
+FASTLM_INLINE vi dot16(vi acc, vi a, vi b) { return addi(acc, FASTLM_I(madd_epi16)(a, b)); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) {
     if constexpr (Bits <= 6) {  // pairs in 16 bits do not saturate: 4 * 63 * 127 < 2^15
         const vi pairs = FASTLM_I(add_epi16)(FASTLM_I(maddubs_epi16)(u0, s0), FASTLM_I(maddubs_epi16)(u1, s1));
@@ -57,8 +60,21 @@ FASTLM_INLINE vi dot8(vi acc, vi u, vi s) {
     acc = acc + ((u >> 16) & low) * ((s << 8) >> 24);
     return acc + ((u >> 24) & low) * (s >> 24);
 }
+FASTLM_INLINE vi dot16(vi acc, vi a, vi b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) { return dot8(dot8(acc, u0, s0), u1, s1); }
 #endif
+
+// In each lane 256 times the first bytes of the lanes at `high` and at `low`, as two numbers of 16 bits. Three bytes before `high`
+// and one before `low` are read too.
+FASTLM_INLINE vi two_bytes(const uint8_t* high, const uint8_t* low) {
+#if defined(FASTLM_ISA_AVX512)
+    const __m512i first = _mm512_maskz_loadu_epi8(0x8888888888888888, high - 3);
+    return _mm512_mask_loadu_epi8(first, 0x2222222222222222, low - 1);
+#else
+    const vi a = as_int(load(reinterpret_cast<const float*>(high - 3))), b = as_int(load(reinterpret_cast<const float*>(low - 1)));
+    return ori(andi(a, seti(int32_t(0xFF000000))), andi(b, seti(0xFF00)));
+#endif
+}
 
 // Holds a value in a register from here on: an array of sums that a loop adds to is else kept on the stack as well.
 FASTLM_INLINE vi in_register(vi x) {

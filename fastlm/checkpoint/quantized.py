@@ -199,7 +199,7 @@ def expand(w: Any, weight: QuantizedArray) -> None:
         table.dequantize(w, weight.blocks, None, FORMATS[weight.kind][0])
 
 
-def quantize(w: Any, kind: str) -> QuantizedArray:
+def quantize(w: Any, kind: str, columns: NDArray[np.float32] | None = None) -> QuantizedArray:
     """w (..., in) of float32, bfloat16 or float16 in blocks of 32: the bytes of ggml's reference and of `gguf.quants.quantize`; or
     with one scale a row and one a column, whose root-mean-square they make more even; or, LOSSLESS, with every bit (float16 becomes
     float32).
@@ -207,7 +207,8 @@ def quantize(w: Any, kind: str) -> QuantizedArray:
     kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_ROW" or "LOSSLESS". `in` is a multiple of 32 (Q8_ROW, LOSSLESS: any). Raises TypeError
     for a dtype; ValueError for another kind, a size, a number that is not finite, numbers so large that float16 does not hold their
     scale, and for LOSSLESS weights whose exponents are too many to be packed.
-    On a device w is float32 or bfloat16 and kind one of ggml's; the blocks are there.
+    columns: of Q8_ROW, (in,) float32, in place of w's own: those of another weight that reads the same x, which is then rounded once for
+    both. On a device w is float32 or bfloat16 and kind one of ggml's; the blocks are there.
     """
     if kind not in MADE:
         raise ValueError(f"[quantize] kind must be one of {', '.join(MADE)}, got {kind!r}.")
@@ -229,7 +230,7 @@ def quantize(w: Any, kind: str) -> QuantizedArray:
         return _lossless(w)
     x = np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), K), np.float32)
     if kind == ROW:
-        columns = _columns(x)
+        columns = columns_of(x) if columns is None else columns
         return QuantizedArray(kind, w.shape, _row_blocks(x / columns), columns=columns)
     blocks = np.empty((x.shape[0], K // values * size), np.uint8)
     return _written(kind, w.shape, blocks, _C.quantize(blocks, x, type_id))
@@ -265,9 +266,9 @@ def _row_blocks(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     return blocks
 
 
-def _columns(w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What w (R, K) is divided by, column by column, before its rows are rounded: the root of the column's root-mean-square over their
-    mean. A row's few large weights stand in the same columns as its neighbours'."""
+def columns_of(w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What w (R, K) is divided by, column by column, before its rows are rounded to Q8_ROW: the root of the column's root-mean-square over
+    their mean. A row's few large weights stand in the same columns as its neighbours'."""
     with np.errstate(over="ignore", invalid="ignore"):
         size = np.sqrt(np.mean(np.square(w, dtype=np.float64), axis=0)) if len(w) else np.ones(w.shape[1])
         mean = size.mean() if size.size else 1.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastlm import backend
-from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, LOSSLESS, MADE, ROW, QuantizedArray
+from fastlm.checkpoint.quantized import ACTIVATIONS, FORMATS, LOSSLESS, MADE, ROW, QuantizedArray, columns_of
 from fastlm.checkpoint.quantized import quantize as quantized
 from fastlm.models.base import LanguageModel
 from fastlm.models.convert import BFLOAT16
@@ -32,6 +32,20 @@ def matrices(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}{name}.weight", part.weight
         else:
             yield from matrices(part, f"{prefix}{name}.")
+
+
+def _one_input(module: Module) -> Iterator[list[Tensor]]:
+    """The weights of linear layers that read the same x.
+
+    The last one's columns serve for all. Its errors, values' or the gated ones', reach the output as they are, the others' through a
+    softmax or a gate: perplexity rises by as much as with columns of their own, by half as much again with those of all together.
+    """
+    for _, part in module.parts():
+        if isinstance(part, Module):
+            yield from _one_input(part)
+    parts = [getattr(module, name) for name in module.one_input]
+    if parts:
+        yield [part.weight for part in parts]
 
 
 def rounds(name: str) -> bool:
@@ -77,9 +91,16 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
     for name, p, k in found:  # before the first is replaced: its numbers would be lost
         _check_numbers(name, p.data, k)
     before = [(p, p.data) for _, p, _ in found if isinstance(p.data, QuantizedArray)]  # few bytes: these are kept until all is done
+    lasts = {id(p): group[-1] for group in _one_input(model) for p in group}
+    columns: dict[int, Any] = {}
     for name, p, k in found:
+        last = lasts.get(id(p), p)
+        if k == ROW and id(last) not in columns:
+            columns[id(last)] = columns_of(_float(name, last.data))
         try:
-            p.data = _made(name, p.data, k).with_activations(activations if rounds(name) else _WIDE[activations])
+            p.data = _made(name, p.data, k, columns[id(last)] if k == ROW else None).with_activations(
+                activations if rounds(name) else _WIDE[activations]
+            )
         except ValueError:
             for q, w in before:
                 q.data = w
@@ -157,11 +178,11 @@ def _check_numbers(name: str, w: Any, kind: str) -> None:
         _made(name, w, kind)
 
 
-def _made(name: str, w: Any, kind: str) -> QuantizedArray:
+def _made(name: str, w: Any, kind: str, columns: Any = None) -> QuantizedArray:
     """The blocks of a matrix."""
     numbers = _float(name, w)
     try:
-        return quantized(numbers, kind)
+        return quantized(numbers, kind, columns)
     except ValueError as error:
         reason = str(error).removeprefix("[quantize] ").removesuffix(".")
         raise ValueError(f"[quantize] {name}: {reason}. Nothing was quantised: LOSSLESS keeps such numbers as they are.") from None

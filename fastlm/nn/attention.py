@@ -36,6 +36,8 @@ class Attention(Module):
     What is hidden and added besides is said by the call's Context (padding, masks, shared position biases) and by `bias`.
     """
 
+    one_input: tuple[str, ...] = ("q", "k", "v")
+
     def __init__(
         self,
         d_model: int,
@@ -139,6 +141,8 @@ class Attention(Module):
 class FusedAttention(Attention):
     """Attention whose query, key and value matrices are one, stacked in that order: GPT-2."""
 
+    one_input = ()
+
     def declare(self, d_model: int, bias: bool, std: float) -> None:
         self.sizes = (self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim)
         self.qkv = Linear(d_model, sum(self.sizes), bias, std)
@@ -151,9 +155,12 @@ class FusedAttention(Attention):
 class CrossAttention(Attention):
     """Attention to another sequence, `context.memory`: its keys and values are computed at first use and kept there."""
 
+    one_input = ("k", "v")
+
     def keys_values(self, states: Any) -> tuple[Any, Any]:
         """states (B, S, C) -> k and v (B, S, G, D)."""
-        return self.heads(self.k(states), self.n_kv_head, self.k_norm), self.heads(self.v(states), self.n_kv_head)
+        k, v = side_by_side(states, self.k, self.v)
+        return self.heads(k, self.n_kv_head, self.k_norm), self.heads(v, self.n_kv_head)
 
     def __call__(self, x: Any, context: Context, layer: int, residual: Any = None, bias: Any = None) -> Any:
         memory = context.memory

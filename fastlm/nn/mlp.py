@@ -24,6 +24,8 @@ class MLP(Module):
 class GatedMLP(Module):
     """down(act(gate(x)) * up(x)) + residual. Shazeer 2020, arXiv:2002.05202."""
 
+    one_input = ("gate", "up")
+
     def __init__(self, d_model: int, d_ff: int, activation: str = "silu", bias: bool = False, out_std: float = 0.02) -> None:
         self.gate = Linear(d_model, d_ff, bias)
         self.up = Linear(d_model, d_ff, bias)

@@ -45,6 +45,7 @@ def parameter(*shape: int, std: float = 0.0, value: float = 0.0) -> Tensor:
 class Module:
     """A part of a model. Attributes that are Tensors are parameters; Modules and lists of Modules are parts with their own."""
 
+    one_input: tuple[str, ...] = ()  # Linear parts that read the same x: as Q8_ROW they have the last one's columns
     ties = ""  # what ties a model's blocks together, so that none can be computed again by itself: see nn.recompute
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

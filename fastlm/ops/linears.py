@@ -11,7 +11,7 @@ import numpy as np
 
 from fastlm import _C, backend
 from fastlm.backend import Array
-from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, QuantizedArray
+from fastlm.checkpoint.quantized import FORMATS, LOSSLESS, ROW, QuantizedArray
 from fastlm.ops import check
 from fastlm.ops.activation import KINDS
 from fastlm.ops.gated import gated
@@ -27,8 +27,9 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None,
     """[linear(x, weight, bias, fast=fast) for each], with the same bits.
 
     For a few rows, as decoding has them, products of one storage are one launch: the threads are woken once. So are those of plain
-    arrays and those with x rounded to 8 bits, for any number of rows: x is packed or rounded once. Else, and where a gradient is wanted,
-    they are what `linear` makes of them, which also says what is wrong.
+    arrays and those with x rounded to 8 bits, for any number of rows: x is packed or rounded once; of Q8_ROW those whose columns are
+    the same, as `lm.quantize` makes them. Else, and where a gradient is wanted, they are what `linear` makes of them, which also says
+    what is wrong.
     """
     biases = [None] * len(weights) if biases is None else biases
     if not weights or len(biases) != len(weights):
@@ -46,7 +47,9 @@ def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None,
         product(y, xd, wt, 1, ends[-1], xd.shape[-1])
         return [wrap(y[..., end - w.shape[0] : end], x, *weights) for w, end in zip(ws, ends, strict=True)]
     ys: list[Array] = [backend.empty((*xd.shape[:-1], w.shape[0])) for w in ws]
-    if isinstance(first, QuantizedArray) and first.kind == LOSSLESS:
+    if isinstance(first, QuantizedArray) and first.kind == ROW:
+        _C.int8_rows_together(ys, xd, [packed(w) for w in ws], first.columns, bs)
+    elif isinstance(first, QuantizedArray) and first.kind == LOSSLESS:
         _C.lossless_matmuls(ys, xd, [w.blocks for w in ws], bs, first.value_bytes)
     elif isinstance(first, QuantizedArray):
         multiply = _C.int8_matmuls if first.activations == "int8" else _C.quantized_matmuls
@@ -64,7 +67,8 @@ def gated_linears(x: Any, gate: Any, up: Any, kind: str, biases: Sequence[Any] =
     With 8-bit activations one launch: the gate's product never goes to memory.
     """
     xd, ws, bs = data(x), [data(gate), data(up)], [data(b) for b in biases]
-    one = not recording(x, gate, up, *biases) and ws[0].shape == ws[1].shape and _rounded(ws[0]) and _together(xd, ws, bs)
+    one = not recording(x, gate, up, *biases) and ws[0].shape == ws[1].shape and _rounded(ws[0]) and ws[0].kind != ROW
+    one = one and _together(xd, ws, bs)
     if not one:
         first, second = linears(x, (gate, up), biases)
         return gated(first, second, kind)
@@ -88,6 +92,10 @@ def _together(x: Any, weights: Sequence[Any], biases: Sequence[Any]) -> bool:
     return all(_fits(w, b, weights[0], x.shape[-1]) for w, b in zip(weights, biases, strict=True))
 
 
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
 def _fits(w: Any, b: Any, first: Any, K: int) -> bool:
     """Whether a weight and its bias are what `linear` takes, and of the storage of the first."""
     if b is not None and not (type(b) is np.ndarray and b.dtype == _F32 and b.shape == (w.shape[0],) and b.flags.c_contiguous):
@@ -95,7 +103,11 @@ def _fits(w: Any, b: Any, first: Any, K: int) -> bool:
     if isinstance(w, QuantizedArray):
         alike = isinstance(first, QuantizedArray) and w.kind == first.kind and w.activations == first.activations
         alike = alike and w.activations != "int16"  # a head's, which has no such launch
-        alike = alike and (w.kind in FORMATS or (w.kind == LOSSLESS and w.value_bytes == first.value_bytes))
+        alike = alike and (
+            w.kind in FORMATS
+            or (w.kind == LOSSLESS and w.value_bytes == first.value_bytes)
+            or (w.kind == ROW and _same(w.columns, first.columns))
+        )
     else:
         alike = type(w) is np.ndarray and w.dtype == first.dtype and w.dtype in STORAGE and w.flags.c_contiguous
     return alike and len(w.shape) == 2 and w.shape[1] == K

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlm.kernels.quantized_matmul.quantized_matmul_gpu import check_together, rest
 
-# The most rows, the tile, warps: three sums of a tile lie in registers. The first that fits is taken.
+# The most rows, the tile, warps: two sums of a tile lie in registers. The first that fits is taken.
 TILES = [(16, {"BM": 16, "BN": 16, "BK": 128}, 4), (1 << 31, {"BM": 64, "BN": 32, "BK": 64}, 8)]
 BLOCK = 1024  # numbers of x that a program reads in a step
 WEIGHTS = 1024  # that a program expands
@@ -26,11 +26,11 @@ def int8_rows(
         return
     check_together("int8_rows", x, c=c, z=z, bias=bias, residual=residual)
     wide = -(-K // 16) * 16  # rows of codes begin at whole vectors
-    codes, scales, exact, places = gpu.empty((M, wide), "int8"), gpu.empty((M,)), gpu.empty((M, 2)), gpu.empty((M, 2), "int32")
-    given = {"codes": codes, "scales": scales, "exact": exact, "places": places, "x": x, "columns": columns, "K": K, "wide": wide}
+    codes, high, scales = gpu.empty((M, wide), "int8"), gpu.empty((M, wide), "int8"), gpu.empty((M,))
+    given = {"codes": codes, "high": high, "scales": scales, "x": x, "columns": columns, "K": K, "wide": wide}
     gpu.triton("int8_rows_codes", (M,), given, plain=("K",), fused=False, BLOCK=BLOCK)
     _, tile, warps = next(t for t in TILES if t[0] >= M)
-    arguments = {"c": c, "z": c if z is None else z, "codes": codes, "scales": scales, "exact": exact, "places": places}
+    arguments = {"c": c, "z": c if z is None else z, "codes": codes, "high": high, "scales": scales}
     arguments |= {"blocks": blocks} | rest(c, z, x, bias, residual, activation) | {"M": M, "N": N, "K": K, "wide": wide}
     grid = -(-M // tile["BM"]) * -(-N // tile["BN"])
     gpu.triton("int8_rows_tile", (grid,), arguments, plain=("flags", "activation", "M", "N"), warps=warps, fused=False, **tile)

@@ -1,8 +1,8 @@
 """Products with rows of 8 bits and rounded rows of x in Triton: the operations of int8_rows.h, compiled without fused multiply-adds, so
 that every row has the CPU's bits. x is float32 or bfloat16.
 
-`int8_rows_codes` rounds x and finds the two numbers of a row that stay exact. What they are multiplied with comes from the tensor cores,
-too: a row of codes that is one at their place and else zero picks it out, where a column read from memory would be N strided bytes.
+`int8_rows_codes` rounds x to low bytes and to what these leave over 256, which is zero but for two numbers of a row; both are multiplied
+on the tensor cores: columns of the weight for two numbers would be strided bytes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def _magnitude(key):
 
 
 @triton.jit
-def int8_rows_codes(codes, scales, exact, places, x, columns, K, wide, BLOCK: tl.constexpr):
-    """A row: codes (wide,), zeros from K on, its scale, nan where a number is not finite, the two numbers that are largest, the first of
-    equal ones, and their places."""
+def int8_rows_codes(codes, high, scales, x, columns, K, wide, BLOCK: tl.constexpr):
+    """A row: low bytes of codes (wide,) and what they leave over 256 (wide,), zeros from K on, and its scale, nan where a number is not
+    finite."""
     m, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x += m * K
-    # A key is a magnitude's bits and, below, how far its place is from the largest possible; 0 where there is no number. Each lane keeps
-    # its three largest.
+    # A key is a magnitude's bits and, below, its place, which tells equal ones apart; 0 where there is no number. Each lane keeps its
+    # three largest.
     first, second, third = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, K, BLOCK):
@@ -48,8 +48,7 @@ def int8_rows_codes(codes, scales, exact, places, x, columns, K, wide, BLOCK: tl
         size = tl.abs(_numbers(x, columns, k, K))
         finite = size < float("inf")
         wrong |= (finite == 0).to(tl.int32)
-        key = size.to(tl.int32, bitcast=True).to(tl.int64) << 32 | (0x7FFFFFFF - k).to(tl.int64)
-        key = tl.where(finite & (k < K), key, 0)
+        key = tl.where(finite & (k < K), size.to(tl.int32, bitcast=True).to(tl.int64) << 32 | k.to(tl.int64), 0)
         low = tl.minimum(first, key)
         first = tl.maximum(first, key)
         lower = tl.minimum(second, low)
@@ -60,20 +59,14 @@ def int8_rows_codes(codes, scales, exact, places, x, columns, K, wide, BLOCK: tl
     mine = first == one
     first, second = tl.where(mine, second, first), tl.where(mine, third, second)
     two = tl.max(first, 0)
-    largest = _magnitude(tl.max(tl.where(first == two, second, first), 0))
-    for e in tl.static_range(2):
-        key = one if e == 0 else two
-        place = tl.where(key > 0, 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32), 0)
-        value = _numbers(x, columns, place, tl.where(sane & (key > 0), K, 0))
-        tl.store(exact + m * 2 + e, value)
-        tl.store(places + m * 2 + e, place)
-    at, other = 0x7FFFFFFF - (one & 0x7FFFFFFF).to(tl.int32), 0x7FFFFFFF - (two & 0x7FFFFFFF).to(tl.int32)
-    largest = tl.where(sane, largest, 0.0)
+    rest = tl.max(tl.where(first == two, second, first), 0)
+    largest = tl.where(sane, tl.maximum(_magnitude(rest), _magnitude(one) * 0.00390625), 0.0)
     for start in range(0, wide, BLOCK):
         k = start + i
-        v = tl.where((k == at) | (k == other), 0.0, _numbers(x, columns, k, K))
-        q, _ = rounded(v, largest)
-        tl.store(codes + m * wide + k, q.to(tl.int8), mask=k < wide)
+        q, _ = rounded(_numbers(x, columns, k, K), largest)
+        raised = q.to(tl.int32) + 128
+        tl.store(codes + m * wide + k, ((raised & 255) - 128).to(tl.int8), mask=k < wide)
+        tl.store(high + m * wide + k, (raised >> 8).to(tl.int8), mask=k < wide)
     _, scale = rounded(largest, largest)
     tl.store(scales + m, tl.where(sane, scale, float("nan")))
 
@@ -89,7 +82,7 @@ def _row_scale(row, known):
 
 @triton.jit
 def int8_rows_tile(
-    c, z, codes, scales, exact, places, blocks, bias, residual, flags, activation, M, N, K, wide,
+    c, z, codes, high, scales, blocks, bias, residual, flags, activation, M, N, K, wide,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of c, (BM, BN)."""
@@ -97,21 +90,16 @@ def int8_rows_tile(
     m, n = top + tl.arange(0, BM), left + tl.arange(0, BN)
     i, known = tl.arange(0, BK), n < N
     row = blocks + n.to(tl.int64) * (K + 4)
-    here, there = codes + m.to(tl.int64)[:, None] * wide + i[None, :], row[None, :] + 4 + i[:, None]
-    at, other = tl.load(places + 2 * m, mask=m < M, other=-1), tl.load(places + 2 * m + 1, mask=m < M, other=-1)
-    sums = tl.zeros([BM, BN], tl.int32)
-    one = tl.zeros([BM, BN], tl.int32)
-    two = tl.zeros([BM, BN], tl.int32)
+    here, there = m.to(tl.int64)[:, None] * wide + i[None, :], row[None, :] + 4 + i[:, None]
+    low = tl.zeros([BM, BN], tl.int32)
+    top = tl.zeros([BM, BN], tl.int32)
     for k in range(0, K, BK):
-        a = tl.load(here + k, mask=(m < M)[:, None] & (i < wide - k)[None, :], other=0)
+        inside = (m < M)[:, None] & (i < wide - k)[None, :]
         b = tl.load(there + k, mask=known[None, :] & (i < K - k)[:, None], other=0).to(tl.int8, bitcast=True)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-        one = tl.dot((i[None, :] == (at - k)[:, None]).to(tl.int8), b, one, out_dtype=tl.int32)
-        two = tl.dot((i[None, :] == (other - k)[:, None]).to(tl.int8), b, two, out_dtype=tl.int32)
+        low = tl.dot(tl.load(codes + here + k, mask=inside, other=0), b, low, out_dtype=tl.int32)
+        top = tl.dot(tl.load(high + here + k, mask=inside, other=0), b, top, out_dtype=tl.int32)
     d, s = _row_scale(row, known)[None, :], tl.load(scales + m, mask=m < M, other=0.0)[:, None]
-    e = tl.load(exact + 2 * m, mask=m < M, other=0.0)[:, None] * one.to(tl.float32)
-    e += tl.load(exact + 2 * m + 1, mask=m < M, other=0.0)[:, None] * two.to(tl.float32)
-    total = sums.to(tl.float32) * (d * s) + d * e
+    total = (low + (top << 8)).to(tl.float32) * (d * s)
     n, inside = n[None, :], (m < M)[:, None] & known[None, :]
     _finish(c, z, bias, residual, total, n, m.to(tl.int64)[:, None] * N + n, n < N, inside, flags, activation)
 
@@ -132,10 +120,10 @@ def variants() -> Iterator[tuple[str, dict[str, str | None], dict[str, Any], dic
     F, options = "*fp32", {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
     for f in (F, "*bf16"):
         for columns in (F, None):
-            types: dict[str, str | None] = {"codes": "*i8", "scales": F, "exact": F, "places": "*i32", "x": f, "columns": columns}
+            types: dict[str, str | None] = {"codes": "*i8", "high": "*i8", "scales": F, "x": f, "columns": columns}
             yield "int8_rows_codes", types | {"K": "i32", "wide": "i32:16"}, {"BLOCK": host.BLOCK}, options
             yield "int8_rows_weight", {"w": f, "blocks": "*u8", "columns": columns, "K": "i32"}, {"BLOCK": host.WEIGHTS}, options
-        types = {"c": f, "z": f, "codes": "*i8", "scales": F, "exact": F, "places": "*i32", "blocks": "*u8", "bias": f}
+        types = {"c": f, "z": f, "codes": "*i8", "high": "*i8", "scales": F, "blocks": "*u8", "bias": f}
         types |= {"residual": f, "flags": "i32", "activation": "i32", "M": "i32", "N": "i32"}
         for _, tile, warps in host.TILES:
             for K in ("i32:16", "i32"):

@@ -41,69 +41,61 @@ constexpr int rows_vectors(int rows) { return rows <= kUnfetchedRows && kWide ==
 
 FASTLM_INLINE int64_t groups_of(int64_t K) { return ceil_div(K, kGroup); }
 FASTLM_INLINE int64_t panel_bytes(int64_t K) { return kHead + groups_of(K) * kWords * kWord; }
-// A row of A: its codes, group by group among the rows of its panel; then, row by row, its ends.
+// A row of A: the low bytes of its codes, group by group among the rows of its panel; then, row by row, its ends.
 struct Ends {
     float scale;
-    float exact[kInt8Exact];    // what is not rounded
-    int32_t place[kInt8Exact];  // of its column in a panel of W
+    int16_t high[kInt8Beyond];   // what the low bytes leave of two codes, over 256
+    int32_t place[kInt8Beyond];  // of their columns in a panel of W
 };
 FASTLM_INLINE int64_t rounded_bytes(int64_t K) { return groups_of(K) * kGroup + int64_t(sizeof(Ends)); }
 
-// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity. And
-// how many vectors ago the first two were seen. Additions, shifts and the like alone: beside a product, which has the multipliers,
-// they cost nothing, where a comparison that gives a mask would take a product's turn.
+// The three largest magnitudes of each lane, the largest first; compared as integers, which order not-a-number above infinity.
 struct Largest {
-    vi first = seti(0), second = seti(0), third = seti(0), first_age = seti(0), second_age = seti(0);
+    vi first = seti(0), second = seti(0), third = seti(0);
     FASTLM_MEMBER void see(vf v) {
-        const vi size = as_int(abs(v)), below = mini(first, size), last = mini(second, below);
-        const vi over = sra<31>(subi(first, size)), between = sra<31>(subi(second, size));  // all ones where size is larger
-        const vi older = addi(first_age, seti(1));
-        second_age = ori(andi(over, older), andi(xori(over, seti(-1)), andi(xori(between, seti(-1)), addi(second_age, seti(1)))));
-        first_age = andi(xori(over, seti(-1)), older);
-        first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
-    }
-    // Without ages, where nothing stands beside.
-    FASTLM_MEMBER void see_size(vf v) {
         const vi size = as_int(abs(v)), below = mini(first, size), last = mini(second, below);
         first = maxi(first, size), second = maxi(second, below), third = maxi(third, last);
     }
     FASTLM_MEMBER bool finite() const { return bits(lt(as_float(first), set(__builtin_inff()))) == kLanes; }
-    // The largest of all, taken out, and its place, the lowest where equal; of `vectors` seen. Zero: no place.
-    FASTLM_MEMBER float take(int64_t vectors, int64_t& k) {
+    // The largest of all, taken out.
+    FASTLM_MEMBER float take() {
         const float most = reduce_max(as_float(first));
-        int32_t ages[W];
-        store(reinterpret_cast<float*>(ages), as_float(first_age));
-        k = -1;
-        int lane = 0;
-        for (uint32_t here = bits(eq(as_float(first), set(most))) & kLanes; here != 0 && most != 0.0f; here &= here - 1) {
-            const int l = __builtin_ctz(here);
-            const int64_t at = (vectors - 1 - ages[l]) * W + l;
-            if (k < 0 || at < k) k = at, lane = l;
-        }
-        const vm one = eq(to_float(iota()), set(float(lane)));
+        const uint32_t here = bits(eq(as_float(first), set(most))) & kLanes;
+        const vm one = eq(to_float(iota()), set(float(__builtin_ctz(here))));
         first = as_int(select(one, as_float(second), as_float(first)));
-        first_age = as_int(select(one, as_float(second_age), as_float(first_age)));
         second = as_int(select(one, as_float(third), as_float(second)));
         return most;
     }
 };
 
-// Row i of a panel of R rows, in two passes over a by groups of K: the largest magnitudes; the codes, raised by 128, and where lies
-// what is exact. A pass may be taken group by group beside a product, whose multiplications leave room for what it does.
+// Codes in the making, raised by 128. Their low bytes are stored; of what these leave, over 256, each lane keeps the sum and the
+// sum over all vectors of the sum until then, by which the place of a single one is found. Additions and shifts alone: beside a
+// product, which has the multipliers, they cost next to nothing, where a comparison that gives a mask would take a product's turn.
+constexpr float kRaise = 0x1.8p23f + 128.0f;  // after this addition the low bits are the code, rounded to even
+struct Codes {
+    vi high = seti(0), since = seti(0);
+    FASTLM_MEMBER void store(uint8_t* to, vf v, vf inverse) {
+        const vi code = as_int(v * inverse + set(kRaise));
+        store_i8(to, code);
+        high = addi(high, subi(sra<8>(code), seti(0x4B4000)));
+        since = addi(since, high);
+    }
+};
+
+// Row i of a panel of R rows, in two passes over a by groups of K: the largest magnitudes; the codes. A pass may be taken group by
+// group beside a product, whose multiplications leave room for what it does.
 struct RoundRow {
     const float *a, *columns;
     int64_t K, R;
     uint8_t *to, *last;  // the first group's codes; the ends
     Largest largest;
-    Ends ends;
-    float inverse;
-    int64_t taken[kInt8Exact];
+    Codes codes;
+    float inverse, scale;
     bool live;  // between the passes: whether there are codes
 
     FASTLM_MEMBER void open(const float* row, const float* g, int64_t depth, uint8_t* out, int64_t rows, int64_t i) {
         a = row, columns = g, K = depth, R = rows;
         to = out + i * kGroup, last = out + R * groups_of(K) * kGroup + i * int64_t(sizeof(Ends));
-        largest = Largest(), ends = {}, live = false;
     }
     FASTLM_MEMBER vf at(int64_t k) const {
         if (k + W <= K) return columns ? load(a + k) * load(columns + k) : load(a + k);
@@ -112,60 +104,55 @@ struct RoundRow {
     FASTLM_MEMBER uint8_t* place(int64_t k) const { return to + k / kGroup * kGroup * R + k % kGroup; }
 
     // After the first pass.
-    void between(bool aged) {
-        if (K == 0 || !largest.finite()) {
-            ends.scale = K == 0 ? 0.0f : __builtin_nanf("");
-            for (int32_t& e : ends.place) e = int32_t(kWord + 3);  // any four bytes of the panel
+    FASTLM_MEMBER void between() {
+        live = K > 0 && largest.finite();
+        if (!live) {
+            Ends ends = {K == 0 ? 0.0f : __builtin_nanf(""), {}, {kHead, kHead}};
             for (int64_t g = 0; g < groups_of(K); ++g) std::memset(to + g * kGroup * R, 128, kGroup);
             std::memcpy(last, &ends, sizeof(Ends));
             return;
         }
-        float exact[kInt8Exact];
-        for (int e = 0; e < kInt8Exact; ++e) exact[e] = largest.take(ceil_div(K, W), taken[e]);
-        if (!aged) find(exact);
-        for (int e = 0; e < kInt8Exact; ++e) {
-            if (taken[e] < 0) taken[e] = e ? taken[0] : 0;  // zero, wherever it is
-            else if (exact[e] != 0.0f) ends.exact[e] = columns ? a[taken[e]] * columns[taken[e]] : a[taken[e]];
-            ends.place[e] = int32_t(kHead + taken[e] / 4 * kWord + taken[e] % 4);
+        const float first = largest.take();
+        for (int e = 1; e < kInt8Beyond; ++e) largest.take();
+        const float rest = reduce_max(as_float(largest.first)), least = first * (1.0f / 256), most = rest < least ? least : rest;
+        inverse = scale = 0.0f, codes = Codes();
+        if (most >= 0x1p-100f) scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
+    }
+    // After the second.
+    FASTLM_MEMBER void close() {
+        for (int64_t k = (K + W - 1) / W * W; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
+        Ends ends = {scale, {}, {kHead, kHead}};
+        const uint32_t here = ~bits(eq(to_float(ori(codes.high, codes.since)), zero())) & kLanes;
+        if (__builtin_popcount(here) == kInt8Beyond) {  // each lane has one: the sums of sums say how many vectors ago
+            int32_t high[W], ago[W];
+            store(reinterpret_cast<float*>(high), as_float(codes.high));
+            store(reinterpret_cast<float*>(ago), as_float(to_int(to_float(codes.since) / to_float(codes.high))));
+            const int lanes[kInt8Beyond] = {__builtin_ctz(here), 31 - __builtin_clz(here)};
+            for (int e = 0; e < kInt8Beyond; ++e) keep(ends, e, (ceil_div(K, W) - ago[lanes[e]]) * W + lanes[e], high[lanes[e]]);
+        } else if (here != 0) {
+            find(ends, __builtin_ctz(here));
         }
-        const float most = reduce_max(as_float(largest.first));
-        inverse = 0.0f, live = true;
-        if (most >= 0x1p-100f) ends.scale = most * (1.0f / 127.0f), inverse = 127.0f / most;
-    }
-    // Where these lie, the lowest k where equal.
-    void find(const float (&exact)[kInt8Exact]) {
-        int left = 0;
-        for (int e = 0; e < kInt8Exact; ++e) taken[e] = -1, left += exact[e] != 0.0f;
-        const vf least_exact = set(exact[left ? left - 1 : 0]);
-        for (int64_t k = 0; left > 0; k += W) {
-            const vf v = at(k);
-            for (uint32_t here = bits(le(least_exact, abs(v))) & kLanes; here != 0; here &= here - 1) {
-                float lanes[W];
-                store(lanes, abs(v));
-                const int lane = __builtin_ctz(here);
-                for (int e = 0; e < kInt8Exact; ++e) {
-                    if (taken[e] >= 0 || lanes[lane] != exact[e]) continue;
-                    taken[e] = k + lane, --left;
-                    break;
-                }
-            }
-        }
-    }
-    FASTLM_MEMBER void code(int64_t k) {
-        // After this addition a lane's low byte is the code, rounded to even.
-        store_i8(place(k), as_int(at(k) * set(inverse) + set(0x1.8p23f + 128.0f)));
-    }
-    void close() {
-        int64_t k = (K + W - 1) / W * W;
-        for (; k < groups_of(K) * kGroup; k += W) store_i8(place(k), seti(128));
-        for (const int64_t t : taken) *place(t) = 128;
         std::memcpy(last, &ends, sizeof(Ends));
     }
+    static FASTLM_MEMBER void keep(Ends& ends, int e, int64_t k, int32_t high) {
+        ends.high[e] = int16_t(high), ends.place[e] = int32_t(kHead + k / 4 * kWord + k % 4);
+    }
+    // In lane l, which alone has any, be it one or two.
+    void find(Ends& ends, int l) const {
+        int e = 0;
+        for (int64_t k = l; k < K && e < kInt8Beyond; k += W) {
+            const float v = (columns ? a[k] * columns[k] : a[k]) * inverse + kRaise;
+            int32_t code;
+            std::memcpy(&code, &v, sizeof code);
+            if (const int32_t high = (code >> 8) - 0x4B4000) keep(ends, e++, k, high);
+        }
+    }
+    FASTLM_MEMBER void code(int64_t k) { codes.store(place(k), at(k), set(inverse)); }
     void all() {
         Largest found;
-        for (int64_t k = 0; k < K; k += W) found.see_size(at(k));
+        for (int64_t k = 0; k < K; k += W) found.see(at(k));
         largest = found;
-        between(false);
+        between();
         if (!live) return;
         for (int64_t k = 0; k < K; k += W) code(k);
         close();
@@ -189,11 +176,12 @@ struct RowsFetch {
 
 enum class Beside { nothing, largest, codes };  // the pass of a row that goes beside a product
 
-// sum (M, columns) = A panel times S vectors of rows of the weight. Beside it a pass of `row`, a group for each group of K.
-// residual: what will be added to the tile, to be fetched, or null.
+// sum (M, S W) = A panel times S vectors of rows of the weight, of which `columns` are wanted, plus bias. Beside it a pass of
+// `row`, a group for each group of K. to, residual: where the tile will lie and what will be added to it, N from row to row;
+// fetched. residual may be null.
 template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t K, int64_t column, int64_t columns,
-                                                  const uint8_t* a, float* sum, int64_t ld, const float* bias,
-                                                  const float* residual, RowsFetch fetch, RoundRow* row) {
+                                                  const uint8_t* a, float* sum, int64_t ld, const float* bias, const float* to,
+                                                  const float* residual, int64_t N, RowsFetch fetch, RoundRow* row) {
     const int64_t groups = groups_of(K), size = panel_bytes(K), last = (column + columns - 1) / kSide;
     const uint8_t *at[S], *panels[S], *ahead[S];
     vf d[S];
@@ -214,29 +202,20 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) dots[i][s] = start[s];
-    // What comes after the products is fetched by their last words: at the first, W would have driven it out of L1 again.
-    const int64_t near = kWords * groups - M;
-    const float* added = residual ? residual : sum;
     Largest largest;
-    const float inverse = B == Beside::codes ? row->inverse : 0.0f;
+    Codes made;
+    const vf inverse = set(B == Beside::codes ? row->inverse : 0.0f);
     uint8_t* codes_at = B == Beside::codes ? row->to : nullptr;
-    for (int64_t t = 0; t < kWords * groups; ++t) {  // a word at a time: two would not fit the registers
+    const auto word = [&](int64_t t) FASTLM_LAMBDA {  // a word at a time: two would not fit the registers
         if (B != Beside::nothing && t % kWords == 0) {
             const int64_t k = t * 4;
 #pragma GCC unroll 4
             for (int64_t l = 0; l < kGroup; l += W) {
                 if (B == Beside::largest) largest.see(load(row->a + k + l) * load(row->columns + k + l));
                 if (B == Beside::codes)
-                    store_i8(codes_at + t / kWords * kGroup * row->R + l,
-                             as_int(load(row->a + k + l) * load(row->columns + k + l) * set(inverse) + set(0x1.8p23f + 128.0f)));
+                    made.store(codes_at + t / kWords * kGroup * row->R + l, load(row->a + k + l) * load(row->columns + k + l),
+                               inverse);
             }
-        }
-        if (M > kUnfetchedRows) {
-            const int64_t i = greatest(t - near, 0) * ld;
-            __builtin_prefetch(added + i, 0, 3);
-            __builtin_prefetch(added + i + 16, 0, 3);
-            __builtin_prefetch(sum + i, 1, 3);
-            __builtin_prefetch(sum + i + 16, 1, 3);
         }
         const uint8_t* from = a + t / kWords * M * kGroup + t % kWords * 4;
         vi q[S];
@@ -251,30 +230,43 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], codes, q[s]));
         }
+    };
+    // What comes after the products is fetched by their last words: at the first, W would have driven it out of L1 again.
+    const int64_t words = kWords * groups, near = M > kUnfetchedRows ? greatest(words - M, 0) : words;
+    const float* added = residual ? residual : to;
+    int64_t t = 0;
+    for (; t < near; ++t) word(t);
+    for (; t < words; ++t) {
+        const int64_t i = t - near;
+        __builtin_prefetch(added + i * N, 0, 3);
+        __builtin_prefetch(added + i * N + 16, 0, 3);
+        __builtin_prefetch(to + i * N, 1, 3);
+        __builtin_prefetch(to + i * N + 16, 1, 3);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s)
+            for (const int32_t place : ends[i].place) {
+                __builtin_prefetch(panels[s] + place, 0, 3);
+                __builtin_prefetch(panels[s] + place - 3, 0, 3);
+            }
+        word(t);
     }
     if (B == Beside::largest) row->largest = largest;
+    if (B == Beside::codes) row->codes = made;
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {  // without a way out of the loop: gcc would keep the sums on the stack
+    for (int s = 0; s < S; ++s) {
         const int64_t left = columns - s * W;
         const vf extra = bias && left > 0 ? load_n(bias + s * W, left) : zero();
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            vf y = to_float(dots[i][s]) * (d[s] * set(ends[i].scale));
-            vf exact = zero();
-#pragma GCC unroll 4
-            for (int e = 0; e < kInt8Exact; ++e) {  // three bytes before, so that the code is the highest byte of its lane
-                const vi code = sra<24>(load_bytes(panels[s] + ends[i].place[e] - 3));
-                exact = e ? exact + set(ends[i].exact[e]) * to_float(code) : set(ends[i].exact[e]) * to_float(code);
-            }
-            y = y + d[s] * exact;
-            if (bias) y = y + extra;
-            if (left > 0) store_n(sum + i * ld + s * W, y, left);
+            const vi q = two_bytes(panels[s] + ends[i].place[1], panels[s] + ends[i].place[0]);
+            const vi code = set_bytes(reinterpret_cast<const uint8_t*>(ends[i].high));
+            store(sum + i * ld + s * W, to_float(dot16(dots[i][s], q, code)) * (d[s] * set(ends[i].scale)) + extra);
         }
     }
 }
 
 using RowsBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, float*, int64_t, const float*, const float*,
-                           RowsFetch, RoundRow*);
+                           const float*, int64_t, RowsFetch, RoundRow*);
 struct RowsChoice {
     RowsBlock block[3];  // by what goes beside
     int64_t columns;
@@ -288,22 +280,41 @@ template <int M = kTall> RowsChoice rows_choice(int64_t rows) {
     else return {{rows_block<M, S, Beside::nothing>, nullptr, nullptr}, S * W};
 }
 
-// The product, its rows cut into panels as equal as they can be.
+// The products, whose rows are cut into panels as equal as they can be and whose columns, one product's after the other's, into
+// steps.
 struct RowsProduct {
-    const Int8Rows& p;
-    const Target target;
+    struct Part {
+        const Int8Rows* p;
+        Target target;
+        int64_t steps;
+    };
+    struct Step {
+        const Part& part;
+        int64_t n;  // its first column
+    };
+    const Int8Rows& p;  // A, which is the same for all
     const int64_t count, size, longer, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K), words = kWords * groups_of(p.K);
     const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
-    const int64_t step = choice.columns, steps = ceil_div(p.N, step), step_bytes = ceil_div(step, kSide) * panel;
+    const int64_t step = choice.columns, step_bytes = ceil_div(step, kSide) * panel;
+    int64_t steps = 0, N = 0;
+    Part parts[kTogether];
 
-    explicit RowsProduct(const Int8Rows& p)
-        : p(p),
-          target(make_target(p.c, p.z, p.bias, p.residual, p.N, p.activation)),
-          count(ceil_div(p.M, kTall)),
-          size(p.M / count),
-          longer(p.M % count) {}
+    explicit RowsProduct(const Int8RowsTogether& all)
+        : p(all.each[0]), count(ceil_div(p.M, kTall)), size(p.M / count), longer(p.M % count) {
+        for (int64_t i = 0; i < all.count; ++i) {
+            const Int8Rows& e = all.each[i];
+            parts[i] = {&e, make_target(e.c, e.z, e.bias, e.residual, e.N, e.activation), ceil_div(e.N, step)};
+            steps += parts[i].steps, N += e.N;
+        }
+    }
 
     FASTLM_MEMBER int64_t row_of(int64_t i) const { return i * size + least(i, longer); }
+
+    FASTLM_MEMBER Step step_of(int64_t s) const {
+        const Part* part = parts;
+        for (; s >= part->steps; ++part) s -= part->steps;
+        return {*part, s * step};
+    }
 
     // Panels of A to `out`, which begins with the first of them.
     FASTLM_MEMBER void round(int64_t begin, int64_t end, uint8_t* out) const {
@@ -334,7 +345,7 @@ struct RowsProduct {
         FASTLM_MEMBER void close(Beside pass) {
             if (pass == Beside::nothing) return;
             if (pass == Beside::largest) {
-                row.between(true);
+                row.between();
                 opened = row.live;
                 if (opened) return;
             } else {
@@ -363,35 +374,47 @@ struct RowsProduct {
         }
     };
 
-    // A tile of a panel and up to `step` columns from n on, and the next pass of `rounding`, if not null.
-    FASTLM_MEMBER void multiply(int64_t i, const uint8_t* codes, int64_t n, int64_t columns, RowsFetch fetch,
-                                Rounding* rounding = nullptr) const {
-        const int64_t row = row_of(i), rows = row_of(i + 1) - row;
-        float* sum = target.sum + row * p.N + n;
-        target.fetch(row, n, rows, columns);
-        fetch_tile(sum, p.N, rows);
+    // A tile of a panel and the columns of a step, and the next pass of `rounding`, if not null.
+    FASTLM_MEMBER void multiply(int64_t i, const uint8_t* codes, Step at, RowsFetch fetch, Rounding* rounding = nullptr) const {
+        const Int8Rows& e = *at.part.p;
+        const Target& target = at.part.target;
+        const int64_t row = row_of(i), rows = row_of(i + 1) - row, columns = least(step, e.N - at.n);
+        float* to = target.sum + row * e.N + at.n;
+        // What goes through a pass lies close together until then: rows of C can be so far apart that L1 has no room for them.
+        alignas(64) float tile[kTall * kSide * 2];
+        const bool part = columns < step, close = part || (target.pass && !e.z);
+        float* sum = close ? tile : to;
+        const int64_t ld = close ? step : e.N;
+        target.fetch(row, at.n, rows, columns);
+        fetch_tile(to, e.N, rows);
         const Beside beside = rounding ? rounding->open() : Beside::nothing;
         (rows > size ? choice : shorter)
-            .block[int(beside)](p.packed, p.K, n, columns, codes, sum, p.N, p.bias ? p.bias + n : nullptr,
-                                p.residual ? p.residual + row * p.N + n : nullptr, fetch, rounding ? &rounding->row : nullptr);
+            .block[int(beside)](e.packed, e.K, at.n, columns, codes, sum, ld, e.bias ? e.bias + at.n : nullptr, to,
+                                e.residual ? e.residual + row * e.N + at.n : nullptr, e.N, fetch,
+                                rounding ? &rounding->row : nullptr);
         if (rounding) rounding->close(beside);
-        target.finish(row, n, rows, columns);
+        if (part)
+            for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * e.N, tile + r * step, size_t(columns) * sizeof(float));
+        if (target.pass) target.finish(part ? to : sum, part ? e.N : ld, row, at.n, rows, columns);
     }
 
-    // The panels [first, last), whose codes are there, times the columns of a step; the next ones are fetched meanwhile, and rows
+    // The panels [first, last), whose codes are there, times the columns of step s; the next ones are fetched meanwhile, and rows
     // rounded.
-    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t n, Rounding* rounding = nullptr) const {
-        RowsFetch fetch = {p.packed + (n + step) / kSide * panel, ceil_div(step_bytes, (last - first) * words)};
+    FASTLM_MEMBER void block(int64_t first, int64_t last, const uint8_t* codes, int64_t s, Rounding* rounding = nullptr) const {
+        const Step at = step_of(s), next = step_of(s + 1 < steps ? s + 1 : 0);
+        RowsFetch fetch = {next.part.p->packed + next.n / kSide * panel, ceil_div(step_bytes, (last - first) * words)};
         for (int64_t i = first; i < last; ++i, fetch.at += words * fetch.step)
-            multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, n, least(step, p.N - n), fetch, rounding);
+            multiply(i, codes + (row_of(i) - row_of(first)) * row_bytes, at, fetch, rounding);
     }
 };
 
-void int8_rows(const Int8Rows& p) {
-    if (p.M == 0 || p.N == 0) return;
-    const RowsProduct product(p);
-    const int64_t count = product.count, step = product.step, steps = product.steps;
-    const bool threads = num_threads() > 1, parallel = threads && p.M * p.N * p.K >= kAloneRows;
+void int8_rows(const Int8RowsTogether& all) {
+    const Int8Rows& p = all.each[0];
+    if (p.M == 0) return;
+    const RowsProduct product(all);
+    if (product.N == 0) return;
+    const int64_t count = product.count, steps = product.steps;
+    const bool threads = num_threads() > 1, parallel = threads && p.M * product.N * p.K >= kAloneRows;
     // Blocks of panels that a thread multiplies with all columns, while it rounds the next one beside.
     const int64_t threads_used = parallel ? num_threads() : 1;
     // Two passes a row: with fewer columns than that takes, some rows of a block are left to be rounded before it.
@@ -401,8 +424,8 @@ void int8_rows(const Int8Rows& p) {
     if (count > 1 && blocks <= count && (!parallel || blocks >= 4 * num_threads())) {
         const int64_t most_panels = ceil_div(count, blocks), room = ceil_div(most_panels * kTall * product.row_bytes, 64) * 64;
         // Whose codes of a block lie where: a thread knows its own by their place, what another has begun it does again.
-        auto** rounded = reinterpret_cast<uint8_t**>(p.workspace);
-        std::memset(p.workspace, 0, size_t(blocks) * sizeof *rounded);
+        auto** rounded = reinterpret_cast<uint8_t**>(all.workspace);
+        std::memset(all.workspace, 0, size_t(blocks) * sizeof *rounded);
         for_pieces(parallel, blocks, 1, [&](int64_t begin, int64_t end) {
             for (int64_t block = begin; block < end; ++block) {
                 const int64_t first = block * count / blocks, last = (block + 1) * count / blocks,
@@ -412,7 +435,7 @@ void int8_rows(const Int8Rows& p) {
                 if (__atomic_load_n(&rounded[block], __ATOMIC_RELAXED) != codes) product.round(first, last, codes);
                 const bool goes_on = block + 1 < blocks && (block + 1) * threads_used / blocks == block * threads_used / blocks;
                 RowsProduct::Rounding rounding(product, last, beside && goes_on ? next : last, other);
-                for (int64_t n = 0; n < p.N; n += step) product.block(first, last, codes, n, &rounding);
+                for (int64_t s = 0; s < steps; ++s) product.block(first, last, codes, s, &rounding);
                 if (!(beside && goes_on)) continue;
                 rounding.finish();
                 __atomic_store_n(&rounded[block + 1], other, __ATOMIC_RELAXED);
@@ -423,10 +446,10 @@ void int8_rows(const Int8Rows& p) {
     // Fewer rows: all of them first, then the columns are dealt.
     for_pieces(
         threads && p.M * p.K >= kAloneRounding, count, ceil_div(1 << 13, (product.size + 1) * (p.K + 1)),
-        [&](int64_t begin, int64_t end) { product.round(begin, end, p.workspace + product.row_of(begin) * product.row_bytes); });
+        [&](int64_t begin, int64_t end) { product.round(begin, end, all.workspace + product.row_of(begin) * product.row_bytes); });
     if (count == 1) {
-        for_pieces(parallel, p.N, ceil_div(8 * W, step) * step, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; n += step) product.multiply(0, p.workspace, n, least(step, end - n), {});
+        for_pieces(parallel, steps, ceil_div(8 * W, product.step), [&](int64_t begin, int64_t end) {
+            for (int64_t s = begin; s < end; ++s) product.multiply(0, all.workspace, product.step_of(s), {});
         });
         return;
     }
@@ -437,7 +460,7 @@ void int8_rows(const Int8Rows& p) {
     parallel_for(blocks * steps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t block = piece / steps, first = block * count / blocks, last = (block + 1) * count / blocks;
-            product.block(first, last, p.workspace + product.row_of(first) * product.row_bytes, piece % steps * step);
+            product.block(first, last, all.workspace + product.row_of(first) * product.row_bytes, piece % steps);
         }
     });
 }

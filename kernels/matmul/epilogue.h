@@ -33,10 +33,10 @@ template <Activation A> FASTLM_INLINE vf derivative(vf x) {
 
 // y = act(z) + residual over a tile that the multiplication has just left in L1. y and z may be the same.
 template <Activation A>
-void finish_tile(float* y, const float* z, const float* residual, int64_t ld, int64_t rows, int64_t columns) {
+void finish_tile(float* y, const float* z, const float* residual, int64_t ld, int64_t z_ld, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; ++i) {
         float* yi = y + i * ld;
-        const float* zi = z + i * ld;
+        const float* zi = z + i * z_ld;
         const float* ri = residual ? residual + i * ld : nullptr;
         int64_t n = 0;
         for (; n + W <= columns; n += W) {
@@ -51,7 +51,7 @@ void finish_tile(float* y, const float* z, const float* residual, int64_t ld, in
     }
 }
 
-using FinishTile = void (*)(float*, const float*, const float*, int64_t, int64_t, int64_t);
+using FinishTile = void (*)(float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t);
 const FinishTile finish_tiles[] = {finish_tile<Activation::none>, finish_tile<Activation::gelu>, finish_tile<Activation::gelu_tanh>,
                                    finish_tile<Activation::silu>, finish_tile<Activation::relu>};
 
@@ -91,9 +91,12 @@ struct Target {
     }
 
     FASTLM_MEMBER void finish(int64_t row, int64_t column, int64_t rows, int64_t columns) const {
-        if (!pass) return;
+        if (pass) finish(sum + row * N + column, N, row, column, rows, columns);
+    }
+    // Of sums that lie elsewhere, `ld` from row to row.
+    FASTLM_MEMBER void finish(const float* tile, int64_t ld, int64_t row, int64_t column, int64_t rows, int64_t columns) const {
         const int64_t at = row * N + column;
-        finish_tiles[int(activation)](y + at, sum + at, residual ? residual + at : nullptr, N, rows, columns);
+        finish_tiles[int(activation)](y + at, tile, residual ? residual + at : nullptr, N, ld, rows, columns);
     }
 };
 

@@ -215,7 +215,7 @@ void linear_backward(const LinearBackward& p) {
 
 void activate_all(const Activate& p) {
     parallel_for(p.n, 8192, [&](int64_t begin, int64_t end) {
-        finish_tiles[int(p.activation)](p.y + begin, p.z + begin, nullptr, 0, 1, end - begin);
+        finish_tiles[int(p.activation)](p.y + begin, p.z + begin, nullptr, 0, 0, 1, end - begin);
     });
 }
 

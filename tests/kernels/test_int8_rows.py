@@ -58,14 +58,13 @@ def test_every_pair_of_codes(vnni):
     blocks[:, 4:] = q[:, None].astype(np.int8).view(np.uint8)
     x = np.repeat(q[:, None], 8, 1).astype(np.float32)
     x[:, 0] = 127  # so that the scale is one
-    x[:, 3], x[:, 6] = 1000, -2000  # what stays exact
+    x[:, 3], x[:, 6] = 1000, -2000  # codes beyond 8 bits
     y = ops.linear(x, QuantizedArray("Q8_ROW", (255, 8), blocks))
     np.testing.assert_array_equal(y, 5.0 * np.outer(q, q) + (127 + 1000 - 2000) * q)
 
 
 def test_odd_rows(vnni):
-    """A row with nan or inf is nan and alone in that; zeros give zero, what is too small for a scale its two exact
-    numbers; ties go to even."""
+    """A row with nan or inf is nan and alone in that; zeros give zero, and so does what is too small for a scale; ties go to even."""
     g = np.random.default_rng(6)
     weight, x = ref.random_weight((33, 100), g), g.standard_normal((9, 100), np.float32)
     x[1, 40], x[2, 99], x[3, 0] = np.nan, np.inf, -np.inf
@@ -78,7 +77,7 @@ def test_odd_rows(vnni):
     assert np.isnan(y[1:4]).all()
     assert np.isfinite(y[[0, 4, 5, 6, 7, 8]]).all()
     assert not y[4].any()
-    assert 0 < np.abs(y[5]).max() < 1e-29
+    assert not y[5].any()
     same_bits(y, ref.forward(x, weight))
 
 
@@ -114,14 +113,29 @@ def test_epilogue_and_gradient(vnni):
     np.testing.assert_array_equal(xt.grad, ops.matmul(dy, weight.dequantize()))
 
 
-def test_the_largest_stay_exact(vnni):
-    """Two numbers of a row that dwarf the rest do not take the rest's bits."""
+def test_two_numbers_that_dwarf_the_rest(vnni):
+    """They do not take the rest's bits; wherever they lie, also in one lane of a vector, equal, alone, or so large that theirs is all."""
     g = np.random.default_rng(11)
     w, x = g.standard_normal((64, 256)).astype(np.float32), g.standard_normal((20, 256), np.float32)
     weight = quantize(w, "Q8_ROW")
     x[:, 17], x[:, 200] = 300, -500
     exact = x.astype(np.float64) @ weight.dequantize().astype(np.float64).T
     assert np.abs(ops.linear(x, weight) - exact).max() < 1.0, "one scale of 500 / 127 would err by ten times as much"
+    for K in (37, 64, 100, 770):
+        weight = ref.random_weight((33, K), g)
+        x = g.standard_normal((97, K), np.float32)
+        for row in x:
+            places, kind = g.choice(K, 2, replace=False), g.integers(6)
+            if kind == 0:
+                places[1] = (places[0] + 16) % K
+            size = 10 ** g.uniform(0.3, 5, 2)
+            row[places] = g.choice([-1, 1], 2) * (size if kind != 1 else size[0])
+            if kind == 2:
+                row[places[1]] = 0
+            if kind == 3:
+                row[np.arange(K) != places[0]] = 0
+        same_bits(ops.linear(x, weight), ref.forward(x, weight))
+        same_bits(ops.linear(x[5:6], weight), ref.forward(x[5:6], weight))
 
 
 def test_quantize():
@@ -176,12 +190,20 @@ def test_refuses():
         ops.grouped_linear(np.ones((2, 30), np.float32), [weight], np.array([2]))
 
 
-def test_several_together():
-    """What shares its input: `linears` gives the bits of `linear`."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_together(vnni, threads, shared):
+    """What shares its input: `linears` gives the bits of `linear`, also where x is rounded once since their columns are the same."""
     g = np.random.default_rng(4)
-    weights, x = [ref.random_weight((n, 64), g) for n in (48, 16)], g.standard_normal((2, 64), np.float32)
-    for y, w in zip(ops.linears(x, weights), weights, strict=True):
-        same_bits(y, ref.forward(x, w))
+    for rows, K, sizes in ((2, 64, (48, 16)), (2, 96, (768, 5, 33)), (29, 416, (390, 64, 1)), (530, 272, (70, 390, 16))):
+        weights, x = [ref.random_weight((n, K), g) for n in sizes], g.standard_normal((rows, K), np.float32)
+        if shared:
+            weights = [QuantizedArray("Q8_ROW", w.shape, w.blocks, columns=weights[0].columns.copy()) for w in weights]
+        biases = [None, *(g.standard_normal(n).astype(np.float32) for n in sizes[1:])]
+        for n in (1, 2, 3):
+            _C.set_num_threads(n)
+            for y, w, b in zip(ops.linears(x, weights, biases), weights, biases, strict=True):
+                want = ref.forward(x, w)
+                same_bits(y, want if b is None else want + b)
 
 
 def there(weight, put):
