@@ -231,10 +231,20 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
             for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], codes, q[s]));
         }
     };
-    // What comes after the products is fetched by their last words: at the first, W would have driven it out of L1 again.
+    // What comes after the products is fetched into L2 by their first words, row by row, since more at once than there are buffers for
+    // misses would hold up the products; into L1 by their last: at the first, W would have driven it out of L1 again.
     const int64_t words = kWords * groups, near = M > kUnfetchedRows ? greatest(words - M, 0) : words;
     const float* added = residual ? residual : to;
     int64_t t = 0;
+    if (M > kUnfetchedRows) {
+        for (; t < least(M, near); ++t) {
+            __builtin_prefetch(to + t * N, 1, 2);
+            __builtin_prefetch(to + t * N + 16, 1, 2);
+            __builtin_prefetch(added + t * N, 0, 2);
+            __builtin_prefetch(added + t * N + 16, 0, 2);
+            word(t);
+        }
+    }
     for (; t < near; ++t) word(t);
     for (; t < words; ++t) {
         const int64_t i = t - near;
@@ -385,8 +395,6 @@ struct RowsProduct {
         const bool part = columns < step, close = part || (target.pass && !e.z);
         float* sum = close ? tile : to;
         const int64_t ld = close ? step : e.N;
-        target.fetch(row, at.n, rows, columns);
-        fetch_tile(to, e.N, rows);
         const Beside beside = rounding ? rounding->open() : Beside::nothing;
         (rows > size ? choice : shorter)
             .block[int(beside)](e.packed, e.K, at.n, columns, codes, sum, ld, e.bias ? e.bias + at.n : nullptr, to,
