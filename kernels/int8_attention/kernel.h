@@ -404,7 +404,8 @@ void piece(const Int8Attention& p, int64_t b, int64_t g, int64_t first, int64_t 
     const float unit_scale = float(scale < 0 ? -scale : scale);
     const int64_t bytes = query_bytes(p.D);
     for (int64_t r = first; r < first + rows; r += kBlock) {
-        next.fetch((r - first) / kBlock, ceil_div(rows, kBlock));
+        // What is wanted next is fetched between the steps, a part at a time: more at once would hold up the loads.
+        const int64_t parts = 3 * ceil_div(rows, kBlock), part = 3 * ((r - first) / kBlock);
         float unit[kBlock], inverse[kBlock];
         float* y[kBlock];
         vf largest[kBlock];
@@ -416,12 +417,16 @@ void piece(const Int8Attention& p, int64_t b, int64_t g, int64_t first, int64_t 
             unit[i] = q.scale * unit_scale;
             round_row(h.q + i * bytes, x, p.D, round_up(p.D, 4 * W), scale < 0 ? -q.inverse : q.inverse, 128.0f);
             y[i] = y_of(row);
+            for (int64_t e = 0; e < p.E; e += 16) __builtin_prefetch(y[i] + e, 1, 3);
             largest[i] = set(-__builtin_inff());
         }
+        next.fetch(part, parts);
         for (int64_t i = 0; i < kBlock; i += kTall)
             scores_of<kTall>(h, h.q + i * bytes, bytes, unit + i, h.scores + i * h.padded, largest + i);
+        next.fetch(part + 1, parts);
         for (int64_t i = 0; i < kBlock; i += kSide)
             weigh<kSide>(h, h.scores + i * h.padded, h.weights + i * h.padded, largest + i, inverse + i);
+        next.fetch(part + 2, parts);
         for (int64_t i = 0; i < kBlock; i += kTall) mixed<kTall>(h, h.weights + i * h.padded, inverse + i, y + i, p.E);
     }
 }
