@@ -303,14 +303,18 @@ struct RowsProduct {
         int64_t n;  // its first column
     };
     const Int8Rows& p;  // A, which is the same for all
-    const int64_t count, size, longer, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K), words = kWords * groups_of(p.K);
+    const int64_t count, size, longer, extra, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K), words = kWords * groups_of(p.K);
     const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
     const int64_t step = choice.columns, step_bytes = ceil_div(step, kSide) * panel;
     int64_t steps = 0, N = 0;
     Part parts[kTogether];
 
     explicit RowsProduct(const Int8RowsTogether& all)
-        : p(all.each[0]), count(ceil_div(p.M, kTall)), size(p.M / count), longer(p.M % count) {
+        : p(all.each[0]),
+          count(ceil_div(p.M, kTall)),
+          size(p.M / count),
+          longer(p.M % count),
+          extra(ceil_div(longer << 32, count)) {
         for (int64_t i = 0; i < all.count; ++i) {
             const Int8Rows& e = all.each[i];
             parts[i] = {&e, make_target(e.c, e.z, e.bias, e.residual, e.N, e.activation), ceil_div(e.N, step)};
@@ -318,7 +322,8 @@ struct RowsProduct {
         }
     }
 
-    FASTLM_MEMBER int64_t row_of(int64_t i) const { return i * size + least(i, longer); }
+    // Panels with a row more are spread evenly, so that threads have as many rows each: extra is longer / count, in 32 bits.
+    FASTLM_MEMBER int64_t row_of(int64_t i) const { return i * size + ((i * extra) >> 32); }
 
     FASTLM_MEMBER Step step_of(int64_t s) const {
         const Part* part = parts;
