@@ -17,10 +17,19 @@ Arena::~Arena() {
     for (const Slab& slab : slabs_) cached_free(slab.memory, slab.asked);
 }
 
+constexpr size_t kLarge = size_t(1) << 20;
+
 void* Arena::allocate(size_t bytes, bool floats) {
-    constexpr size_t kSlab = size_t(1) << 18, kLarge = size_t(1) << 20;
+    constexpr size_t kSlab = size_t(1) << 18;
     const size_t asked = std::max(bytes, kSlab);
     bytes = bytes < kLarge ? (bytes ? bytes + 63 : 64) / 64 * 64 : cached_block(bytes);
+    if (const auto same = same_.find(bytes); same != same_.end() && !same->second.empty()) {
+        char* memory = same->second.back();
+        same->second.pop_back();
+        blocks_.emplace(memory, bytes);
+        if (!floats) others_.push_back({memory, bytes});
+        return memory;
+    }
     auto best = holes_.end();
     for (auto i = holes_.begin(); i != holes_.end(); ++i)
         if (i->second >= bytes && (best == holes_.end() || i->second < best->second)) best = i;
@@ -43,7 +52,8 @@ void* Arena::allocate(size_t bytes, bool floats) {
 
 void Arena::release(void* memory) {
     const auto block = blocks_.find(static_cast<char*>(memory));
-    give(block->first, block->second);
+    if (block->second >= kLarge) same_[block->second].push_back(block->first);
+    else give(block->first, block->second);
     blocks_.erase(block);
 }
 
