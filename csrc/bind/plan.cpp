@@ -54,7 +54,7 @@ struct PyPlan {
 
     void begin(bool deferred) {
         if (recording()) throw std::runtime_error("[plan] this thread records already");
-        plan.deferred = deferred;
+        plan.deferred = plan.arena->by_size = deferred;
         recording() = &plan, noted() = &arrays;
     }
     py::list end() {

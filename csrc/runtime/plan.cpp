@@ -52,7 +52,7 @@ void* Arena::allocate(size_t bytes, bool floats) {
 
 void Arena::release(void* memory) {
     const auto block = blocks_.find(static_cast<char*>(memory));
-    if (block->second >= kLarge) same_[block->second].push_back(block->first);
+    if (by_size && block->second >= kLarge) same_[block->second].push_back(block->first);
     else give(block->first, block->second);
     blocks_.erase(block);
 }

@@ -16,9 +16,10 @@
 namespace fastlm {
 
 // Memory of what a recorded step computes between its inputs and its outputs. What is given back is used again by what is recorded
-// later, as it will be in every run: the plan's order is the recording's. A large block is used again by one of its size alone,
-// whose rows then lie where they lay: a thread that takes the same rows of every array finds them in its own caches, and never has
-// to ask another core for a line that it will overwrite. Of what is small the smallest hole that fits is cut, neighbours are joined.
+// later, as it will be in every run: the plan's order is the recording's. The smallest hole that fits is cut, neighbours are
+// joined. Where `by_size` is set, a large block is used again by one of its size alone. Then rows lie where rows lay: a thread that
+// takes the same rows of every array finds them in its own caches, and never has to ask another core for a line to overwrite. It
+// takes more memory where sizes are many.
 class Arena {
   public:
     Arena() = default;
@@ -29,6 +30,7 @@ class Arena {
     void release(void* memory);
     bool holds(const void* memory) const;
     size_t bytes() const;
+    bool by_size = false;
     void spoil();  // nan into what held floats only, zeros elsewhere: what no kernel writes anew will show
 
   private:
@@ -38,7 +40,7 @@ class Arena {
     };
     void give(char* memory, size_t bytes);
     std::map<char*, size_t> holes_, blocks_;
-    std::map<size_t, std::vector<char*>> same_;  // large blocks that are free, by their size
+    std::map<size_t, std::vector<char*>> same_;     // large blocks that are free, by their size
     std::vector<std::pair<char*, size_t>> others_;  // blocks that held something other than floats
     std::vector<Slab> slabs_;
 };

@@ -231,8 +231,8 @@ template <int M, int S, Beside B> void rows_block(const uint8_t* packed, int64_t
             for (int s = 0; s < S; ++s) dots[i][s] = in_register(dot8(dots[i][s], codes, q[s]));
         }
     };
-    // What comes after the products is fetched into L2 by their first words, row by row, since more at once than there are buffers for
-    // misses would hold up the products; into L1 by their last: at the first, W would have driven it out of L1 again.
+    // What comes after the products is fetched into L2 by their first words, row by row, since more at once than there are buffers
+    // for misses would hold up the products; into L1 by their last: at the first, W would have driven it out of L1 again.
     const int64_t words = kWords * groups, near = M > kUnfetchedRows ? greatest(words - M, 0) : words;
     const float* added = residual ? residual : to;
     int64_t t = 0;
@@ -303,7 +303,8 @@ struct RowsProduct {
         int64_t n;  // its first column
     };
     const Int8Rows& p;  // A, which is the same for all
-    const int64_t count, size, longer, extra, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K), words = kWords * groups_of(p.K);
+    const int64_t count, size, longer, extra, row_bytes = rounded_bytes(p.K), panel = panel_bytes(p.K),
+                                              words = kWords * groups_of(p.K);
     const RowsChoice choice = rows_choice(size + (longer ? 1 : 0)), shorter = rows_choice(size);
     const int64_t step = choice.columns, step_bytes = ceil_div(step, kSide) * panel;
     int64_t steps = 0, N = 0;
