@@ -11,7 +11,7 @@ import pytest
 import fastlm
 from fastlm import _C, LM, models
 from fastlm.checkpoint import QuantizedArray
-from fastlm.checkpoint.quantized import MADE
+from fastlm.checkpoint.quantized import MADE, quantize
 from fastlm.cli import main
 from fastlm.models import ARCHITECTURES, PRESETS
 from fastlm.models.encoder import Encoder
@@ -205,3 +205,16 @@ def test_command_line(capsys):
     folder = __file__
     assert main(["generate", folder, "a", "--quantize", "Q8_0"]) != 0
     assert "other files are not loaded" in capsys.readouterr().err
+
+
+def test_what_reads_one_input_shares_its_columns():
+    """Of Q8_ROW weights those of queries, keys and values have the values' columns, a gate has those of what it gates; others their own."""
+    lm = small(FIRST["llama"])
+    model = lm.model
+    own = {name: quantize(p.data, "Q8_ROW").columns for name, p in model.named_parameters().items() if p.ndim == 2}
+    lm.quantize("Q8_ROW")
+    block = model.blocks[0]
+    for part, of in (("q", "v"), ("k", "v"), ("v", "v"), ("out", "out")):
+        np.testing.assert_array_equal(getattr(block.attention, part).weight.data.columns, own[f"blocks.0.attention.{of}.weight"])
+    for part, of in (("gate", "up"), ("up", "up"), ("down", "down")):
+        np.testing.assert_array_equal(getattr(block.mlp, part).weight.data.columns, own[f"blocks.0.mlp.{of}.weight"])

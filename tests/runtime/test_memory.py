@@ -75,6 +75,24 @@ def test_peak_held_and_release():
     assert (b == 2).all()
 
 
+def test_a_pass_that_is_put_off_has_rows_where_rows_lay():
+    """A large block is used again by one of its size alone: of a smaller one, rows would lie where another thread's had lain."""
+
+    def step():
+        wide = backend.empty((1024, 3072))
+        at = wide.ctypes.data
+        del wide
+        narrow = [backend.empty((1024, 768)) for _ in range(3)]
+        places = [a.ctypes.data for a in narrow]
+        assert all(not at <= place < at + 1024 * 3072 * 4 for place in places)
+        del narrow
+        again = [backend.empty((1024, 768)).ctypes.data for _ in range(2)]
+        assert set(again) <= set(places)
+        assert backend.empty((1024, 3072)).ctypes.data == at
+
+    backend.deferred(step)
+
+
 def test_gradients_that_somebody_holds_are_not_overwritten():
     rng = np.random.default_rng(0)
     x, w = Tensor(rng.standard_normal((64, 48), np.float32), True), Tensor(rng.standard_normal(48, np.float32), True)
