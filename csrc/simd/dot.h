@@ -71,8 +71,8 @@ FASTLM_INLINE vi two_bytes(const uint8_t* high, const uint8_t* low) {
     const __m512i first = _mm512_maskz_loadu_epi8(0x8888888888888888, high - 3);
     return _mm512_mask_loadu_epi8(first, 0x2222222222222222, low - 1);
 #else
-    const vi a = as_int(load(reinterpret_cast<const float*>(high - 3))), b = as_int(load(reinterpret_cast<const float*>(low - 1)));
-    return ori(andi(a, seti(int32_t(0xFF000000))), andi(b, seti(0xFF00)));
+    const vi a = as_int(load(reinterpret_cast<const float*>(high - 3))), b = as_int(load(reinterpret_cast<const float*>(low - 3)));
+    return ori(andi(a, seti(int32_t(0xFF000000))), shr<16>(andi(b, seti(int32_t(0xFF000000)))));
 #endif
 }
 

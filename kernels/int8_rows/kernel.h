@@ -128,7 +128,10 @@ struct RoundRow {
             store(reinterpret_cast<float*>(high), as_float(codes.high));
             store(reinterpret_cast<float*>(ago), as_float(to_int(to_float(codes.since) / to_float(codes.high))));
             const int lanes[kInt8Beyond] = {__builtin_ctz(here), 31 - __builtin_clz(here)};
-            for (int e = 0; e < kInt8Beyond; ++e) keep(ends, e, (ceil_div(K, W) - ago[lanes[e]]) * W + lanes[e], high[lanes[e]]);
+            for (int e = 0; e < kInt8Beyond; ++e) {
+                const int64_t k = (ceil_div(K, W) - ago[lanes[e]]) * W + lanes[e];
+                keep(ends, e, greatest(least(k, K - 1), 0), high[lanes[e]]);  // within W also where x changes meanwhile
+            }
         } else if (here != 0) {
             find(ends, __builtin_ctz(here));
         }
