@@ -64,8 +64,8 @@ FASTLM_INLINE vi dot16(vi acc, vi a, vi b) { return acc + ((a << 16) >> 16) * ((
 template <int Bits> FASTLM_INLINE vi dot(vi acc, vi u0, vi s0, vi u1, vi s1) { return dot8(dot8(acc, u0, s0), u1, s1); }
 #endif
 
-// In each lane 256 times the first bytes of the lanes at `high` and at `low`, as two numbers of 16 bits. Three bytes before `high`
-// and one before `low` are read too.
+// In each lane 256 times the first bytes of the lanes at `high` and at `low`, as two numbers of 16 bits. Up to three bytes
+// before each are read too.
 FASTLM_INLINE vi two_bytes(const uint8_t* high, const uint8_t* low) {
 #if defined(FASTLM_ISA_AVX512)
     const __m512i first = _mm512_maskz_loadu_epi8(0x8888888888888888, high - 3);
