@@ -20,20 +20,27 @@ Arena::~Arena() {
 constexpr size_t kLarge = size_t(1) << 20;
 
 void* Arena::allocate(size_t bytes, bool floats) {
-    constexpr size_t kSlab = size_t(1) << 18;
-    const size_t asked = std::max(bytes, kSlab);
+    const size_t asked = bytes;
     bytes = bytes < kLarge ? (bytes ? bytes + 63 : 64) / 64 * 64 : cached_block(bytes);
+    char* memory;
     if (const auto same = same_.find(bytes); same != same_.end() && !same->second.empty()) {
-        char* memory = same->second.back();
+        memory = same->second.back();
         same->second.pop_back();
-        blocks_.emplace(memory, bytes);
-        if (!floats) others_.push_back({memory, bytes});
-        return memory;
+    } else {
+        memory = cut(asked, bytes);
     }
+    blocks_.emplace(memory, bytes);
+    if (!floats) others_.push_back({memory, bytes});
+    return memory;
+}
+
+char* Arena::cut(size_t asked, size_t bytes) {
+    constexpr size_t kSlab = size_t(1) << 18;
     auto best = holes_.end();
     for (auto i = holes_.begin(); i != holes_.end(); ++i)
         if (i->second >= bytes && (best == holes_.end() || i->second < best->second)) best = i;
     if (best == holes_.end()) {
+        asked = std::max(asked, kSlab);
         slabs_.push_back({static_cast<char*>(cached_allocate(asked)), asked, cached_block(asked), 0});
         give(slabs_.back().memory, slabs_.back().bytes);  // joined to the slab before, if that ends there
         for (best = holes_.begin(); best->second < bytes;) ++best;
@@ -42,8 +49,6 @@ void* Arena::allocate(size_t bytes, bool floats) {
     const size_t rest = best->second - bytes;
     holes_.erase(best);
     if (rest > 0) holes_.emplace(memory + bytes, rest);
-    blocks_.emplace(memory, bytes);
-    if (!floats) others_.push_back({memory, bytes});
     for (Slab& slab : slabs_)
         if (memory >= slab.memory && memory < slab.memory + slab.bytes)
             slab.used = std::max(slab.used, size_t(memory + bytes - slab.memory));

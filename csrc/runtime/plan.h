@@ -38,6 +38,7 @@ class Arena {
         char* memory;
         size_t asked, bytes, used;  // used: all blocks that began here ended before it
     };
+    char* cut(size_t asked, size_t bytes);  // from the smallest hole that fits, else from a new slab for what was asked
     void give(char* memory, size_t bytes);
     std::map<char*, size_t> holes_, blocks_;
     std::map<size_t, std::vector<char*>> same_;     // large blocks that are free, by their size

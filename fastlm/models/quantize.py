@@ -38,7 +38,7 @@ def _one_input(module: Module) -> Iterator[list[Tensor]]:
     """The weights of linear layers that read the same x.
 
     The last one's columns serve for all. Its errors, values' or the gated ones', reach the output as they are, the others' through a
-    softmax or a gate: perplexity rises by as much as with columns of their own, by half as much again with those of all together.
+    softmax or a gate: perplexity rises by about as much as with columns of their own, by half as much again with those of all together.
     """
     for _, part in module.parts():
         if isinstance(part, Module):
@@ -95,12 +95,11 @@ def quantize(model: LanguageModel, kind: str, activations: str | None = None) ->
     columns: dict[int, Any] = {}
     for name, p, k in found:
         last = lasts.get(id(p), p)
-        if k == ROW and id(last) not in columns:
-            columns[id(last)] = columns_of(_float(name, last.data))
         try:
-            p.data = _made(name, p.data, k, columns[id(last)] if k == ROW else None).with_activations(
-                activations if rounds(name) else _WIDE[activations]
-            )
+            if k == ROW and id(last) not in columns:
+                columns[id(last)] = columns_of(_float(name, last.data))
+            made = _made(name, p.data, k, columns[id(last)] if k == ROW else None)
+            p.data = made.with_activations(activations if rounds(name) else _WIDE[activations])
         except ValueError:
             for q, w in before:
                 q.data = w

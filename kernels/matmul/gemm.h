@@ -185,11 +185,6 @@ template <int V, bool kByRow> const Micro micros[MR + 1] = {
 #endif
 };
 
-FASTLM_INLINE void fetch_tile(const float* sum, int64_t ld, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t n = 0; n < NR; n += 16) __builtin_prefetch(sum + i * ld + n, 1, 2);
-}
-
 // M rows in panels of at most `most` rows, as equal as they can be: 16 rows are 8 + 8, not 14 + 2. `of` threads have as many each.
 struct RowPanels {
     int64_t M, count;
