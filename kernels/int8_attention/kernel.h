@@ -14,11 +14,11 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// A tile: kTall rows of queries times kWide vectors, of keys or of a value's elements; rows are taken by kBlock, weights by kSide.
+// A tile: kTall rows of queries times kWide vectors, of keys or of a value's elements; rows are taken by kBlock.
 #if defined(FASTLM_ISA_AVX512)
-constexpr int kTall = 4, kSide = 4;
+constexpr int kTall = 4;
 #else
-constexpr int kTall = 2, kSide = 1;
+constexpr int kTall = 2;
 #endif
 constexpr int kWide = 4, kBlock = 4;
 constexpr int64_t kGroup = 4 * W;    // keys whose weights share words of four: W words, of the keys l, W + l, 2 W + l, 3 W + l
@@ -76,28 +76,18 @@ FASTLM_INLINE vf log2_of(vf x) {
     return select(is_nan(x), x, p * s + to_float(e));
 }
 
-// x = 255 * 2^x for x <= 0; nan stays. Nothing is fused. 2^r on [-1/2, 1/2] to 3e-6. Step by step for all vectors: one after the
-// other they would fill the scheduler with what waits for its predecessor.
-template <int N> FASTLM_INLINE void weights_of(vf (&x)[N]) {
-    const vf magic = set(12583039.0f);  // 1.5 * 2^23 + 127: the low bits then hold round(x) + 127
-    vf shifted[N], p[N];
-    const auto each = [](auto step) FASTLM_LAMBDA {
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) step(i);
-    };
-    each([&](int i) FASTLM_LAMBDA { x[i] = max(set(-127.0f), x[i]); });  // this order of operands keeps nan
-    each([&](int i) FASTLM_LAMBDA { shifted[i] = x[i] + magic; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = shifted[i] - magic; });
-    each([&](int i) FASTLM_LAMBDA { x[i] = x[i] - p[i]; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = set(255 * 9.58285e-3f) * x[i]; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] + set(255 * 5.590643e-2f); });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] * x[i]; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] + set(255 * 2.4024099e-1f); });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] * x[i]; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] + set(255 * 6.9312419e-1f); });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] * x[i]; });
-    each([&](int i) FASTLM_LAMBDA { p[i] = p[i] + set(255.0f); });
-    each([&](int i) FASTLM_LAMBDA { x[i] = p[i] * as_float(shl<23>(as_int(shifted[i]))); });
+// 255 * 2^x for x <= 0; nan stays. Nothing is fused. 2^r on [-1/2, 1/2] to 3e-6.
+FASTLM_INLINE vf weight_of(vf x) {
+    const vf clamped = max(set(-127.0f), x);  // this order of operands keeps nan
+    const vf magic = set(12583039.0f);        // 1.5 * 2^23 + 127: the low bits then hold round(x) + 127
+    const vf shifted = clamped + magic;
+    const vf r = clamped - (shifted - magic);
+    vf p = set(255 * 9.58285e-3f);
+    p = p * r + set(255 * 5.590643e-2f);
+    p = p * r + set(255 * 2.4024099e-1f);
+    p = p * r + set(255 * 6.9312419e-1f);
+    p = p * r + set(255.0f);
+    return p * as_float(shl<23>(as_int(shifted)));
 }
 
 // Keys and values of one head of one sequence in codes, and what belongs to a key.
@@ -278,50 +268,31 @@ FASTLM_INLINE void scores_of(const Head& h, const uint8_t* q, int64_t bytes, con
     for (; j < vectors; ++j) score<R, 1>(h, q, bytes, j, unit, scores, largest);
 }
 
-// Weights in bytes from the scores of R rows, side by side since each waits for its maximum and its sum; and 1 / their sums.
-template <int R> FASTLM_INLINE void weigh(const Head& h, const float* scores, uint8_t* weights, const vf* largest, float* inverse) {
+// Weights in bytes from a row's scores, and 1 / their sum.
+FASTLM_INLINE float weigh(const Head& h, float* scores, uint8_t* weights, vf largest) {
     constexpr int kParts = kSumLanes / W;
-    vf base[R], part[R][kParts];
+    const vf base = set(reduce_max(largest));
+    vf part[kParts];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        base[r] = set(reduce_max(largest[r]));
-#pragma GCC unroll 4
-        for (int l = 0; l < kParts; ++l) part[r][l] = zero();
-    }
+    for (int l = 0; l < kParts; ++l) part[l] = zero();
     for (int64_t g = 0; g < h.padded; g += kGroup) {
-        vi word[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) word[r] = seti(0);
+        vi word = seti(0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const int64_t j = g + i * W;
             if (j >= h.n) break;
-            const vf inverse_value = load(h.inverse_value + j);
-            vf e[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) e[r] = load(scores + r * h.padded + j) - base[r];
-            weights_of(e);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                part[r][i % kParts] = part[r][i % kParts] + e[r] * inverse_value;
-                const vi code = andi(as_int(e[r] + set(0x1p23f)), seti(255));
-                word[r] = i == 0   ? code
-                          : i == 1 ? ori(word[r], shl<8>(code))
-                          : i == 2 ? ori(word[r], shl<16>(code))
-                                   : ori(word[r], shl<24>(code));
-            }
+            const vf e = weight_of(load(scores + j) - base);
+            part[i % kParts] = part[i % kParts] + e * load(h.inverse_value + j);
+            const vi code = andi(as_int(e + set(0x1p23f)), seti(255));
+            word = i == 0 ? code : i == 1 ? ori(word, shl<8>(code)) : i == 2 ? ori(word, shl<16>(code)) : ori(word, shl<24>(code));
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) store_bytes(weights + r * h.padded + g, word[r]);
+        store_bytes(weights + g, word);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+    for (int half = kParts / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
-        for (int half = kParts / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-            for (int l = 0; l < half; ++l) part[r][l] = part[r][l] + part[r][l + half];
-        inverse[r] = 1.0f / reduce_add(part[r][0]);
-    }
+        for (int l = 0; l < half; ++l) part[l] = part[l] + part[l + half];
+    return 1.0f / reduce_add(part[0]);
 }
 
 // y of R rows: N vectors of values from `tile` on.
@@ -424,8 +395,7 @@ void piece(const Int8Attention& p, int64_t b, int64_t g, int64_t first, int64_t 
         for (int64_t i = 0; i < kBlock; i += kTall)
             scores_of<kTall>(h, h.q + i * bytes, bytes, unit + i, h.scores + i * h.padded, largest + i);
         next.fetch(part + 1, parts);
-        for (int64_t i = 0; i < kBlock; i += kSide)
-            weigh<kSide>(h, h.scores + i * h.padded, h.weights + i * h.padded, largest + i, inverse + i);
+        for (int64_t i = 0; i < kBlock; ++i) inverse[i] = weigh(h, h.scores + i * h.padded, h.weights + i * h.padded, largest[i]);
         next.fetch(part + 2, parts);
         for (int64_t i = 0; i < kBlock; i += kTall) mixed<kTall>(h, h.weights + i * h.padded, inverse + i, y + i, p.E);
     }
